@@ -1,0 +1,28 @@
+"""What all nodes of the pack share: category, custom types, and schema fields that older ComfyUI lacks."""
+
+import dataclasses
+import inspect
+
+from comfy_api.latest import io
+from server import PromptServer
+
+CATEGORY = "SoftREPA"
+
+Tokens = io.Custom("SOFTREPA_TOKENS")
+
+ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Float.Input.__init__).parameters else {}
+"""Marks an input as advanced where this ComfyUI knows the word."""
+
+_SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
+
+
+def schema(**fields) -> io.Schema:
+    """An `io.Schema` in the pack's category; `search_aliases` is dropped where this ComfyUI does not know it."""
+    optional = {"search_aliases"} - _SCHEMA_FIELDS
+    return io.Schema(category=CATEGORY, **{key: value for key, value in fields.items() if key not in optional})
+
+
+def show_on_node(node: type[io.ComfyNode], text: str) -> None:
+    """Writes a line under the node in the graph; nothing outside a running server."""
+    if node.hidden and node.hidden.unique_id and hasattr(PromptServer, "instance"):
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)

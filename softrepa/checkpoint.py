@@ -1,0 +1,191 @@
+"""Token files: our safetensors format, and the .pth pairs that SoftREPA and AGSM publish.
+
+No pickle is executed: `.pth` files go through torch's weights-only loader.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import SoftREPAError
+from .families import Blocks, Family, family_named, family_of_shape, format_blocks, parse_blocks
+from .tokens import SoftTokens
+
+FORMAT = "softrepa"
+FORMAT_VERSION = "1"
+TENSORS = ("tokens", "time_table", "negative_tokens")
+
+PUBLISHED = {"dc_tokens.pth": "dc_t_tokens.pth", "soft_tokens.pth": "soft_t_tokens.pth"}
+"""Published token files (SoftREPA, AGSM) and the time table that stands beside each."""
+AGSM_TOKENS = "soft_tokens.pth"
+
+
+def load(
+    path: str | Path, family: str | None = None, blocks: str | None = None, name: str | None = None
+) -> SoftTokens:
+    """Reads a .safetensors file, a published .pth file, or a folder that holds one.
+
+    `family` and `blocks` override what the file says; `name` is used in messages. Raises SoftREPAError.
+    """
+    path = Path(path)
+    label = f'Tokens "{name or path.name}"'
+    path = _resolved(path, label)
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path, label)
+    else:
+        tensors, metadata = _read_published(path, label), {}
+    return _assemble(tensors, metadata, family, blocks, name or path.name)
+
+
+def save(tokens: SoftTokens, path: str | Path) -> Path:
+    """Writes our format: to a temporary file beside `path` first, which then replaces it."""
+    path = Path(path)
+    tensors = {key: getattr(tokens, key).cpu().clone(memory_format=torch.contiguous_format) for key in TENSORS if getattr(tokens, key) is not None}
+    metadata = tokens.metadata | {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "family": tokens.family.name,
+        "blocks": format_blocks(tokens.blocks),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _resolved(path: Path, label: str) -> Path:
+    """The file to read: `path` itself, or the published file in the folder `path`."""
+    if path.is_dir():
+        found = [path / name for name in PUBLISHED if (path / name).is_file()]
+        if len(found) == 1:
+            return found[0]
+        tables = [table for table in PUBLISHED.values() if (path / table).is_file()]
+        if not found and tables:
+            raise SoftREPAError(f"{label}: the folder has a time table ({tables[0]}) without tokens, expected both.")
+        raise SoftREPAError(
+            f"{label}: the folder holds {len(found)} published token files, expected one of {', '.join(PUBLISHED)}."
+        )
+    if not path.is_file():
+        raise SoftREPAError(f"{label}: no file at {path}, expected a .safetensors or published .pth file.")
+    if path.name in PUBLISHED.values():
+        raise SoftREPAError(f"{label}: this is a time table without tokens, expected its {_tokens_of(path.name)}.")
+    if path.suffix not in (".safetensors", ".pth"):
+        raise SoftREPAError(f'{label}: the file ends in "{path.suffix}", expected .safetensors or .pth.')
+    return path
+
+
+def _tokens_of(table: str) -> str:
+    return next(tokens for tokens, beside in PUBLISHED.items() if beside == table)
+
+
+def _read_safetensors(path: Path, label: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            keys = set(file.keys())
+            foreign = sorted(keys - set(TENSORS))
+            if keys == {"time_table"}:
+                raise SoftREPAError(f"{label}: the file has a time table without tokens, expected both.")
+            if "tokens" not in keys or foreign:
+                found = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+                raise SoftREPAError(
+                    f"{label}: the .safetensors file holds {found or 'no tensors'}, "
+                    f"expected `tokens` and at most {' and '.join(TENSORS[1:])}."
+                )
+            tensors = {key: file.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise SoftREPAError(f"{label}: the .safetensors file cannot be read ({error}), expected a whole file.") from None
+    version = metadata.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise SoftREPAError(f'{label}: format_version is "{version}", expected "{FORMAT_VERSION}"; update this pack.')
+    return tensors, metadata
+
+
+def _read_published(path: Path, label: str) -> dict[str, Tensor]:
+    tensors = {"tokens": _read_pth(path, label)}
+    table = path.with_name(PUBLISHED.get(path.name, "")) if path.name in PUBLISHED else None
+    if table is not None and table.is_file():
+        tensors["time_table"] = _read_pth(table, label)
+    if path.name == AGSM_TOKENS:
+        banks = tensors["tokens"]
+        if banks.ndim < 3 or banks.shape[0] != 2:
+            raise SoftREPAError(
+                f"{label}: {AGSM_TOKENS} has shape {list(banks.shape)}, expected a positive and a negative bank [2, ...]."
+            )
+        tensors["tokens"], tensors["negative_tokens"] = banks.unbind(0)
+    return tensors
+
+
+def _read_pth(path: Path, label: str) -> Tensor:
+    """A tensor, parameter or `nn.Embedding` saved by torch, read without running pickle code."""
+    embedding = torch.nn.modules.sparse.Embedding
+    try:
+        with torch.serialization.safe_globals([embedding]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SoftREPAError(
+            f"{label}: {path.name} was refused ({reason}), expected a tensor that loads without running code."
+        ) from None
+    if isinstance(content, embedding):
+        content = content.__dict__.get("_parameters", {}).get("weight")
+    if not isinstance(content, Tensor):
+        raise SoftREPAError(f"{label}: {path.name} holds a {type(content).__name__}, expected a tensor or an nn.Embedding.")
+    return content.detach()
+
+
+def _assemble(
+    tensors: dict[str, Tensor], metadata: dict[str, str], family: str | None, blocks: str | None, name: str
+) -> SoftTokens:
+    label = f'Tokens "{name}"'
+    family_name = family or metadata.get("family")
+    shape = tuple(tensors["tokens"].shape)
+    row: Family = family_named(family_name, label) if family_name else family_of_shape(shape, label)
+    blocks_text = blocks or metadata.get("blocks")
+    parsed = parse_blocks(blocks_text, row, label) if blocks_text else _published_blocks(row, shape)
+    kept = {key: text for key, text in metadata.items() if key not in ("format", "format_version", "family", "blocks")}
+    return SoftTokens(
+        tensors["tokens"],
+        row,
+        parsed,
+        time_table=tensors.get("time_table"),
+        negative_tokens=tensors.get("negative_tokens"),
+        metadata=kept,
+        name=name,
+    )
+
+
+def _published_blocks(family: Family, shape: tuple[int, ...]) -> Blocks:
+    return family.published_blocks if family.is_unet else shape[0]
+
+
+def summary(tokens: SoftTokens) -> list[str]:
+    """Lines that describe a file: what it is, where it acts, how large its vectors are."""
+    where = format_blocks(tokens.blocks) if tokens.family.is_unet else f"joint blocks 0..{tokens.blocks - 1}"
+    lines = [
+        f"family      {tokens.family.name} ({tokens.family.title})",
+        f"tokens      {list(tokens.tokens.shape)}, mean norm {tokens.tokens.norm(dim=-1).mean():.4g}",
+        f"blocks      {format_blocks(tokens.blocks)} ({where})",
+    ]
+    if tokens.time_table is None:
+        lines.append("time table  none: static tokens, the same at every timestep")
+    else:
+        rows = tokens.time_table.unflatten(1, (tokens.layers, -1))
+        lines.append(f"time table  {list(tokens.time_table.shape)}, mean norm {rows.norm(dim=-1).mean():.4g}")
+    if tokens.negative_tokens is not None:
+        lines.append(f"negative    a second bank, mean norm {tokens.negative_tokens.norm(dim=-1).mean():.4g}")
+    return lines + [f"{key:11} {text}" for key, text in sorted(tokens.metadata.items())]
+

@@ -1,0 +1,231 @@
+"""Soft tokens on a MODEL: one patch per model that holds every token set, by model-patcher hooks only.
+
+Before each call of the network a wrapper works out the rows of every block for the timestep of that very call;
+the hooks in the blocks (`unet.py`, `mmdit.py`) only insert them. Nothing is kept on the shared model.
+"""
+
+import math
+from dataclasses import dataclass
+from uuid import UUID, uuid4
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from torch import Tensor
+
+from ..errors import SoftREPAError
+from ..families import Blocks
+from ..tokens import SoftTokens
+from . import mmdit, unet
+from .attention import SoftKeyBias
+from .models import check_fit, chosen_blocks, model_shape
+from .state import KEY, CallState, Place
+
+ROLES = "softrepa_roles"
+
+APPLY_TO = ("both", "positive", "negative")
+BANKS = ("positive", "negative")
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """One token file and how it acts. Raises SoftREPAError for options out of range."""
+
+    tokens: SoftTokens
+    blocks: Blocks
+    strength: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    apply_to: str = "both"
+    uncond_bank: str = "positive"
+
+    def __post_init__(self):
+        label = self.tokens.label
+        if not (math.isfinite(self.strength) and self.strength >= 0):
+            raise SoftREPAError(f"{label}: strength is {self.strength}, expected 0 or more.")
+        for name in ("start_percent", "end_percent"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SoftREPAError(f"{label}: {name} is {getattr(self, name)}, expected 0 to 1.")
+        if self.start_percent > self.end_percent:
+            raise SoftREPAError(
+                f"{label}: start_percent is {self.start_percent}, expected at most end_percent, {self.end_percent}."
+            )
+        if self.apply_to not in APPLY_TO:
+            raise SoftREPAError(f'{label}: apply_to is "{self.apply_to}", expected one of {", ".join(APPLY_TO)}.')
+        if self.uncond_bank not in BANKS:
+            raise SoftREPAError(f'{label}: uncond_bank is "{self.uncond_bank}", expected one of {", ".join(BANKS)}.')
+        if self.uncond_bank == "negative" and self.tokens.negative_tokens is None:
+            raise SoftREPAError(f'{label}: uncond_bank is "negative", but the file has one bank; expected "positive".')
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        if isinstance(self.blocks, int):
+            return tuple(range(self.blocks))
+        return tuple(unet.STAGES[name] for name in self.blocks)
+
+    @property
+    def is_windowed(self) -> bool:
+        return self.start_percent > 0 or self.end_percent < 1
+
+    @property
+    def has_roles(self) -> bool:
+        return self.apply_to != "both" or self.uncond_bank == "negative"
+
+    def strength_for(self, negative: bool) -> float:
+        """Strength on a cond of that role."""
+        return self.strength if self.apply_to in ("both", BANKS[negative]) else 0.0
+
+
+def apply_tokens(
+    model: ModelPatcher,
+    tokens: SoftTokens,
+    strength: float = 1.0,
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+    apply_to: str = "both",
+    blocks: str = "auto",
+    uncond_bank: str = "positive",
+) -> ModelPatcher:
+    """A clone of `model` on which `tokens` act, beside those already there (spec: strength 1 is the reference).
+
+    Raises SoftREPAError where tokens, model and options do not fit together.
+    """
+    shape = model_shape(model)
+    check_fit(tokens, shape)
+    added = TokenSet(
+        tokens, chosen_blocks(tokens, blocks), strength, start_percent, end_percent, apply_to, uncond_bank
+    )
+    patched = model.clone()
+    if strength > 0:
+        before = model.get_attachment(KEY)
+        SoftTokenPatch((*before.sets, added) if before else (added,)).install(patched, before)
+    return patched
+
+
+class SoftTokenPatch:
+    """All token sets of one MODEL, in node order, and the hooks that insert them."""
+
+    def __init__(self, sets: tuple[TokenSet, ...]):
+        self.sets = sets
+        self._moved: dict[torch.device, tuple[SoftTokens, ...]] = {}
+
+    def install(self, model: ModelPatcher, before: "SoftTokenPatch | None") -> None:
+        """Puts the hooks on `model` in place of those of `before`."""
+        model.set_attachments(KEY, self)
+        options = model.model_options
+        for wrappers in options["transformer_options"].get("wrappers", {}).values():
+            wrappers.pop(KEY, None)
+        # In the model options, not on the patcher: whoever calls the network with these options runs them too.
+        if any(token_set.has_roles for token_set in self.sets):
+            add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, name_roles, options, is_model_options=True)
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.before_network, options, is_model_options=True)
+        if self.sets[0].tokens.family.is_unet:
+            unet.install(model, self, before)
+        else:
+            mmdit.install(model, self, layers=max(token_set.blocks for token_set in self.sets))
+
+    def before_network(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
+    ):
+        """APPLY_MODEL wrapper: leaves this call's rows in a copy of `transformer_options`."""
+        base_model = executor.class_obj
+        options = transformer_options.copy()
+        negative = negative_rows(options.pop(ROLES, {}), options.get("uuids", ()), len(x))
+        state = self.state(base_model, t, negative)
+        options[KEY] = state
+        if state.bias:
+            refuse_replaced_attention(state, options)
+            state.attention = SoftKeyBias(options.get("optimized_attention_override"))
+            options["optimized_attention_override"] = state.attention
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def state(self, base_model, sigma: Tensor, negative: list[bool]) -> CallState:
+        """Rows and biases of every place for sigma (B,) and the roles of the B samples."""
+        state = CallState(self)
+        rows: dict[Place, list[Tensor]] = {}
+        strengths: dict[Place, list[list[float]]] = {}
+        device = sigma.device
+        timestep = base_model.model_sampling.timestep(sigma).expand(len(negative))
+        for token_set, tokens in zip(self.sets, self._on(device), strict=True):
+            per_sample = [token_set.strength_for(is_negative) for is_negative in negative]
+            if not any(per_sample) or not in_window(token_set, base_model.model_sampling, sigma):
+                continue
+            layers = self._rows(base_model, token_set, tokens, timestep, negative)
+            for place in token_set.places:
+                layer = place if isinstance(place, int) else 0
+                rows.setdefault(place, []).append(layers[:, layer])
+                strengths.setdefault(place, []).extend([per_sample] * tokens.count)
+        dtype = base_model.get_dtype_inference()
+        state.rows = {
+            place: (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(dtype) for place, parts in rows.items()
+        }
+        if any(strength != 1 for columns in strengths.values() for column in columns for strength in column):
+            # log(0) = -inf: the soft keys do not exist for samples of the other role
+            state.bias = {
+                place: torch.tensor(columns, dtype=torch.float32).T.log().to(device)
+                for place, columns in strengths.items()
+            }
+        return state
+
+    def _rows(self, base_model, token_set: TokenSet, tokens: SoftTokens, timestep, negative: list[bool]) -> Tensor:
+        """(B, L, m, d), the negative bank for samples that ask for it."""
+
+        def embed(rows: Tensor) -> Tensor:
+            return base_model.diffusion_model.context_embedder(rows.to(base_model.get_dtype_inference())).float()
+
+        rows = tokens.at(timestep, embed=embed)
+        if token_set.uncond_bank == "negative" and any(negative):
+            chosen = torch.tensor(negative, device=rows.device)[:, None, None, None]
+            rows = torch.where(chosen, tokens.at(timestep, negative=True, embed=embed), rows)
+        return rows
+
+    def _on(self, device: torch.device) -> tuple[SoftTokens, ...]:
+        if device not in self._moved:
+            self._moved[device] = tuple(token_set.tokens.to(device) for token_set in self.sets)
+        return self._moved[device]
+
+
+def in_window(token_set: TokenSet, model_sampling, sigma: Tensor) -> bool:
+    """ComfyUI's sampling window: sigma(end_percent) <= sigma <= sigma(start_percent)."""
+    if not token_set.is_windowed:
+        return True
+    start, end = (float(model_sampling.percent_to_sigma(p)) for p in (token_set.start_percent, token_set.end_percent))
+    return end <= sigma.flatten()[0].item() <= start
+
+
+def name_roles(executor, x, timestep, model_options={}, seed=None):
+    """PREDICT_NOISE wrapper: tells the network's wrapper which cond plays which role, by the cond's uuid."""
+    roles: dict[UUID, bool] = {}
+    for name, conds in executor.class_obj.conds.items():
+        for cond in conds or ():
+            is_negative = "negative" in name
+            if roles.get(cond["uuid"], is_negative) != is_negative:
+                # ComfyUI cuts a cond to another role's area by copying that other cond, uuid included
+                cond["uuid"] = uuid4()
+            roles[cond["uuid"]] = is_negative
+    model_options = model_options.copy()
+    model_options["transformer_options"] = model_options.get("transformer_options", {}) | {ROLES: roles}
+    return executor(x, timestep, model_options, seed)
+
+
+def negative_rows(roles: dict[UUID, bool], uuids, batch: int) -> list[bool]:
+    """Whether each sample of the batch is a negative.
+
+    Under a guider a cond it does not know (Perp-Neg's own empty prompt, say) is an unconditional one; without a
+    guider there are no roles and every sample is positive.
+    """
+    if not roles or not uuids:
+        return [False] * batch
+    repeats = batch // len(uuids)
+    return [roles.get(uuid, True) for uuid in uuids for _ in range(repeats)]
+
+
+def refuse_replaced_attention(state: CallState, options: dict) -> None:
+    """An attn2 replacement computes attention out of our reach: it can carry soft tokens, but not weigh them."""
+    for block in options.get("patches_replace", {}).get("attn2", {}):
+        if block[0] in state.bias:
+            raise SoftREPAError(
+                f"{state.owner.sets[-1].tokens.label}: strength other than 0 or 1, or apply_to other than both, cannot "
+                f"act where another node replaces cross-attention (block {block[0]} {block[1]}); "
+                "expected strength 1 and apply_to both, or that node removed."
+            )

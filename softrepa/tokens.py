@@ -1,0 +1,149 @@
+"""Soft text tokens: the trained vectors and which of them a block sees at a timestep."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .errors import SoftREPAError
+from .families import TEXT_WIDTH, Blocks, Family, family_named
+
+BUCKETS = 100
+"""Rows of a time table: ten timesteps share one."""
+
+
+def bucket(timestep: Tensor) -> Tensor:
+    """Row of the time table for timesteps on the model's 0..1000 scale."""
+    return timestep.long().clamp(0, 999) // 10
+
+
+@dataclass(frozen=True, eq=False)
+class SoftTokens:
+    """Soft tokens of one file, float32 on the CPU.
+
+    tokens: (m, d) for a UNet, (L, m, d) for an MMDiT. d is the context width, or for an MMDiT also 4096.
+    time_table: (100, d) or (100, L * hidden width), layer-major; None for static tokens.
+    negative_tokens: a second bank for the unconditional half, shaped like `tokens`; the time table is shared.
+    blocks: where the file says they act; metadata: the file's other strings.
+    """
+
+    tokens: Tensor
+    family: Family
+    blocks: Blocks
+    time_table: Tensor | None = None
+    negative_tokens: Tensor | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    name: str = "tokens"
+
+    def __post_init__(self):
+        for key in ("tokens", "time_table", "negative_tokens"):
+            tensor = getattr(self, key)
+            if tensor is not None:
+                object.__setattr__(self, key, self._checked(key, tensor))
+        self._check_shapes()
+        self._check_blocks()
+
+    @classmethod
+    def of(cls, tokens: Tensor, family: str, blocks: Blocks, **rest) -> "SoftTokens":
+        """Like the constructor, with the family by name."""
+        return cls(tokens, family_named(family, f'Tokens "{rest.get("name", "tokens")}"'), blocks, **rest)
+
+    @property
+    def label(self) -> str:
+        return f'Tokens "{self.name}"'
+
+    @property
+    def layers(self) -> int:
+        """Banks along the depth: L for an MMDiT, 1 for a UNet."""
+        return 1 if self.family.is_unet else self.tokens.shape[0]
+
+    @property
+    def count(self) -> int:
+        """Soft tokens m per layer."""
+        return self.tokens.shape[-2]
+
+    @property
+    def width(self) -> int:
+        return self.tokens.shape[-1]
+
+    @property
+    def hidden_width(self) -> int | None:
+        """Width inside the model; None when only the model knows (4096-wide tokens without a time table)."""
+        if self.time_table is not None:
+            return self.time_table.shape[1] // self.layers
+        return None if self.is_text_width else self.width
+
+    @property
+    def is_text_width(self) -> bool:
+        """Whether the rows first go through the model's context embedder."""
+        return not self.family.is_unet and self.width == TEXT_WIDTH
+
+    @property
+    def shape_text(self) -> str:
+        return f"{self.layers} layers x {self.width}" if not self.family.is_unet else f"context width {self.width}"
+
+    def at(self, timestep: Tensor, negative: bool = False, embed: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Rows for each layer: timestep (B,) -> (B, L, m, hidden width).
+
+        `embed` is the model's context embedder, applied to 4096-wide rows before the time table is added.
+        """
+        rows = self.negative_tokens if negative and self.negative_tokens is not None else self.tokens
+        rows = rows.unsqueeze(0) if self.family.is_unet else rows
+        if self.is_text_width and embed is not None:
+            rows = embed(rows)
+        if self.time_table is None:
+            return rows.expand(len(timestep), -1, -1, -1)
+        shift = self.time_table[bucket(timestep)].unflatten(1, (self.layers, -1))
+        return rows + shift.unsqueeze(2)
+
+    def to(self, device: torch.device) -> "SoftTokens":
+        """A copy with its tensors on `device`."""
+        if device == self.tokens.device:
+            return self
+        moved = object.__new__(SoftTokens)
+        for key, value in self.__dict__.items():
+            object.__setattr__(moved, key, value.to(device) if isinstance(value, Tensor) else value)
+        return moved
+
+    def _checked(self, key: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            raise SoftREPAError(
+                f"{self.label}: {key} is {str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}, "
+                "expected floating-point numbers."
+            )
+        tensor = tensor.detach().float()
+        bad = (~torch.isfinite(tensor)).sum().item()
+        if bad:
+            raise SoftREPAError(f"{self.label}: {key} has {bad} NaN or infinite values, expected finite numbers.")
+        return tensor
+
+    def _check_shapes(self):
+        expected = f"[m, {self.family.context_width}]" if self.family.is_unet else "[layers, m, width]"
+        dims_fit = self.tokens.ndim == (2 if self.family.is_unet else 3)
+        if not dims_fit or (self.family.is_unet and self.width != self.family.context_width):
+            raise SoftREPAError(
+                f"{self.label}: tokens have shape {list(self.tokens.shape)}, expected {expected} for {self.family.title}."
+            )
+        if self.negative_tokens is not None and self.negative_tokens.shape != self.tokens.shape:
+            raise SoftREPAError(
+                f"{self.label}: negative_tokens have shape {list(self.negative_tokens.shape)}, "
+                f"expected that of tokens, {list(self.tokens.shape)}."
+            )
+        if self.time_table is None:
+            return
+        table = list(self.time_table.shape)
+        if self.is_text_width:
+            fits = len(table) == 2 and table[0] == BUCKETS and table[1] % self.layers == 0
+            width = f"{self.layers} x the model's hidden width"
+        else:
+            width = self.layers * self.width
+            fits = table == [BUCKETS, width]
+        if not fits:
+            raise SoftREPAError(f"{self.label}: time_table has shape {table}, expected [{BUCKETS}, {width}].")
+
+    def _check_blocks(self):
+        if not self.family.is_unet and self.blocks > self.layers:
+            raise SoftREPAError(
+                f"{self.label}: blocks is {self.blocks}, expected at most the file's {self.layers} layers."
+            )

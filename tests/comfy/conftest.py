@@ -1,0 +1,52 @@
+"""A real ComfyUI in this process, on the CPU unless there is a GPU, with its folders in a temporary place."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+if "COMFYUI_PATH" not in os.environ:
+    pytest.exit("tests/comfy needs COMFYUI_PATH; `python3 -m tests.run` prepares one", returncode=2)
+
+# ComfyUI parses the command line when it is imported.
+_argv, sys.argv = sys.argv, sys.argv[:1]
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = not torch.cuda.is_available()
+sys.argv = _argv
+
+import folder_paths  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def comfy_folders(tmp_path_factory):
+    """models/, output/, input/ and temp/ below a temporary folder, with the pack's own model folder in it."""
+    base = tmp_path_factory.mktemp("comfyui")
+    folder_paths.models_dir = str(base / "models")
+    for name in ("output", "input", "temp"):
+        (base / name).mkdir()
+        getattr(folder_paths, f"set_{name}_directory")(str(base / name))
+    from comfyui_softrepa.softrepa.comfy import folders
+
+    folders.register()
+    return base
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    """Nodes run in inference mode."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def token_folder(comfy_folders):
+    """models/softrepa, emptied after the test."""
+    import shutil
+
+    folder = comfy_folders / "models" / "softrepa"
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(folder)
+    folder.mkdir()

@@ -1,0 +1,162 @@
+"""The three tiny seeded models of the golden vectors, built inside ComfyUI, and helpers to sample from them.
+
+Every weight is drawn from its own diffusers name, so any implementation can rebuild it.
+"""
+
+import hashlib
+
+import comfy.conds
+import comfy.model_base
+import comfy.model_detection
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
+from comfy.model_patcher import ModelPatcher
+
+CPU = torch.device("cpu")
+CHANNELS = {"sd15": 4, "sdxl": 4, "sd3": 16}
+WIDTH = {"sd15": 768, "sdxl": 2048, "sd3": 4096}
+LENGTH = {"sd15": 77, "sdxl": 77, "sd3": 154}
+
+_UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "use_temporal_attention": False,
+}
+UNETS = {
+    "sd15": _UNET
+    | {
+        "model_channels": 32,
+        "transformer_depth": [1, 1],
+        "transformer_depth_output": [1, 1, 1, 1],
+        "transformer_depth_middle": 1,
+        "context_dim": 768,
+        "num_heads": 8,
+        "num_head_channels": -1,
+        "use_linear_in_transformer": False,
+        "adm_in_channels": None,
+    },
+    "sdxl": _UNET
+    | {
+        "model_channels": 64,
+        "transformer_depth": [0, 2],
+        "transformer_depth_output": [0, 0, 2, 2],
+        "transformer_depth_middle": 2,
+        "context_dim": 2048,
+        "num_heads": -1,
+        "num_head_channels": 64,
+        "use_linear_in_transformer": True,
+        "adm_in_channels": 2816,
+        "num_classes": "sequential",
+    },
+}
+
+
+def seeded(shape, name: str, std: float, mean: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16))
+    return torch.randn(shape, generator=generator) * std + mean
+
+
+def build(family: str) -> ModelPatcher:
+    """The tiny model of the golden vectors: "sd15", "sdxl" or "sd3"."""
+    return _mmdit() if family == "sd3" else _unet(family)
+
+
+def _weight(name: str, shape, tag: str) -> torch.Tensor:
+    if len(shape) == 1:
+        is_norm_scale = "norm" in name and name.endswith("weight")
+        return seeded(shape, f"{tag}/{name}", 0.02, 1.0 if is_norm_scale else 0.0)
+    return seeded(shape, f"{tag}/{name}", torch.Size(shape[1:]).numel() ** -0.5)
+
+
+def _unet(family: str) -> ModelPatcher:
+    config = UNETS[family]
+    classes = {
+        "sd15": (comfy.supported_models.SD15, comfy.model_base.BaseModel),
+        "sdxl": (comfy.supported_models.SDXL, comfy.model_base.SDXL),
+    }
+    model_config = classes[family][0](dict(config))
+    model_config.unet_config.update(config)
+    model_config.set_inference_dtype(torch.float32, None)
+    model = classes[family][1](model_config, device="cpu")
+    names = {ours: theirs for theirs, ours in comfy.utils.unet_to_diffusers(config).items() if "class_emb" not in theirs}
+    shapes = {key: value.shape for key, value in model.diffusion_model.state_dict().items()}
+    weights = {key: _weight(names[key], shape, f"{family}tiny") for key, shape in shapes.items()}
+    model.diffusion_model.load_state_dict(weights)
+    return ModelPatcher(model, CPU, CPU)
+
+
+def mmdit_config(width: int = 384, blocks: int = 6, **more) -> dict:
+    return {
+        "in_channels": 16,
+        "out_channels": 16,
+        "patch_size": 2,
+        "depth": width // 64,
+        "num_blocks": blocks,
+        "adm_in_channels": 2048,
+        "input_size": None,
+        "num_patches": 64 * 64,
+        "pos_embed_max_size": 64,
+        "pos_embed_scaling_factor": None,
+        "context_embedder_config": {
+            "target": "torch.nn.Linear",
+            "params": {"in_features": 4096, "out_features": width},
+        },
+        **more,
+    }
+
+
+def mmdit_of(width: int, blocks: int, dtype=torch.float32, **more) -> ModelPatcher:
+    """An SD3 model of any width with small random weights (for shapes, not for golden values)."""
+    config = mmdit_config(width, blocks, **more)
+    model_config = comfy.supported_models.SD3(config)
+    model_config.unet_config.update(config)
+    model_config.set_inference_dtype(dtype, None)
+    model = comfy.model_base.SD3(model_config, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for tensor in model.diffusion_model.state_dict().values():
+        tensor.copy_(torch.randn(1, generator=generator).expand(tensor.shape) * 0)
+        tensor.view(-1)[: 1 << 16].normal_(0, 0.02, generator=generator)
+    return ModelPatcher(model, CPU, CPU)
+
+
+def _mmdit() -> ModelPatcher:
+    config = mmdit_config()
+    model_config = comfy.supported_models.SD3(dict(config))
+    model_config.unet_config.update(config)
+    model_config.set_inference_dtype(torch.float32, None)
+    model = comfy.model_base.SD3(model_config, device="cpu")
+    shapes = {key: value.shape for key, value in model.diffusion_model.state_dict().items()}
+    weights = {"pos_embed.pos_embed": _sincos(64, 16, 384)}
+    for name, target in comfy.utils.mmdit_to_diffusers({"depth": 6, "num_blocks": 6}).items():
+        ours, part = (target, None) if isinstance(target, str) else target[:2]
+        if ours not in shapes or name in weights:  # optional parts this size of model does not have
+            continue
+        shape = list(shapes[ours])
+        if part is not None:
+            shape[part[0]] = part[2]
+        weights[name] = _weight(name, shape, "sd3tiny")
+    model.diffusion_model.load_state_dict(comfy.model_detection.convert_diffusers_mmdit(weights), strict=True)
+    return ModelPatcher(model, CPU, CPU)
+
+
+def _sincos(side: int, base: int, dim: int) -> torch.Tensor:
+    """2-D sine/cosine table (1, side * side, dim); the first half of `dim` encodes the column."""
+    position = torch.arange(side, dtype=torch.float64) * (base / side)
+    omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    axis = torch.cat([torch.sin(position[:, None] * omega), torch.cos(position[:, None] * omega)], dim=1)
+    column, row = axis[None].expand(side, side, -1), axis[:, None].expand(side, side, -1)
+    return torch.cat([column, row], dim=-1).reshape(1, side * side, dim).float()
+
+
+def sdxl_vector(pooled: torch.Tensor, size: float) -> torch.Tensor:
+    """SDXL's 2816-wide vector: pooled text (B, 1280) and the embeddings of a square size without crop."""
+    sizes = [size, size, 0.0, 0.0, size, size]
+    embedding = torch.cat([Timestep(256)(torch.tensor([value])) for value in sizes]).flatten()
+    return torch.cat([pooled, embedding[None].expand(pooled.shape[0], -1)], dim=1)
