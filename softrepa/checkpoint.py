@@ -26,9 +26,7 @@ PUBLISHED = {"dc_tokens.pth": "dc_t_tokens.pth", "soft_tokens.pth": "soft_t_toke
 AGSM_TOKENS = "soft_tokens.pth"
 
 
-def load(
-    path: str | Path, family: str | None = None, blocks: str | None = None, name: str | None = None
-) -> SoftTokens:
+def load(path: str | Path, family: str | None = None, blocks: str | None = None, name: str | None = None) -> SoftTokens:
     """Reads a .safetensors file, a published .pth file, or a folder that holds one.
 
     `family` and `blocks` override what the file says; `name` is used in messages. Raises SoftREPAError.
@@ -46,7 +44,11 @@ def load(
 def save(tokens: SoftTokens, path: str | Path) -> Path:
     """Writes our format: to a temporary file beside `path` first, which then replaces it."""
     path = Path(path)
-    tensors = {key: getattr(tokens, key).cpu().clone(memory_format=torch.contiguous_format) for key in TENSORS if getattr(tokens, key) is not None}
+    tensors = {
+        key: getattr(tokens, key).cpu().clone(memory_format=torch.contiguous_format)
+        for key in TENSORS
+        if getattr(tokens, key) is not None
+    }
     metadata = tokens.metadata | {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -107,7 +109,9 @@ def _read_safetensors(path: Path, label: str) -> tuple[dict[str, Tensor], dict[s
                 )
             tensors = {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
-        raise SoftREPAError(f"{label}: the .safetensors file cannot be read ({error}), expected a whole file.") from None
+        raise SoftREPAError(
+            f"{label}: the .safetensors file cannot be read ({error}), expected a whole file."
+        ) from None
     version = metadata.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise SoftREPAError(f'{label}: format_version is "{version}", expected "{FORMAT_VERSION}"; update this pack.')
@@ -143,7 +147,9 @@ def _read_pth(path: Path, label: str) -> Tensor:
     if isinstance(content, embedding):
         content = content.__dict__.get("_parameters", {}).get("weight")
     if not isinstance(content, Tensor):
-        raise SoftREPAError(f"{label}: {path.name} holds a {type(content).__name__}, expected a tensor or an nn.Embedding.")
+        raise SoftREPAError(
+            f"{label}: {path.name} holds a {type(content).__name__}, expected a tensor or an nn.Embedding."
+        )
     return content.detach()
 
 
@@ -188,4 +194,3 @@ def summary(tokens: SoftTokens) -> list[str]:
     if tokens.negative_tokens is not None:
         lines.append(f"negative    a second bank, mean norm {tokens.negative_tokens.norm(dim=-1).mean():.4g}")
     return lines + [f"{key:11} {text}" for key, text in sorted(tokens.metadata.items())]
-

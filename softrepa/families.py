@@ -50,7 +50,8 @@ def family_of_shape(shape: tuple[int, ...], label: str) -> Family:
         if len(shape) == 2 and shape[1] == family.context_width:
             return family
     raise SoftREPAError(
-        f"{label}: tokens have shape {list(shape)}, expected [m, 768] (SD1.5), [m, 2048] (SDXL) or [layers, m, width] (SD3)."
+        f"{label}: tokens have shape {list(shape)}, "
+        "expected [m, 768] (SD1.5), [m, 2048] (SDXL) or [layers, m, width] (SD3)."
     )
 
 

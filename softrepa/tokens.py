@@ -123,7 +123,8 @@ class SoftTokens:
         dims_fit = self.tokens.ndim == (2 if self.family.is_unet else 3)
         if not dims_fit or (self.family.is_unet and self.width != self.family.context_width):
             raise SoftREPAError(
-                f"{self.label}: tokens have shape {list(self.tokens.shape)}, expected {expected} for {self.family.title}."
+                f"{self.label}: tokens have shape {list(self.tokens.shape)}, "
+                f"expected {expected} for {self.family.title}."
             )
         if self.negative_tokens is not None and self.negative_tokens.shape != self.tokens.shape:
             raise SoftREPAError(

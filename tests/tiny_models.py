@@ -85,7 +85,9 @@ def _unet(family: str) -> ModelPatcher:
     model_config.unet_config.update(config)
     model_config.set_inference_dtype(torch.float32, None)
     model = classes[family][1](model_config, device="cpu")
-    names = {ours: theirs for theirs, ours in comfy.utils.unet_to_diffusers(config).items() if "class_emb" not in theirs}
+    names = {
+        ours: theirs for theirs, ours in comfy.utils.unet_to_diffusers(config).items() if "class_emb" not in theirs
+    }
     shapes = {key: value.shape for key, value in model.diffusion_model.state_dict().items()}
     weights = {key: _weight(names[key], shape, f"{family}tiny") for key, shape in shapes.items()}
     model.diffusion_model.load_state_dict(weights)
@@ -119,10 +121,13 @@ def mmdit_of(width: int, blocks: int, dtype=torch.float32, **more) -> ModelPatch
     model_config.unet_config.update(config)
     model_config.set_inference_dtype(dtype, None)
     model = comfy.model_base.SD3(model_config, device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for tensor in model.diffusion_model.state_dict().values():
-        tensor.copy_(torch.randn(1, generator=generator).expand(tensor.shape) * 0)
-        tensor.view(-1)[: 1 << 16].normal_(0, 0.02, generator=generator)
+    pool = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    for name, tensor in model.diffusion_model.state_dict().items():
+        std = torch.Size(tensor.shape[1:]).numel() ** -0.5 if tensor.ndim > 1 else 0.02
+        mean = 1.0 if tensor.ndim == 1 and ("norm" in name or ".ln_" in name) else 0.0
+        shift = sum(name.encode()) * 97 % 4096  # a different stretch of the pool for each weight
+        values = pool[shift:].repeat(tensor.numel() // (len(pool) - shift) + 1)[: tensor.numel()]
+        tensor.copy_(values.view(tensor.shape) * std + mean)
     return ModelPatcher(model, CPU, CPU)
 
 

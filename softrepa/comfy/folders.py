@@ -31,7 +31,7 @@ def token_names() -> list[str]:
         if path.suffix == ".safetensors":
             names.add(file)
         elif path.name in PUBLISHED:
-            names.add(file if path.parent == Path(".") else str(path.parent))
+            names.add(file if path.parent == Path() else str(path.parent))
     return sorted(names)
 
 

@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ..errors import SoftREPAError
@@ -68,6 +69,11 @@ class TokenSet:
         return self.start_percent > 0 or self.end_percent < 1
 
     @property
+    def varies(self) -> bool:
+        """Whether its weight depends on the step or the sample, or is not 1."""
+        return self.is_windowed or self.has_roles or self.strength != 1
+
+    @property
     def has_roles(self) -> bool:
         return self.apply_to != "both" or self.uncond_bank == "negative"
 
@@ -92,9 +98,7 @@ def apply_tokens(
     """
     shape = model_shape(model)
     check_fit(tokens, shape)
-    added = TokenSet(
-        tokens, chosen_blocks(tokens, blocks), strength, start_percent, end_percent, apply_to, uncond_bank
-    )
+    added = TokenSet(tokens, chosen_blocks(tokens, blocks), strength, start_percent, end_percent, apply_to, uncond_bank)
     patched = model.clone()
     if strength > 0:
         before = model.get_attachment(KEY)
@@ -131,7 +135,9 @@ class SoftTokenPatch:
         base_model = executor.class_obj
         options = transformer_options.copy()
         negative = negative_rows(options.pop(ROLES, {}), options.get("uuids", ()), len(x))
-        state = self.state(base_model, t, negative)
+        # ComfyUI's compile node drops guards on transformer_options, so there what is inserted must never change.
+        is_compiled = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+        state = self.state(base_model, t, negative, is_fixed=is_compiled)
         options[KEY] = state
         if state.bias:
             refuse_replaced_attention(state, options)
@@ -139,16 +145,20 @@ class SoftTokenPatch:
             options["optimized_attention_override"] = state.attention
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
-    def state(self, base_model, sigma: Tensor, negative: list[bool]) -> CallState:
-        """Rows and biases of every place for sigma (B,) and the roles of the B samples."""
+    def state(self, base_model, sigma: Tensor, negative: list[bool], is_fixed: bool = False) -> CallState:
+        """Rows and biases of every place for sigma (B,) and the roles of the B samples.
+
+        Sets that do not act in this call are left out or, where `is_fixed`, inserted with weight 0.
+        """
         state = CallState(self)
         rows: dict[Place, list[Tensor]] = {}
         strengths: dict[Place, list[list[float]]] = {}
         device = sigma.device
         timestep = base_model.model_sampling.timestep(sigma).expand(len(negative))
         for token_set, tokens in zip(self.sets, self._on(device), strict=True):
-            per_sample = [token_set.strength_for(is_negative) for is_negative in negative]
-            if not any(per_sample) or not in_window(token_set, base_model.model_sampling, sigma):
+            is_open = in_window(token_set, base_model.model_sampling, sigma)
+            per_sample = [token_set.strength_for(is_negative) * is_open for is_negative in negative]
+            if not any(per_sample) and not is_fixed:
                 continue
             layers = self._rows(base_model, token_set, tokens, timestep, negative)
             for place in token_set.places:
@@ -159,7 +169,8 @@ class SoftTokenPatch:
         state.rows = {
             place: (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(dtype) for place, parts in rows.items()
         }
-        if any(strength != 1 for columns in strengths.values() for column in columns for strength in column):
+        varies = is_fixed and any(token_set.varies for token_set in self.sets)
+        if varies or any(strength != 1 for columns in strengths.values() for column in columns for strength in column):
             # log(0) = -inf: the soft keys do not exist for samples of the other role
             state.bias = {
                 place: torch.tensor(columns, dtype=torch.float32).T.log().to(device)

@@ -50,3 +50,12 @@ def token_folder(comfy_folders):
     yield folder
     shutil.rmtree(folder)
     folder.mkdir()
+
+
+@pytest.fixture(scope="session")
+def models():
+    """The tiny golden models by family; tests clone, never change them."""
+    from softrepa_tests import tiny_models
+
+    with torch.inference_mode():
+        return {family: tiny_models.build(family) for family in ("sd15", "sdxl", "sd3")}

@@ -8,7 +8,6 @@ import torch
 from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from safetensors.torch import load_file
-from softrepa_tests import tiny_models
 from softrepa_tests.sampling import Record, relative_error
 from softrepa_tests.tiny_models import CHANNELS, LENGTH, WIDTH, seeded
 
@@ -71,11 +70,6 @@ def raw_outputs(model, family: str, timestep: float) -> torch.Tensor:
         forward_hook.remove()
     assert len(seen) == 1
     return seen[0]
-
-
-@pytest.fixture(scope="module")
-def models():
-    return {family: tiny_models.build(family) for family in ("sd15", "sdxl", "sd3")}
 
 
 @pytest.mark.parametrize("name", GOLDENS)

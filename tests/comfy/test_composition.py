@@ -1,0 +1,360 @@
+"""Soft tokens together with what else people put on a model: the result is that of the plain injection."""
+
+import gc
+
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.hooks
+import comfy.lora
+import comfy.model_management
+import comfy.ops
+import comfy.sd
+import pytest
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from comfy_extras.nodes_sd3 import SkipLayerGuidanceSD3
+from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
+from comfyui_softrepa.softrepa.errors import SoftREPAError
+from comfyui_softrepa.softrepa.tokens import SoftTokens
+from softrepa_tests import tiny_models
+from softrepa_tests.oracle import injected
+from softrepa_tests.sampling import Record, guider, noise, prompt, record, relative_error, sample, sigmas_of
+from softrepa_tests.tiny_models import seeded
+from softrepa_tests.token_sets import tokens_for
+
+EXACT = 1e-5
+
+
+def check_both_orders(model, family, change, **options):
+    """`change` before and after our node gives what it gives on the plainly injected model."""
+    tokens = tokens_for(family)
+    with injected(model, tokens):
+        expected = sample(change(model), family, **options)
+    assert relative_error(sample(apply_tokens(change(model), tokens), family, **options), expected) <= EXACT
+    assert relative_error(sample(change(apply_tokens(model, tokens)), family, **options), expected) <= EXACT
+    assert relative_error(sample(apply_tokens(model, tokens), family, **options), expected) > 1e-4
+
+
+LORA_KEYS = {
+    "sd15": "input_blocks.1.1.transformer_blocks.0.attn2.to_k",
+    "sdxl": "input_blocks.3.1.transformer_blocks.0.attn2.to_k",
+    "sd3": "joint_blocks.0.x_block.mlp.fc1",
+}
+
+
+def lora_for(model, family):
+    key = LORA_KEYS[family]
+    out, inner = model.model.diffusion_model.state_dict()[f"{key}.weight"].shape
+    return {
+        f"diffusion_model.{key}.lora_up.weight": seeded((out, 4), "lora/up", 0.3),
+        f"diffusion_model.{key}.lora_down.weight": seeded((4, inner), "lora/down", 0.3),
+    }
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+def test_lora(models, family):
+    model = models[family]
+    lora = lora_for(model, family)
+    check_both_orders(model, family, lambda m: comfy.sd.load_lora_for_models(m, None, lora, 1.0, 0.0)[0])
+
+
+def small_controlnet() -> comfy.controlnet.ControlNet:
+    config = {key: value for key, value in tiny_models.UNETS["sd15"].items() if "output" not in key}
+    config.pop("out_channels")
+    net = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, operations=comfy.ops.manual_cast, device="cpu")
+    weights = {key: seeded(value.shape, f"control/{key}", 0.1) for key, value in net.state_dict().items()}
+    net.load_state_dict(weights)
+    control = comfy.controlnet.ControlNet(net.float().eval(), load_device=torch.device("cpu"))
+    return control.set_cond_hint(seeded((1, 3, 64, 64), "control/hint", 0.3), strength=0.8)
+
+
+def test_controlnet(models):
+    model, tokens = models["sd15"], tokens_for("sd15")
+    control = small_controlnet()
+    conds = {}
+    for name in ("positive", "negative"):
+        conds[name] = prompt("sd15", name)
+        conds[name][0][1].update(control=control, control_apply_to_uncond=False)
+    with injected(model, tokens):
+        expected = sample(model, "sd15", **conds)
+    assert relative_error(sample(apply_tokens(model, tokens), "sd15", **conds), expected) <= EXACT
+    assert relative_error(sample(apply_tokens(model, tokens), "sd15"), expected) > 1e-4
+
+
+def replace_attn2(model):
+    """An attn2 replacement as IPAdapter makes it: the text's attention plus one over image keys of its own."""
+
+    def replacement(q, k, v, extra_options):
+        image = seeded((1, 5, q.shape[-1]), "ip", 1.0).expand(q.shape[0], -1, -1)
+        heads = extra_options["n_heads"]
+        return optimized_attention(q, k, v, heads) + 0.5 * optimized_attention(q, image, image, heads)
+
+    model = model.clone()
+    model.set_model_attn2_replace(replacement, "input", 1)
+    return model
+
+
+def test_attn2_replacement(models):
+    check_both_orders(models["sd15"], "sd15", replace_attn2)
+
+
+@pytest.mark.parametrize("options", [{"strength": 0.5}, {"apply_to": "positive"}])
+def test_attn2_replacement_cannot_be_weighed(models, options):
+    for patched in (
+        apply_tokens(replace_attn2(models["sd15"]), tokens_for("sd15"), **options),
+        replace_attn2(apply_tokens(models["sd15"], tokens_for("sd15"), **options)),
+    ):
+        with pytest.raises(SoftREPAError, match="another node replaces cross-attention"):
+            sample(patched, "sd15")
+
+
+def test_context_patches_of_others(models):
+    """An attn2 patch of another pack keeps its effect, before or after ours; a value of its own too."""
+
+    def with_patch(model, value_scale=1.0):
+        model = model.clone()
+        model.set_model_attn2_patch(lambda n, context, value, extra: (n * 1.1, context, value * value_scale))
+        return model
+
+    check_both_orders(models["sd15"], "sd15", with_patch)
+    model, tokens = models["sd15"], tokens_for("sd15")
+    with injected(model, tokens):
+        expected = sample(with_patch(model, 0.9), "sd15")
+    assert relative_error(sample(with_patch(apply_tokens(model, tokens), 0.9), "sd15"), expected) <= EXACT
+    # before ours it scales the text's values and not the soft ones
+    assert relative_error(sample(apply_tokens(with_patch(model, 0.9), tokens), "sd15"), expected) > 1e-4
+
+
+def test_lengthened_context_cannot_be_weighed(models):
+    def lengthen(n, context, value, extra):
+        return n, torch.cat([context, context[:, :3]], 1), torch.cat([value, value[:, :3]], 1)
+
+    patched = apply_tokens(models["sd15"], tokens_for("sd15"), strength=0.5)
+    patched.set_model_attn2_patch(lengthen)
+    with pytest.raises(SoftREPAError, match="another node changes the text"):
+        sample(patched, "sd15")
+
+
+def test_perturbed_attention_guidance(models):
+    for family in ("sd15", "sdxl"):
+        check_both_orders(models[family], family, lambda m: PerturbedAttentionGuidance.execute(m, 2.0)[0])
+
+
+def test_skip_layer_guidance(models):
+    def skip(model):
+        return SkipLayerGuidanceSD3.execute(model, "1, 5", 2.0, 0.0, 1.0)[0]
+
+    model, tokens = models["sd3"], tokens_for("sd3")
+    with injected(model, tokens):
+        expected = sample(skip(model), "sd3")
+    for patched in (skip(apply_tokens(model, tokens)), apply_tokens(skip(model), tokens)):
+        assert relative_error(sample(patched, "sd3"), expected) <= EXACT
+    for strength in (0.5, 2.0):
+        weighed = sample(apply_tokens(skip(model), tokens, strength=strength), "sd3")
+        assert torch.isfinite(weighed).all()
+
+
+def test_another_double_block_replacement_below_ours(models):
+    seen = []
+
+    def other(args, extra):
+        seen.append(args["txt"].shape[1])
+        out = extra["original_block"](args)
+        return out | {"img": out["img"] * 1.01}
+
+    model, tokens = models["sd3"].clone(), tokens_for("sd3")
+    model.set_model_patch_replace(other, "dit", "double_block", 1)
+    with injected(model, tokens):
+        expected = sample(model, "sd3")
+    seen.clear()
+    twice = apply_tokens(apply_tokens(model, tokens), tokens_for("sd3", "b"))
+    assert relative_error(sample(apply_tokens(model, tokens), "sd3"), expected) <= EXACT
+    assert set(seen) == {154 + 4}
+    seen.clear()
+    sample(twice, "sd3")
+    assert set(seen) == {154 + 8}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_area_and_mask(models, family, strength):
+    """Regions run alone or in a batch of their own shape; strengths between compare the two batchings."""
+    model, tokens = models[family], tokens_for(family)
+    positive = prompt(family, "positive")
+    area, masked = prompt(family, "area"), prompt(family, "masked")
+    area[0][1].update(area=(4, 8, 4, 0), strength=0.9, set_area_to_bounds=False)
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, 32:] = 1
+    masked[0][1].update(mask=mask, set_area_to_bounds=False, mask_strength=0.7)
+    conds = {"positive": positive + area + masked}
+    ours = sample(apply_tokens(model, tokens, strength=strength), family, **conds)
+    if strength == 1:
+        with injected(model, tokens):
+            expected = sample(model, family, **conds)
+    else:
+        patched = apply_tokens(model, tokens, strength=strength)
+        patched.model_options["model_function_wrapper"] = one_by_one
+        expected = sample(patched, family, **conds)
+    assert relative_error(ours, expected) <= EXACT
+
+
+def one_by_one(apply_model, args):
+    """A model function wrapper that splits the batch of conds, as memory savers do."""
+    parts = []
+    count = len(args["cond_or_uncond"])
+    for index in range(count):
+        c = dict(args["c"])
+        for key, value in c.items():
+            if torch.is_tensor(value):
+                c[key] = value.chunk(count)[index]
+        options = c["transformer_options"] = dict(c["transformer_options"])
+        for key in ("cond_or_uncond", "uuids"):
+            options[key] = [options[key][index]]
+        chunks = (args["input"].chunk(count)[index], args["timestep"].chunk(count)[index])
+        parts.append(apply_model(*chunks, **c))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_conditioning_hooks_with_a_schedule(models, family):
+    model, tokens = models[family], tokens_for(family)
+
+    def conds():
+        hooks = comfy.hooks.create_hook_lora(lora_for(model, family), 1.0, 0.0)
+        frames = comfy.hooks.HookKeyframeGroup()
+        frames.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
+        frames.add(comfy.hooks.HookKeyframe(strength=0.2, start_percent=0.5))
+        hooks.set_keyframes_on_hooks(frames)
+        return {"positive": comfy.hooks.set_hooks_for_conditioning(prompt(family, "positive"), hooks)}
+
+    with injected(model, tokens):
+        expected = sample(model.clone(), family, **conds())
+    assert relative_error(sample(apply_tokens(model, tokens), family, **conds()), expected) <= EXACT
+    assert relative_error(sample(apply_tokens(model, tokens), family), expected) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+@pytest.mark.parametrize(
+    "options", [{}, {"strength": 0.5, "start_percent": 0.3, "end_percent": 0.7, "apply_to": "positive"}]
+)
+def test_torch_compile(models, family, options):
+    """As ComfyUI's compile node does it: the same result, and no recompilation after step 2."""
+    torch.compiler.reset()
+    patched = apply_tokens(models[family], tokens_for(family), **options)
+    expected = record(guider(patched, family), noise(family), sigmas_of(patched, 10))
+    compiled = patched.clone()
+    set_torch_compile_wrapper(compiled, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
+    graphs = []
+
+    def count(args):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return args["denoised"]
+
+    compiled.set_model_sampler_post_cfg_function(count)
+    torch._dynamo.utils.counters.clear()
+    outputs = record(guider(compiled, family), noise(family), sigmas_of(patched, 10))
+    assert graphs[0] > 0
+    assert graphs[1] == graphs[-1]
+    for step, (ours, reference) in enumerate(zip(outputs, expected, strict=True)):
+        assert relative_error(ours, reference) <= EXACT, step
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_weights_in_other_dtypes(family, dtype):
+    model = tiny_models.build(family)
+    model.model.diffusion_model.to(dtype)
+    model.model.diffusion_model.dtype = dtype
+    model.model.manual_cast_dtype = torch.float32
+    for module in model.model.diffusion_model.modules():
+        if hasattr(module, "comfy_cast_weights"):
+            module.comfy_cast_weights = True
+    ours = sample(apply_tokens(model, tokens_for(family)), family, steps=2)
+    with injected(model, tokens_for(family)):
+        expected = sample(model, family, steps=2)
+    assert torch.isfinite(ours).all()
+    assert relative_error(ours, expected) <= EXACT
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_half_precision_compute(family, strength):
+    model = tiny_models.build(family)
+    full = sample(apply_tokens(model, tokens_for(family), strength=strength), family, steps=1)
+    model.model.diffusion_model.to(torch.bfloat16)
+    model.model.diffusion_model.dtype = torch.bfloat16
+    half = sample(apply_tokens(model, tokens_for(family), strength=strength), family, steps=1)
+    assert torch.isfinite(half).all()
+    assert relative_error(half, full) < 0.1
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+def test_partial_loading_that_offloads(family):
+    model = tiny_models.build(family)
+    expected = sample(apply_tokens(model, tokens_for(family)), family)
+    patched = apply_tokens(model, tokens_for(family))
+    budget = patched.model_size() // 3
+    patched.partially_load(torch.device("cpu"), budget)
+    patched.partially_unload(torch.device("cpu"), patched.model_size() * 2 // 3)
+    lowvram = [
+        m for m in model.model.diffusion_model.modules() if getattr(m, "prev_comfy_cast_weights", None) is not None
+    ]
+    assert lowvram, "nothing was offloaded"
+    ours = sample(patched, family)
+    assert relative_error(ours, expected) <= EXACT
+
+
+@pytest.mark.parametrize("version", ["medium", "large"])
+def test_sd35(version):
+    """SD3.5: query-key norms, and in -medium an image-only attention beside the joint one."""
+    more = {"qk_norm": "rms"} | ({"x_block_self_attn_layers": [0, 1]} if version == "medium" else {})
+    width, layers = (384, 4) if version == "medium" else (2432, 1)
+    model = tiny_models.mmdit_of(width, layers + 1, **more)
+    tokens = SoftTokens.of(
+        seeded((layers, 4, width), "35/tokens", 1.0),
+        "sd3",
+        layers,
+        time_table=seeded((100, layers * width), "35/table", 1.0),
+    )
+    with injected(model, tokens):
+        expected = sample(model, "sd3", steps=2)
+    assert relative_error(sample(apply_tokens(model, tokens), "sd3", steps=2), expected) <= EXACT
+    assert torch.isfinite(sample(apply_tokens(model, tokens, strength=0.5), "sd3", steps=2)).all()
+    assert relative_error(sample(model, "sd3", steps=2), expected) > EXACT
+
+
+def test_text_width_tokens_with_a_time_table(models):
+    """4096-wide rows go through the context embedder first; the table, of hidden width, is added after it."""
+    tokens = SoftTokens.of(
+        seeded((3, 2, 4096), "wide/tokens", 0.5), "sd3", 3, time_table=seeded((100, 3 * 384), "wide/table", 0.5)
+    )
+    with injected(models["sd3"], tokens):
+        expected = sample(models["sd3"], "sd3")
+    assert relative_error(sample(apply_tokens(models["sd3"], tokens), "sd3"), expected) <= EXACT
+
+
+def test_reference_text_length(models):
+    """77 + 512 text tokens, as the reference runs SD3."""
+    tokens = tokens_for("sd3")
+    conds = {name: prompt("sd3", name, length=589) for name in ("positive", "negative")}
+    with injected(models["sd3"], tokens):
+        expected = sample(models["sd3"], "sd3", **conds)
+    assert relative_error(sample(apply_tokens(models["sd3"], tokens), "sd3", **conds), expected) <= EXACT
+
+
+def test_no_growth_over_two_hundred_prompts(models):
+    """Patched models are dropped with their graph."""
+    counts = []
+    for number in range(200):
+        patched = apply_tokens(models["sd15"], tokens_for("sd15"), strength=0.5)
+        guider(patched, "sd15").sample(
+            noise("sd15"), noise("sd15"), Record(), sigmas_of(patched, 1), disable_pbar=True, seed=0
+        )
+        del patched
+        if number % 50 == 49:
+            gc.collect()
+            counts.append(len(gc.get_objects()))
+    assert max(counts) - min(counts) < 500, counts

@@ -1,0 +1,242 @@
+"""The nodes as ComfyUI loads them: what they do, and the sentence for each wrong input."""
+
+import asyncio
+import os
+import time
+
+import nodes
+import pytest
+import torch
+from comfyui_softrepa.softrepa import checkpoint
+from safetensors.torch import save_file
+from softrepa_tests import published, tiny_models
+from softrepa_tests.conftest import ROOT
+from softrepa_tests.oracle import injected
+from softrepa_tests.sampling import relative_error, sample
+from softrepa_tests.token_sets import tokens_for
+
+
+@pytest.fixture(scope="module")
+def pack():
+    """Node classes by id, as ComfyUI's own loader registers them."""
+    before = set(nodes.NODE_CLASS_MAPPINGS)
+    assert asyncio.run(nodes.load_custom_node(str(ROOT))), "the pack failed to load"
+    added = set(nodes.NODE_CLASS_MAPPINGS) - before
+    return {name: nodes.NODE_CLASS_MAPPINGS[name] for name in added}
+
+
+@pytest.fixture
+def saved(token_folder):
+    """Files for the tiny models in models/softrepa; their names by family."""
+    for family in ("sd15", "sdxl", "sd3"):
+        checkpoint.save(tokens_for(family), token_folder / f"{family}.safetensors")
+    return {family: f"{family}.safetensors" for family in ("sd15", "sdxl", "sd3")}
+
+
+def choices(node) -> list[str]:
+    return node.INPUT_TYPES()["required"]["tokens_name"][1]["options"]
+
+
+def test_every_node_is_documented(pack):
+    assert {"SoftREPALoadTokens", "SoftREPAApplyTokens", "SoftREPASaveTokens", "SoftREPAPreviewTokens"} <= set(pack)
+    for name, node in pack.items():
+        schema = node.GET_SCHEMA()
+        assert schema.category == "SoftREPA"
+        assert schema.description
+        assert schema.search_aliases
+        for entry in (*schema.inputs, *schema.outputs):
+            assert entry.tooltip, (name, entry.id)
+        page = ROOT / "nodes" / "web" / "docs" / f"{name}.md"
+        text = page.read_text(encoding="utf-8")
+        for entry in schema.inputs:
+            assert f"`{entry.id}`" in text, (page, entry.id)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+def test_load_and_apply_are_the_reference(pack, models, saved, family):
+    patched, tokens = pack["SoftREPALoadTokens"].execute(models[family], saved[family]).args
+    (applied,) = pack["SoftREPAApplyTokens"].execute(models[family], tokens).args
+    with injected(models[family], tokens_for(family)):
+        expected = sample(models[family], family)
+    assert relative_error(sample(patched, family), expected) <= 1e-5
+    assert torch.equal(sample(applied, family), sample(patched, family))
+
+
+def test_published_folders_are_listed_and_load(pack, token_folder):
+    load = pack["SoftREPALoadTokens"]
+    published.write(token_folder / "papers" / "sd1.5", "sd15")
+    published.write(token_folder, "sdxl")
+    (token_folder / "readme.txt").write_text("not a token file")
+    assert choices(load) == ["dc_tokens.pth", os.path.join("papers", "sd1.5")]
+    for family, name in (("sd15", os.path.join("papers", "sd1.5")), ("sdxl", "dc_tokens.pth")):
+        model = tiny_models.build(family)
+        patched, tokens = load.execute(model, name).args
+        assert (tokens.time_table is None) == (family == "sdxl")
+        assert torch.isfinite(sample(patched, family, steps=1)).all()
+
+
+def test_published_sd3_width_runs(pack, token_folder):
+    published.write(token_folder / "sd3", "sd3")
+    model = tiny_models.mmdit_of(1536, 6)
+    patched, tokens = pack["SoftREPALoadTokens"].execute(model, "sd3").args
+    with injected(model, tokens):
+        expected = sample(model, "sd3", steps=1)
+    assert relative_error(sample(patched, "sd3", steps=1), expected) <= 1e-5
+
+
+OFFICIAL = os.environ.get("SOFTREPA_OFFICIAL_TOKENS")
+if OFFICIAL:
+
+    @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+    def test_official_files_run(models, family):
+        from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
+
+        model = tiny_models.mmdit_of(1536, 6) if family == "sd3" else models[family]
+        tokens = checkpoint.load(os.path.join(OFFICIAL, family.replace("sd15", "sd1.5")))
+        with injected(model, tokens):
+            expected = sample(model, family, steps=2)
+        assert relative_error(sample(apply_tokens(model, tokens), family, steps=2), expected) <= 1e-5
+
+
+def test_saved_files_are_listed_at_once(pack, models, token_folder):
+    published.write(token_folder / "original", "sd15")
+    load, save = pack["SoftREPALoadTokens"], pack["SoftREPASaveTokens"]
+    _, tokens = load.execute(models["sd15"], "original").args
+    for expected in ("mine/converted_00001.safetensors", "mine/converted_00002.safetensors"):
+        save.execute(tokens, "mine/converted")
+        assert os.path.normpath(expected) in choices(load)
+    _, again = load.execute(models["sd15"], os.path.normpath(expected)).args
+    assert torch.equal(again.tokens, tokens.tokens)
+    assert torch.equal(again.time_table, tokens.time_table)
+
+
+@pytest.mark.parametrize("prefix", ["../outside", "/tmp/outside", "", "a/../../outside"])
+def test_saving_stays_in_the_model_folder(pack, models, saved, prefix):
+    _, tokens = pack["SoftREPALoadTokens"].execute(models["sd15"], saved["sd15"]).args
+    with pytest.raises(ValueError, match="filename_prefix is .*expected a name inside models/softrepa"):
+        pack["SoftREPASaveTokens"].execute(tokens, prefix)
+
+
+def test_a_changed_file_is_loaded_again(pack, saved, token_folder):
+    load = pack["SoftREPALoadTokens"]
+    before = load.fingerprint_inputs(tokens_name=saved["sd15"])
+    assert load.fingerprint_inputs(tokens_name=saved["sd15"]) == before
+    time.sleep(0.01)
+    checkpoint.save(tokens_for("sd15", "b"), token_folder / saved["sd15"])
+    assert load.fingerprint_inputs(tokens_name=saved["sd15"]) != before
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+def test_preview(pack, models, saved, family):
+    _, tokens = pack["SoftREPALoadTokens"].execute(models[family], saved[family]).args
+    output = pack["SoftREPAPreviewTokens"].execute(tokens)
+    image, text = output.args
+    assert image.shape[0] == 1
+    assert image.shape[3] == 3
+    assert 0 <= image.min() < image.max() <= 1
+    assert family in text
+    assert output.ui.as_dict()["images"]
+
+
+def refusal(pack, model, name, **options) -> str:
+    with pytest.raises(ValueError, match=".") as caught:
+        pack["SoftREPALoadTokens"].execute(model, name, **options)
+    assert caught.value.__cause__ is None
+    return str(caught.value)
+
+
+def test_wrong_family_and_width(pack, models, saved, token_folder):
+    message = refusal(pack, models["sdxl"], saved["sd3"])
+    expected = 'Tokens "sd3.safetensors" are for sd3 (5 layers x 384), but this model is SDXL (context width 2048).'
+    assert message == expected
+    assert "are for sd15 (context width 768), but this model is SD3 (6 joint blocks x 384)" in refusal(
+        pack, models["sd3"], saved["sd15"]
+    )
+    published.write(token_folder / "wide", "sd3")
+    assert '"wide" are for sd3 (5 layers x 1536), but this model is SD3 (6 joint blocks x 384)' in refusal(
+        pack, models["sd3"], "wide"
+    )
+    save_file({"tokens": torch.ones(9, 4, 384)}, token_folder / "deep.safetensors")
+    assert "(9 layers x 384), but this model is SD3 (6 joint blocks" in refusal(pack, models["sd3"], "deep.safetensors")
+
+
+def test_wrong_files(pack, models, saved, token_folder):
+    (token_folder / "cut.safetensors").write_bytes((token_folder / "sd15.safetensors").read_bytes()[:-50])
+    assert "expected a whole file" in refusal(pack, models["sd15"], "cut.safetensors")
+    save_file({"lora.up.weight": torch.ones(4, 4)}, token_folder / "lora.safetensors")
+    assert "expected `tokens`" in refusal(pack, models["sd15"], "lora.safetensors")
+    save_file({"tokens": torch.full((4, 768), torch.nan)}, token_folder / "nan.safetensors")
+    assert "NaN or infinite" in refusal(pack, models["sd15"], "nan.safetensors")
+    save_file({"time_table": torch.ones(100, 768)}, token_folder / "table.safetensors")
+    assert "without tokens" in refusal(pack, models["sd15"], "table.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strength": -1.0}, "strength is -1.0, expected 0 or more"),
+        ({"strength": float("nan")}, "strength is nan"),
+        ({"start_percent": 0.8, "end_percent": 0.2}, "start_percent is 0.8, expected at most end_percent, 0.2"),
+        ({"end_percent": 1.5}, "end_percent is 1.5, expected 0 to 1"),
+        ({"blocks": "down,sideways"}, 'blocks is "down,sideways", expected a comma list of down, mid, up'),
+        ({"blocks": ""}, 'blocks is ""'),
+        ({"apply_to": "none"}, 'apply_to is "none", expected one of both, positive, negative'),
+        ({"uncond_bank": "negative"}, 'uncond_bank is "negative", but the file has one bank'),
+    ],
+)
+def test_wrong_options(pack, models, saved, options, message):
+    assert message in refusal(pack, models["sd15"], saved["sd15"], **options)
+    if "blocks" not in options:  # at strength 0 too
+        assert message in refusal(pack, models["sd15"], saved["sd15"], **({"strength": 0.0} | options))
+
+
+def test_too_many_blocks(pack, models, saved):
+    assert "blocks is 6, expected at most the file's 5 layers" in refusal(
+        pack, models["sd3"], saved["sd3"], blocks="6"
+    )
+    assert 'blocks is "down", expected the number of joint blocks' in refusal(
+        pack, models["sd3"], saved["sd3"], blocks="down"
+    )
+
+
+def test_foreign_models(pack, models, saved):
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = {
+        "image_model": "flux",
+        "in_channels": 16,
+        "patch_size": 2,
+        "out_channels": 16,
+        "vec_in_dim": 64,
+        "context_in_dim": 64,
+        "hidden_size": 128,
+        "mlp_ratio": 4.0,
+        "num_heads": 1,
+        "depth": 1,
+        "depth_single_blocks": 1,
+        "axes_dim": [16, 56, 56],
+        "theta": 10000,
+        "qkv_bias": True,
+        "guidance_embed": True,
+        "txt_ids_dims": [],
+    }
+    flux = comfy.model_base.Flux(comfy.supported_models.Flux(config), device="cpu")
+    patcher = comfy.model_patcher.ModelPatcher(flux, torch.device("cpu"), torch.device("cpu"))
+    assert refusal(pack, patcher, saved["sd3"]) == "Model is Flux, expected SD1.5, SDXL, SD3 or SD3.5."
+
+
+def test_names_that_are_not_there(pack, token_folder, saved):
+    load = pack["SoftREPALoadTokens"]
+    assert load.validate_inputs(tokens_name="sd15.safetensors") is True
+    message = load.validate_inputs(tokens_name="gone.safetensors")
+    assert message == (
+        'Tokens "gone.safetensors": not in models/softrepa, '
+        "expected one of sd15.safetensors, sd3.safetensors, sdxl.safetensors there."
+    )
+    assert "not in models/softrepa" in load.validate_inputs(tokens_name="../../secret.safetensors")
+    for file in token_folder.iterdir():
+        file.unlink()
+    assert choices(load) == []
+    assert "no token files are in models/softrepa" in load.validate_inputs(tokens_name="gone.safetensors")

@@ -1,0 +1,330 @@
+"""Soft tokens on a MODEL under ComfyUI's real samplers: strength, window, roles, blocks, several sets, batching."""
+
+import gc
+import weakref
+
+import comfy.samplers
+import pytest
+import torch
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from comfy_extras.nodes_perpneg import Guider_PerpNeg
+from comfy_extras.nodes_sag import SelfAttentionGuidance
+from comfyui_softrepa.softrepa.comfy.patching import KEY, apply_tokens
+from comfyui_softrepa.softrepa.tokens import SoftTokens
+from softrepa_tests.oracle import injected
+from softrepa_tests.sampling import guider, noise, prompt, record, relative_error, sample, sigmas_of
+from softrepa_tests.token_sets import tokens_for
+
+FAMILIES = ("sd15", "sdxl", "sd3")
+EXACT = 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strength_one_equals_plain_injection(models, family):
+    tokens = tokens_for(family)
+    ours = sample(apply_tokens(models[family], tokens), family)
+    with injected(models[family], tokens):
+        expected = sample(models[family], family)
+    assert relative_error(ours, expected) <= EXACT
+    assert relative_error(sample(models[family], family), expected) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strength_zero_is_the_unpatched_model(models, family):
+    patched = apply_tokens(models[family], tokens_for(family), strength=0.0)
+    assert patched.model_options == models[family].model_options
+    assert torch.equal(sample(patched, family), sample(models[family], family))
+
+
+class AttentionSpy:
+    """Records the softmax mass on the soft keys of every attention that has them."""
+
+    def __init__(self, soft_keys):
+        self.soft_keys, self.mass = soft_keys, []
+
+    def __call__(self, func, q, k, v, heads, mask=None, **kwargs):
+        columns = self.soft_keys(k.shape[1], q.shape[1])
+        if columns is not None:
+            split = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k)]
+            logits = split[0] @ split[1].transpose(-1, -2) * split[0].shape[-1] ** -0.5
+            if mask is not None:
+                logits = logits + mask.unsqueeze(1)
+            self.mass.append(logits.softmax(-1)[..., columns].sum(-1).mean().item())
+        return func(q, k, v, heads, mask=mask, **kwargs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_mass_rises_with_strength(models, family):
+    if family == "sd3":
+        image = 16
+        columns = lambda keys, queries: [0, 1, 2, 3] if keys == 4 + 154 + image else None  # noqa: E731
+    else:
+        columns = lambda keys, queries: [1, 2, 3, 4] if keys == 81 else None  # noqa: E731
+    plain = sample(models[family], family)
+    mass, distance = [], []
+    for strength in (0.001, 0.1, 0.5, 1.0, 2.0):
+        spied = models[family].clone()
+        spy = AttentionSpy(columns)
+        spied.model_options["transformer_options"]["optimized_attention_override"] = spy
+        out = sample(apply_tokens(spied, tokens_for(family), strength=strength), family)
+        mass.append(sum(spy.mass) / len(spy.mass))
+        distance.append(relative_error(out, plain))
+    assert mass == sorted(mass)
+    assert mass[0] < 0.01 < mass[-1]
+    assert distance[0] < 0.02 * distance[3]
+    assert distance[0] < distance[1] < distance[2] < distance[3]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_small_strength_tends_to_the_plain_model(models, family):
+    plain = sample(models[family], family)
+    errors = [
+        relative_error(sample(apply_tokens(models[family], tokens_for(family), strength=s), family), plain)
+        for s in (1e-2, 1e-4, 1e-6)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_window_acts_on_exactly_its_steps(models, family):
+    model = models[family]
+    sigmas = sigmas_of(model, 10)
+    sampling = model.get_model_object("model_sampling")
+    start, end = sampling.percent_to_sigma(0.3), sampling.percent_to_sigma(0.7)
+    x = noise(family)
+    patched = apply_tokens(model, tokens_for(family), start_percent=0.3, end_percent=0.7)
+    plain = record(guider(model, family), x, sigmas)
+    full = record(guider(apply_tokens(model, tokens_for(family)), family), x, sigmas)
+    windowed = record(guider(patched, family), x, sigmas)
+    inside = [end <= sigma <= start for sigma in sigmas[:-1].tolist()]
+    assert 0 < sum(inside) < len(inside)
+    for step, is_inside in enumerate(inside):
+        assert torch.equal(windowed[step], (full if is_inside else plain)[step]), step
+        assert not torch.equal(full[step], plain[step])
+
+
+def predictions(model, family, tokens, negative_tokens=None):
+    """Denoised predictions of the positive and the negative prompt, each alone, with the plain injection."""
+    out = []
+    for name, active in (("positive", tokens), ("negative", negative_tokens)):
+        alone = guider(model, family, cfg=1.0, positive=prompt(family, name))
+        sigmas = sigmas_of(model, 2)
+        if active is None:
+            out.append(record(alone, noise(family), sigmas)[0])
+        else:
+            with injected(model, active):
+                out.append(record(alone, noise(family), sigmas)[0])
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("apply_to", ["both", "positive", "negative"])
+def test_apply_to_under_cfg(models, family, apply_to):
+    tokens = tokens_for(family)
+    patched = apply_tokens(models[family], tokens, apply_to=apply_to)
+    ours = record(guider(patched, family, cfg=3.0), noise(family), sigmas_of(patched, 2))[0]
+    positive, negative = predictions(
+        models[family], family, *(tokens if apply_to in ("both", role) else None for role in ("positive", "negative"))
+    )
+    assert relative_error(ours, negative + 3.0 * (positive - negative)) <= EXACT
+
+
+def test_negative_bank_acts_on_the_unconditional_half(models):
+    for family in FAMILIES:
+        tokens = tokens_for(family, banks=True)
+        other = SoftTokens(tokens.negative_tokens, tokens.family, tokens.blocks, time_table=tokens.time_table)
+        patched = apply_tokens(models[family], tokens, uncond_bank="negative")
+        ours = record(guider(patched, family, cfg=3.0), noise(family), sigmas_of(patched, 2))[0]
+        positive, negative = predictions(models[family], family, tokens, other)
+        assert relative_error(ours, negative + 3.0 * (positive - negative)) <= EXACT
+
+
+class RoleSpy:
+    """Which prompts an attention sees soft keys for: by call, a flag per cond of the batch."""
+
+    def __init__(self, model, patch_key=KEY):
+        self.calls = []
+        patch = model.get_attachment(patch_key)
+        state = patch.state
+
+        def spied(base_model, sigma, negative, is_fixed=False):
+            result = state(base_model, sigma, negative, is_fixed)
+            weights = [
+                bool(result.rows) and (not result.bias or next(iter(result.bias.values()))[i].max().item() > -1)
+                for i in range(len(negative))
+            ]
+            self.calls.append(weights)
+            return result
+
+        patch.state = spied
+
+
+@pytest.mark.parametrize("apply_to", ["positive", "negative"])
+def test_roles_under_other_guiders(models, apply_to):
+    """By the cond's name in the guider, whatever its position in the batch."""
+    family = "sd15"
+    is_positive = apply_to == "positive"
+
+    def run(make):
+        patched = apply_tokens(models[family], tokens_for(family), apply_to=apply_to)
+        guided = make(patched)
+        spy = RoleSpy(patched)
+        record(guided, noise(family), sigmas_of(patched, 1))
+        return spy.calls
+
+    def dual(model):
+        guided = Guider_DualCFG(model)
+        guided.set_conds(prompt(family, "positive"), prompt(family, "middle"), prompt(family, "negative"))
+        guided.set_cfg(3.0, 2.0)
+        return guided
+
+    def perp(model):
+        guided = Guider_PerpNeg(model)
+        guided.set_conds(prompt(family, "positive"), prompt(family, "negative"), prompt(family, "empty"))
+        guided.set_cfg(3.0, 1.0)
+        return guided
+
+    # ComfyUI batches the last cond first: Dual [positive, middle, negative], Perp-Neg [empty, negative, positive]
+    assert run(dual) == [[is_positive, is_positive, not is_positive]]
+    assert run(perp) == [[not is_positive, not is_positive, is_positive]]
+    # SAG runs the unconditional prompt again, alone, at position 0
+    sag = run(lambda model: guider(SelfAttentionGuidance.execute(model, 0.5, 2.0)[0], family))
+    assert sag == [[not is_positive, is_positive], [not is_positive]]
+
+
+def test_roles_survive_area_copies(models):
+    """ComfyUI copies a cond, uuid and all, into the other role for its area; the copy has the other role."""
+    family = "sd15"
+
+    def cornered(name):
+        area = prompt(family, name)
+        area[0][1].update(area=(4, 4, 0, 0), strength=1.0, set_area_to_bounds=False)
+        return area
+
+    positive = prompt(family, "positive") + cornered("corner")
+    patched = apply_tokens(models[family], tokens_for(family), apply_to="positive")
+    ours = record(guider(patched, family, cfg=3.0, positive=positive), noise(family), sigmas_of(patched, 2))[0]
+    plain = guider(models[family], family, cfg=1.0, positive=prompt(family, "negative") + cornered("negative"))
+    uncond = record(plain, noise(family), sigmas_of(patched, 2))[0]
+    with injected(models[family], tokens_for(family)):
+        alone = guider(models[family], family, cfg=1.0, positive=positive)
+        cond = record(alone, noise(family), sigmas_of(patched, 2))[0]
+    assert relative_error(ours, uncond + 3.0 * (cond - uncond)) <= EXACT
+
+
+def test_narrower_blocks(models):
+    tokens = tokens_for("sd3")
+    fewer = SoftTokens(tokens.tokens[:2], tokens.family, 2, time_table=tokens.time_table[:, : 2 * 384])
+    with injected(models["sd3"], fewer):
+        expected = sample(models["sd3"], "sd3")
+    assert relative_error(sample(apply_tokens(models["sd3"], tokens, blocks="2"), "sd3"), expected) <= EXACT
+    for blocks in (("down",), ("up",), ("down", "mid", "up")):
+        with injected(models["sd15"], tokens_for("sd15", blocks=blocks)):
+            expected = sample(models["sd15"], "sd15")
+        ours = sample(apply_tokens(models["sd15"], tokens_for("sd15"), blocks=",".join(blocks)), "sd15")
+        assert relative_error(ours, expected) <= EXACT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_nodes_in_a_row_insert_together(models, family):
+    first, second = tokens_for(family, "a"), tokens_for(family, "b", blocks=2 if family == "sd3" else ("down",))
+    patched = apply_tokens(apply_tokens(models[family], first), second)
+    with injected(models[family], first, second):
+        expected = sample(models[family], family)
+    assert relative_error(sample(patched, family), expected) <= EXACT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_clones_do_not_see_each_other(models, family):
+    one = apply_tokens(models[family], tokens_for(family, "a"))
+    two = apply_tokens(models[family], tokens_for(family, "b"))
+    base_before = sample(models[family], family)
+    first = sample(one, family)
+    second = sample(two, family)
+    assert torch.equal(sample(one, family), first)
+    assert torch.equal(sample(two, family), second)
+    assert torch.equal(sample(models[family], family), base_before)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("length", [77, 154, 231])
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_long_prompts_batched_and_one_by_one(models, family, length, strength, monkeypatch):
+    """A negative of 77 is repeated to the positive's length when batched; the result stays."""
+    patched = apply_tokens(models[family], tokens_for(family), strength=strength)
+    conds = {"positive": prompt(family, "positive", length=length), "negative": prompt(family, "negative")}
+    calls = count_network_calls(patched)
+    batched = sample(patched, family, steps=2, **conds)
+    assert calls() == 2
+    monkeypatch.setattr(patched.model, "memory_required", lambda *args, **kwargs: 1e30)
+    single = sample(patched, family, steps=2, **conds)
+    assert calls() == 4
+    assert relative_error(single, batched) <= EXACT
+
+
+def count_network_calls(model):
+    """A function that returns the calls of the network since it was last asked."""
+    seen = []
+    model.model.diffusion_model.register_forward_hook(lambda *_: seen.append(1))
+
+    def calls():
+        count = len(seen)
+        seen.clear()
+        return count
+
+    return calls
+
+
+def test_context_of_another_length_gets_one_insertion(models):
+    for length in (50, 100):
+        positive, negative = (prompt("sd15", name, length=length) for name in ("positive", "negative"))
+        patched = apply_tokens(models["sd15"], tokens_for("sd15"))
+        with injected(models["sd15"], tokens_for("sd15")):
+            expected = sample(models["sd15"], "sd15", positive=positive, negative=negative)
+        ours = sample(patched, "sd15", positive=positive, negative=negative)
+        assert relative_error(ours, expected) <= EXACT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_batch_sizes_and_odd_sizes(models, family, batch):
+    tokens = tokens_for(family)
+    x = noise(family, batch=batch, size=(9, 14) if family == "sd3" else (10, 14))
+    ours = sample(apply_tokens(models[family], tokens), family, steps=2, x=x)
+    with injected(models[family], tokens):
+        expected = sample(models[family], family, steps=2, x=x)
+    assert relative_error(ours, expected) <= EXACT
+
+
+def test_timesteps_are_those_of_each_sample(models):
+    """One call with different sigmas in the batch uses each sample's own row of the time table."""
+    for family in FAMILIES:
+        model, tokens = models[family], tokens_for(family)
+        patched = apply_tokens(model, tokens)
+        sigmas = sigmas_of(model, 3)[:2]
+        x = noise(family, batch=2)
+        context = prompt(family, "positive", batch=2)[0][0]
+        extra = {} if family == "sd15" else {"y": torch.zeros(2, 2816 if family == "sdxl" else 2048)}
+
+        def call(owner, x=x, sigmas=sigmas, context=context, extra=extra):
+            options = owner.model_options["transformer_options"]
+            return owner.model.apply_model(x, sigmas, c_crossattn=context, transformer_options=options, **extra)
+
+        together = call(patched)
+        with injected(model, tokens):
+            expected = call(model)
+        assert relative_error(together, expected) <= EXACT
+
+
+def test_freed_with_the_model_clone(models):
+    gone = []
+    for family in FAMILIES:
+        patched = apply_tokens(models[family], tokens_for(family))
+        sample(patched, family, steps=1)
+        gone.append(weakref.ref(patched.get_attachment(KEY)))
+        del patched
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * len(FAMILIES)
+    assert comfy.samplers is not None

@@ -1,0 +1,76 @@
+"""The data model: which rows a block sees, and what is refused."""
+
+import pytest
+import torch
+from comfyui_softrepa.softrepa.errors import SoftREPAError
+from comfyui_softrepa.softrepa.tokens import SoftTokens, bucket
+
+
+def test_buckets():
+    timesteps = torch.tensor([0.0, 9.99, 10, 499.9, 500, 989, 990, 999, 999.9, 1000])
+    assert bucket(timesteps).tolist() == [0, 0, 1, 49, 50, 98, 99, 99, 99, 99]
+
+
+def test_unet_rows_are_tokens_plus_their_bucket():
+    tokens, table = torch.randn(4, 768), torch.randn(100, 768)
+    rows = SoftTokens.of(tokens, "sd15", ("down",), time_table=table).at(torch.tensor([3, 999]))
+    assert rows.shape == (2, 1, 4, 768)
+    assert torch.equal(rows[0, 0], tokens + table[0])
+    assert torch.equal(rows[1, 0], tokens + table[99])
+
+
+def test_mmdit_rows_take_their_layers_chunk():
+    tokens, table = torch.randn(5, 4, 64), torch.randn(100, 5 * 64)
+    rows = SoftTokens.of(tokens, "sd3", 5, time_table=table).at(torch.tensor([250.0]))
+    assert rows.shape == (1, 5, 4, 64)
+    for layer in range(5):
+        assert torch.equal(rows[0, layer], tokens[layer] + table[25, layer * 64 : (layer + 1) * 64])
+
+
+def test_text_width_rows_are_embedded_before_the_table():
+    tokens, table, weight = torch.randn(3, 2, 4096), torch.randn(100, 3 * 64), torch.randn(64, 4096)
+    soft = SoftTokens.of(tokens, "sd3", 3, time_table=table)
+    rows = soft.at(torch.tensor([10]), embed=lambda x: x @ weight.T)
+    assert soft.hidden_width == 64
+    expected = tokens @ weight.T + table[1].view(3, 1, 64)
+    assert torch.allclose(rows[0], expected, atol=1e-4)
+
+
+def test_banks():
+    tokens, negative = torch.randn(4, 2048), torch.randn(4, 2048)
+    soft = SoftTokens.of(tokens, "sdxl", ("down", "mid"), negative_tokens=negative)
+    assert torch.equal(soft.at(torch.tensor([5]))[0, 0], tokens)
+    assert torch.equal(soft.at(torch.tensor([5]), negative=True)[0, 0], negative)
+
+
+def test_half_precision_files_become_float32():
+    assert SoftTokens.of(torch.randn(4, 768).half(), "sd15", ("down",)).tokens.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SoftTokens.of(torch.randn(4, 1024), "sd15", ("down",)), r"shape \[4, 1024\], expected \[m, 768\]"),
+        (lambda: SoftTokens.of(torch.randn(4, 768), "sd3", 5), r"expected \[layers, m, width\] for SD3"),
+        (lambda: SoftTokens.of(torch.full((4, 768), torch.nan), "sd15", ("down",)), "3072 NaN or infinite values"),
+        (lambda: SoftTokens.of(torch.ones(4, 768).int(), "sd15", ("down",)), "tokens is int32"),
+        (lambda: SoftTokens.of(torch.empty(0, 768), "sd15", ("down",)), "expected floating-point numbers"),
+        (lambda: SoftTokens.of(torch.randn(4, 768), "flux", ("down",)), 'family is "flux", expected one of sd15'),
+        (lambda: SoftTokens.of(torch.randn(5, 4, 64), "sd3", 6), "blocks is 6, expected at most the file's 5"),
+        (
+            lambda: SoftTokens.of(torch.randn(4, 768), "sd15", ("down",), time_table=torch.randn(50, 768)),
+            r"time_table has shape \[50, 768\], expected \[100, 768\]",
+        ),
+        (
+            lambda: SoftTokens.of(torch.randn(5, 4, 64), "sd3", 5, time_table=torch.randn(100, 64)),
+            r"time_table has shape \[100, 64\], expected \[100, 320\]",
+        ),
+        (
+            lambda: SoftTokens.of(torch.randn(4, 768), "sd15", ("down",), negative_tokens=torch.randn(2, 768)),
+            r"negative_tokens have shape \[2, 768\]",
+        ),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(SoftREPAError, match=message):
+        make()

@@ -1,0 +1,24 @@
+"""Runs the tests in the prepared environment (benchmarks/environment.py), beside a real ComfyUI.
+
+python3 -m tests.run [--comfyui VERSION] [--python PATH] [pytest arguments]
+"""
+
+import argparse
+import subprocess
+import sys
+
+from benchmarks import environment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python3 -m tests.run", add_help=False)
+    environment.add_arguments(parser)
+    arguments, pytest_arguments = parser.parse_known_args()
+    prepared = environment.prepare_or_exit(arguments.comfyui, arguments.python)
+    if subprocess.run([prepared.python, "-c", "import pytest"], capture_output=True).returncode:
+        sys.exit(f"{prepared.python} has no pytest: install requirements-dev.txt there.")
+    sys.exit(environment.run_module("pytest", pytest_arguments, prepared))
+
+
+if __name__ == "__main__":
+    main()
