@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from ..softrepa.comfy import folders
-from . import tokens
+from . import flowedit, tokens
 
 
 class SoftREPAExtension(ComfyExtension):
@@ -11,7 +11,7 @@ class SoftREPAExtension(ComfyExtension):
         folders.register()
 
     async def get_node_list(self):
-        return [*tokens.NODES]
+        return [*tokens.NODES, *flowedit.NODES]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

@@ -19,8 +19,8 @@ def draw(tokens: SoftTokens) -> torch.Tensor:
     canvas = ImageDraw.Draw(image)
     title = f"{tokens.name}: {tokens.family.title}, {tokens.layers} x {tokens.count} tokens of width {tokens.width}"
     canvas.text((MARGIN, 16), title, INK, ImageFont.load_default(18))
-    across = "timestep 0 ... 999" if time_axis else "static tokens (no time table)"
-    heatmap(image, (MARGIN, MARGIN + 14), norms, "mean norm", across, "layer")
+    across = "timestep 0 ... 999 (mean over tokens)" if time_axis else "token (no time table: static)"
+    heatmap(image, (MARGIN, MARGIN + 14), norms, "norm", across, "layer")
     rows = tokens.tokens.reshape(-1, tokens.width)
     similarity = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1).numpy()
     corner = (MARGIN + PANEL + GAP, MARGIN + 14)
@@ -29,13 +29,14 @@ def draw(tokens: SoftTokens) -> torch.Tensor:
 
 
 def norm_map(tokens: SoftTokens) -> tuple[np.ndarray, bool]:
-    """Mean norm over the m rows, (L, 100), or (L, 1) without a time table."""
+    """Mean norm over the m rows, (L, 100), or each row's own, (L, m), without a time table."""
     if tokens.is_text_width and tokens.time_table is not None:
         # the rows pass through the model's embedder first, so only the table can be shown over time
         parts = tokens.time_table.unflatten(1, (tokens.layers, -1))
         return parts.norm(dim=-1).T.numpy(), True
-    steps = torch.arange(BUCKETS) * 10 if tokens.time_table is not None else torch.zeros(1)
-    return tokens.at(steps).norm(dim=-1).mean(dim=-1).T.numpy(), tokens.time_table is not None
+    if tokens.time_table is None:
+        return tokens.at(torch.zeros(1))[0].norm(dim=-1).numpy(), False
+    return tokens.at(torch.arange(BUCKETS) * 10).norm(dim=-1).mean(dim=-1).T.numpy(), True
 
 
 def heatmap(image, corner, values: np.ndarray, title: str, across: str, down: str, bounds=None) -> None:

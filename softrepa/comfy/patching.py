@@ -113,6 +113,10 @@ class SoftTokenPatch:
         self.sets = sets
         self._moved: dict[torch.device, tuple[SoftTokens, ...]] = {}
 
+    def __deepcopy__(self, memo):
+        """Shared by all clones: ComfyUI 0.3.75 deep-copies model options, newer ones copy lists and dicts only."""
+        return self
+
     def install(self, model: ModelPatcher, before: "SoftTokenPatch | None") -> None:
         """Puts the hooks on `model` in place of those of `before`."""
         model.set_attachments(KEY, self)
@@ -165,7 +169,7 @@ class SoftTokenPatch:
                 layer = place if isinstance(place, int) else 0
                 rows.setdefault(place, []).append(layers[:, layer])
                 strengths.setdefault(place, []).extend([per_sample] * tokens.count)
-        dtype = base_model.get_dtype_inference()
+        dtype = compute_dtype(base_model)
         state.rows = {
             place: (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(dtype) for place, parts in rows.items()
         }
@@ -182,7 +186,7 @@ class SoftTokenPatch:
         """(B, L, m, d), the negative bank for samples that ask for it."""
 
         def embed(rows: Tensor) -> Tensor:
-            return base_model.diffusion_model.context_embedder(rows.to(base_model.get_dtype_inference())).float()
+            return base_model.diffusion_model.context_embedder(rows.to(compute_dtype(base_model))).float()
 
         rows = tokens.at(timestep, embed=embed)
         if token_set.uncond_bank == "negative" and any(negative):
@@ -194,6 +198,11 @@ class SoftTokenPatch:
         if device not in self._moved:
             self._moved[device] = tuple(token_set.tokens.to(device) for token_set in self.sets)
         return self._moved[device]
+
+
+def compute_dtype(base_model) -> torch.dtype:
+    """What the network computes in (`get_dtype_inference` is not in ComfyUI 0.3.75 yet)."""
+    return base_model.manual_cast_dtype or base_model.get_dtype()
 
 
 def in_window(token_set: TokenSet, model_sampling, sigma: Tensor) -> bool:

@@ -1,7 +1,6 @@
 """A real ComfyUI in this process, on the CPU unless there is a GPU, with its folders in a temporary place."""
 
 import os
-import sys
 
 import pytest
 import torch
@@ -9,12 +8,9 @@ import torch
 if "COMFYUI_PATH" not in os.environ:
     pytest.exit("tests/comfy needs COMFYUI_PATH; `python3 -m tests.run` prepares one", returncode=2)
 
-# ComfyUI parses the command line when it is imported.
-_argv, sys.argv = sys.argv, sys.argv[:1]
 from comfy.cli_args import args  # noqa: E402
 
 args.cpu = not torch.cuda.is_available()
-sys.argv = _argv
 
 import folder_paths  # noqa: E402
 

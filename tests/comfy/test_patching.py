@@ -3,7 +3,6 @@
 import gc
 import weakref
 
-import comfy.samplers
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
@@ -41,6 +40,9 @@ class AttentionSpy:
 
     def __init__(self, soft_keys):
         self.soft_keys, self.mass = soft_keys, []
+
+    def __deepcopy__(self, memo):
+        return self  # ComfyUI 0.3.75 deep-copies model options
 
     def __call__(self, func, q, k, v, heads, mask=None, **kwargs):
         columns = self.soft_keys(k.shape[1], q.shape[1])
@@ -327,4 +329,3 @@ def test_freed_with_the_model_clone(models):
         del patched
     gc.collect()
     assert [ref() for ref in gone] == [None] * len(FAMILIES)
-    assert comfy.samplers is not None
