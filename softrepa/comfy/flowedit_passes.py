@@ -68,7 +68,7 @@ class Stack(Pass):
     @classmethod
     def of(cls, source: Pass, target: Pass, batch: int) -> "Stack | None":
         """None unless one batch is sure to give what two forwards give."""
-        if source.inner_model is not target.inner_model or source.skips_negative != target.skips_negative:
+        if source.model_patcher is not target.model_patcher or source.skips_negative != target.skips_negative:
             return None
         if not has_plain_options(source):
             return None

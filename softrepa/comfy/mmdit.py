@@ -1,8 +1,10 @@
 """SD3 and SD3.5: before a joint block the text stream becomes [soft ; text], after it the soft rows are dropped."""
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from .attention import key_bias
+from .frozen import OrdinaryWeights
 from .state import call_state
 
 REPLACE = "dit"
@@ -11,12 +13,42 @@ BLOCK = "double_block"
 
 def install(model, patch, layers: int) -> None:
     """Hooks the first joint blocks, running a replacement that is already there as the block."""
-    replaced = model.model_options["transformer_options"].get("patches_replace", {}).get(REPLACE, {})
     for layer in range(layers):
-        below = replaced.get((BLOCK, layer))
+        below = _replacement(model, layer)
         while isinstance(below, JointBlockHook):
             below = below.below
         model.set_model_patch_replace(JointBlockHook(patch, layer, below), REPLACE, BLOCK, layer)
+
+
+def install_trainable(model, checkpointing: bool) -> None:
+    """Makes every joint block that nobody replaces one that autograd can go through."""
+    for layer, block in enumerate(model.get_model_object("diffusion_model").joint_blocks):
+        if _replacement(model, layer) is None:
+            model.set_model_patch_replace(TrainableBlock(block, checkpointing), REPLACE, BLOCK, layer)
+
+
+def _replacement(model, layer: int):
+    patches = model.model_options["transformer_options"].get("patches_replace", {})
+    return patches.get(REPLACE, {}).get((BLOCK, layer))
+
+
+class TrainableBlock:
+    """A joint block whose activations are, with `checkpointing`, computed again in the backward pass.
+
+    ComfyUI's own block checkpoints by itself when it is replaced, outside of our reach.
+    """
+
+    def __init__(self, block, checkpointing: bool):
+        self.block, self.checkpointing = block, checkpointing
+
+    def __call__(self, args, extra):
+        def run(text, image, vec):
+            with OrdinaryWeights():
+                return self.block(text, image, c=vec, use_checkpoint=False, transformer_options=options)
+
+        options, inputs = args["transformer_options"], (args["txt"], args["img"], args["vec"])
+        text, image = checkpoint(run, *inputs, use_reentrant=False) if self.checkpointing else run(*inputs)
+        return {"txt": text, "img": image}
 
 
 class JointBlockHook:

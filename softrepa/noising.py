@@ -1,0 +1,25 @@
+"""What the network sees of a noised image, and what its raw output is compared with."""
+
+import torch
+from torch import Tensor
+
+
+def noised_flow(latents: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Flow models: x_t = (1 - sigma) x + sigma eps, target eps - x."""
+    return (1 - sigma) * latents + sigma * noise, noise - latents
+
+
+def noised_eps(latents: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Eps models: x_t = sqrt(abar) x + sqrt(1 - abar) eps with abar = 1 / (1 + sigma^2), target eps."""
+    abar = 1 / (1 + sigma**2)
+    return abar.sqrt() * latents + (1 - abar).sqrt() * noise, noise.expand_as(latents)
+
+
+def pair_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample over (C, H, W), float32: (P, C, H, W) -> (P,)."""
+    return (output.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+def draw_timestep(generator: torch.Generator) -> int:
+    """Uniform over 0..999."""
+    return int(torch.randint(0, 1000, (), generator=generator))
