@@ -14,6 +14,21 @@ Blocks = tuple[str, ...] | int
 """Where tokens act: UNet block names, or the number of leading joint blocks of an MMDiT."""
 
 
+INIT_STD = 0.02
+"""Standard deviation of new time tables, and of new tokens where they do not start from the text encoder."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the reference trains a family."""
+
+    n_tokens: int
+    layers: int | None
+    has_time_table: bool
+    starts_from_bos: bool
+    denoising_weight: float
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the table. `context_width` is None where each model of the family has its own width."""
@@ -23,14 +38,36 @@ class Family:
     is_unet: bool
     context_width: int | None
     published_blocks: tuple[str, ...]
+    recipe: Recipe
 
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("sd15", "SD1.5", is_unet=True, context_width=768, published_blocks=("down",)),
-        Family("sdxl", "SDXL", is_unet=True, context_width=2048, published_blocks=("down", "mid")),
-        Family("sd3", "SD3", is_unet=False, context_width=None, published_blocks=()),
+        Family(
+            "sd15",
+            "SD1.5",
+            is_unet=True,
+            context_width=768,
+            published_blocks=("down",),
+            recipe=Recipe(4, None, has_time_table=True, starts_from_bos=True, denoising_weight=10.0),
+        ),
+        Family(
+            "sdxl",
+            "SDXL",
+            is_unet=True,
+            context_width=2048,
+            published_blocks=("down", "mid"),
+            recipe=Recipe(4, None, has_time_table=False, starts_from_bos=False, denoising_weight=10.0),
+        ),
+        Family(
+            "sd3",
+            "SD3",
+            is_unet=False,
+            context_width=None,
+            published_blocks=(),
+            recipe=Recipe(4, 5, has_time_table=True, starts_from_bos=False, denoising_weight=0.0),
+        ),
     )
 }
 

@@ -1,12 +1,18 @@
 """Learning soft tokens: the exact token gradient at the memory of one micro-batch (sections 1 and 5 of the method)."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .families import TEXT_WIDTH, Blocks, Family
-from .tokens import SoftTokens, bucket
+from . import loss
+from .errors import SoftREPAError
+from .families import INIT_STD, TEXT_WIDTH, Blocks, Family
+from .noising import draw_timestep
+from .tokens import BUCKETS, SoftTokens, bucket
 
 Rows = Tensor
 """The rows of all layers at one timestep, (L, m, hidden width)."""
@@ -34,22 +40,10 @@ class TrainableTokens(nn.Module):
             rows = rows + self.time_table[bucket(torch.tensor(t))].view(len(self.tokens), 1, -1)
         return rows
 
-    def finished(self, name: str, metadata: dict[str, str]) -> SoftTokens:
-        """A frozen copy."""
-        tokens = self.tokens.detach().clone().cpu()
-        table = None if self.time_table is None else self.time_table.detach().clone().cpu()
-        return frozen_tokens(tokens, table, self.family, self.blocks, name, metadata)
 
-
-def frozen_tokens(
-    tokens: Tensor, table: Tensor | None, family: Family, blocks: Blocks, name: str, metadata: dict[str, str]
-) -> SoftTokens:
-    """`SoftTokens` from parameters (L, m, d)."""
-    tokens = tokens[0] if family.is_unet else tokens
-    return SoftTokens(tokens, family, blocks, time_table=table, name=name, metadata=metadata)
-
-
-def backward_through_pairs(rows: Rows, pair_pass: PairPass, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def backward_through_pairs(
+    rows: Rows, pair_pass: PairPass, objective: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """Adds d loss / d parameters to the parameters behind `rows`; returns the loss and the errors (B, B).
 
     Every pair's gradient is known before the loss is, so one forward and one backward a pair are enough:
@@ -57,7 +51,155 @@ def backward_through_pairs(rows: Rows, pair_pass: PairPass, loss: Callable[[Tens
     """
     errors, gradients = pair_pass(rows.detach())
     errors = errors.detach().requires_grad_()
-    value = loss(errors)
+    value = objective(errors)
     (weights,) = torch.autograd.grad(value, errors)
     rows.backward(torch.einsum("ij,ij...->...", weights.to(gradients), gradients))
     return value.detach(), errors.detach()
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What decides a run; the defaults are the reference's."""
+
+    steps: int
+    batch_size: int = 4
+    learning_rate: float = 1e-3
+    seed: int = 0
+    temperature: float = loss.TEMPERATURE
+    logit_scale: float = loss.LOGIT_SCALE
+    denoising_weight: float = 0.0
+    weight_decay: float = 1e-4
+    minimum_learning_rate: float = 1e-5
+    schedule_steps: int = 500
+    restart_after: int = 10
+    warmup_steps: int = 0
+    gradient_clip: float = 0.0
+    accumulation: int = 1
+    ema_decay: float = 0.0
+    caption_dropout: float = 0.0
+
+    def __post_init__(self):
+        for name, low in (("steps", 1), ("batch_size", 2), ("accumulation", 1), ("warmup_steps", 0)):
+            if getattr(self, name) < low:
+                raise SoftREPAError(f"{name} is {getattr(self, name)}, expected {low} or more.")
+        for name in ("learning_rate", "weight_decay", "gradient_clip", "denoising_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise SoftREPAError(f"{name} is {getattr(self, name)}, expected 0 or more.")
+        for name in ("temperature", "logit_scale"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise SoftREPAError(f"{name} is {getattr(self, name)}, expected more than 0.")
+        for name in ("ema_decay", "caption_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SoftREPAError(f"{name} is {getattr(self, name)}, expected 0 to below 1.")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Cosine annealing with warm restarts, moved on every `schedule_steps` iterations, after a linear warm-up."""
+        turn = step // self.schedule_steps % self.restart_after / self.restart_after
+        low = min(self.minimum_learning_rate, self.learning_rate)
+        rate = low + (self.learning_rate - low) * (1 + math.cos(math.pi * turn)) / 2
+        return rate * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else rate
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step saw, before its update."""
+
+    step: int
+    timestep: int
+    loss: float
+    accuracy: float
+    matching_error: float
+    gradient_norm: float
+
+
+class Pairs(Protocol):
+    """The frozen model on image-caption pairs (`softrepa.comfy.pairs.PairNetwork`)."""
+
+    def gradients(
+        self, rows: Tensor, latents: Tensor, noise: Tensor, conds: list[dict], t: int, micro_batch: int
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def embed(self, rows: Tensor) -> Tensor: ...
+
+
+class Trainer:
+    """The loop's body: one contrastive step at a time, deterministic for a seed.
+
+    `next_batch(batch_size)` gives latents (B, C, H, W) as the network sees them and B conds; `empty` is the cond of "".
+    """
+
+    def __init__(self, config: TrainingConfig, start: SoftTokens, pairs: Pairs, next_batch, empty: dict | None = None):
+        self.config, self.pairs, self.next_batch, self.empty = config, pairs, next_batch, empty
+        self.tokens = TrainableTokens(start)
+        self.average = {key: value.detach().clone() for key, value in self.tokens.named_parameters()}
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.optimizer = torch.optim.AdamW(
+            self.tokens.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.step_index = 0
+
+    def step(self, micro_batch: int) -> StepRecord:
+        """One update from `accumulation` batches. Raises SoftREPAError when the loss is no longer a number."""
+        records = [self._accumulate(micro_batch) for _ in range(self.config.accumulation)]
+        parameters = list(self.tokens.parameters())
+        for parameter in parameters:
+            parameter.grad /= len(records)
+        limit = self.config.gradient_clip or math.inf
+        norm = nn.utils.clip_grad_norm_(parameters, limit).item()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate_at(self.step_index)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._update_average()
+        self.step_index += 1
+        t, *means = (sum(column) / len(records) for column in zip(*records, strict=True))
+        return StepRecord(self.step_index, int(t), *means, norm)
+
+    def finished(self, name: str, metadata: dict[str, str]) -> SoftTokens:
+        """The tokens as they are now; their running average where `ema_decay` is set."""
+        source = self.average if self.config.ema_decay else dict(self.tokens.named_parameters())
+        copies = {key: value.detach().clone().cpu() for key, value in source.items()}
+        family, blocks = self.tokens.family, self.tokens.blocks
+        tokens = copies["tokens"][0] if family.is_unet else copies["tokens"]
+        return SoftTokens(tokens, family, blocks, time_table=copies.get("time_table"), name=name, metadata=metadata)
+
+    def _accumulate(self, micro_batch: int) -> tuple[int, float, float, float]:
+        config = self.config
+        latents, conds = self.next_batch(config.batch_size)
+        t = draw_timestep(self.generator)
+        noise = torch.randn((1, *latents.shape[1:]), generator=self.generator)
+        if self.empty is not None and torch.rand((), generator=self.generator) < config.caption_dropout:
+            # one at most: two equal captions in a batch would be false negatives
+            conds = list(conds)
+            conds[int(torch.randint(len(conds), (), generator=self.generator))] = self.empty
+        value, errors = backward_through_pairs(
+            self.tokens.rows(t, self.pairs.embed),
+            lambda rows: self.pairs.gradients(rows, latents, noise, conds, t, micro_batch),
+            lambda e: loss.contrastive_loss(e, config.temperature, config.logit_scale, config.denoising_weight),
+        )
+        if not torch.isfinite(value):
+            raise SoftREPAError(
+                f"The loss is {value.item()} at step {self.step_index + 1}, expected a number; "
+                "try a lower learning_rate or a base model in another precision."
+            )
+        return t, value.item(), loss.retrieval_accuracy(errors), errors.diagonal().mean().item()
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # the warm-up of the decay keeps the start out of short runs
+        decay = min(self.config.ema_decay, (1 + self.step_index) / (10 + self.step_index))
+        for key, value in self.tokens.named_parameters():
+            self.average[key].lerp_(value.detach().to(self.average[key]), 1 - decay)
+
+
+def new_tokens(
+    family: Family, width: int, n_tokens: int, blocks: Blocks, has_time_table: bool, seed: int, bos: Tensor | None
+) -> SoftTokens:
+    """Tokens as the reference starts them: N(0, 0.02), or `bos` (d,) in every row where the family's recipe says so."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = 1 if family.is_unet else blocks
+    tokens = torch.randn(layers, n_tokens, width, generator=generator) * INIT_STD
+    if family.recipe.starts_from_bos:
+        tokens = bos.float().expand_as(tokens).clone()
+    table = torch.randn(BUCKETS, layers * width, generator=generator) * INIT_STD if has_time_table else None
+    return SoftTokens(tokens[0] if family.is_unet else tokens, family, blocks, time_table=table)

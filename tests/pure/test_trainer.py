@@ -1,0 +1,159 @@
+"""The training loop on a toy model: schedule, determinism, running average, refusals."""
+
+import math
+
+import pytest
+import torch
+from comfyui_softrepa.softrepa.errors import SoftREPAError
+from comfyui_softrepa.softrepa.families import FAMILIES
+from comfyui_softrepa.softrepa.trainer import Trainer, TrainingConfig, new_tokens
+
+WIDTH = 8
+
+
+class ToyPairs:
+    """e_ij = |x_i - (c_j + mean of the rows)|^2, with its gradient by autograd."""
+
+    def __init__(self):
+        self.seen = []
+
+    def embed(self, rows):
+        return rows
+
+    def gradients(self, rows, latents, noise, conds, t, micro_batch):
+        self.seen.append((t, noise.sum().item(), [cond["name"] for cond in conds]))
+        errors = torch.empty(len(latents), len(conds))
+        gradients = torch.empty(len(latents), len(conds), *rows.shape)
+        for i, x in enumerate(latents):
+            for j, cond in enumerate(conds):
+                leaf = rows.clone().requires_grad_()
+                error = (x.flatten()[:WIDTH] - cond["cross_attn"] - leaf.mean(dim=(0, 1))).square().mean()
+                (gradients[i, j],) = torch.autograd.grad(error, leaf)
+                errors[i, j] = error.detach()
+        return errors, gradients
+
+
+def batches(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def next_batch(size):
+        latents = torch.randn(size, 2, 2, 2, generator=generator)
+        offset = 0.5 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(5))
+        return latents, [{"name": j, "cross_attn": latents[j].flatten() + offset} for j in range(size)]
+
+    return next_batch
+
+
+def trainer(seed=0, **config):
+    start = new_tokens(FAMILIES["sd3"], WIDTH, 2, 3, True, seed, None)
+    empty = {"name": "", "cross_attn": torch.zeros(WIDTH)}
+    return Trainer(TrainingConfig(**({"steps": 50, "temperature": 1.0} | config)), start, ToyPairs(), batches(), empty)
+
+
+def test_it_learns():
+    run = trainer(learning_rate=0.02, denoising_weight=1.0)
+    losses = [run.step(1).loss for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def test_learning_rate_is_that_of_the_reference():
+    config = TrainingConfig(steps=1)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=10, eta_min=1e-5)
+    for step in range(12_000):
+        assert math.isclose(config.learning_rate_at(step), optimizer.param_groups[0]["lr"], rel_tol=1e-9)
+        optimizer.step()
+        if (step + 1) % 500 == 0:
+            schedule.step()
+
+
+def test_warm_up():
+    config = TrainingConfig(steps=1, warmup_steps=4)
+    assert [config.learning_rate_at(step) / 1e-3 for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+def test_one_seed_one_result():
+    first, second, other = trainer(), trainer(), trainer()
+    other.generator.manual_seed(1)
+    for run in (first, second, other):
+        for _ in range(5):
+            run.step(1)
+    assert first.pairs.seen == second.pairs.seen
+    assert torch.equal(first.tokens.tokens, second.tokens.tokens)
+    assert torch.equal(first.tokens.time_table, second.tokens.time_table)
+    assert not torch.equal(first.tokens.tokens, other.tokens.tokens)
+
+
+def test_nothing_learned_at_rate_zero():
+    run = trainer(learning_rate=0.0)
+    before = run.tokens.tokens.detach().clone()
+    for _ in range(3):
+        run.step(1)
+    assert torch.equal(run.tokens.tokens, before)
+
+
+def test_accumulation_averages_batches():
+    run = trainer(accumulation=3)
+    run.step(1)
+    assert len(run.pairs.seen) == 3
+
+
+def test_gradient_clip_limits_the_update():
+    free, clipped = trainer(denoising_weight=100.0), trainer(denoising_weight=100.0, gradient_clip=1e-3)
+    record = clipped.step(1)
+    assert record.gradient_norm == pytest.approx(free.step(1).gradient_norm)
+    assert record.gradient_norm > 1e-3
+    moments = clipped.optimizer.state[clipped.tokens.tokens]["exp_avg"].norm() / 0.1
+    assert moments <= 1e-3
+
+
+def test_caption_dropout_leaves_out_one_caption_at_most():
+    run = trainer(caption_dropout=0.5)
+    for _ in range(40):
+        run.step(1)
+    dropped = [names.count("") for _, _, names in run.pairs.seen]
+    assert set(dropped) == {0, 1}
+
+
+def test_running_average():
+    run = trainer(ema_decay=0.9, learning_rate=0.05, denoising_weight=1.0)
+    for _ in range(30):
+        run.step(1)
+    averaged = run.finished("x", {})
+    assert not torch.equal(averaged.tokens, run.tokens.tokens)
+    distance = (averaged.tokens - run.tokens.tokens).norm() / run.tokens.tokens.norm()
+    assert distance < 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run():
+    run = trainer()
+    run.next_batch = lambda size: (torch.full((size, 2, 2, 2), torch.nan), batches()(size)[1])
+    with pytest.raises(SoftREPAError, match="The loss is nan at step 1, expected a number"):
+        run.step(1)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"steps": 0}, "steps is 0, expected 1 or more"),
+        ({"batch_size": 1}, "batch_size is 1, expected 2 or more"),
+        ({"temperature": 0.0}, "temperature is 0.0, expected more than 0"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0, expected 0 to below 1"),
+    ],
+)
+def test_refused_configurations(option, message):
+    with pytest.raises(SoftREPAError, match=message):
+        TrainingConfig(**({"steps": 1} | option))
+
+
+def test_new_tokens():
+    bos = torch.randn(768)
+    sd15 = new_tokens(FAMILIES["sd15"], 768, 4, ("down",), True, 0, bos)
+    assert torch.equal(sd15.tokens, bos.expand(4, 768))
+    assert sd15.time_table.std() == pytest.approx(0.02, rel=0.05)
+    sd3 = new_tokens(FAMILIES["sd3"], 64, 4, 5, True, 0, None)
+    assert sd3.tokens.shape == (5, 4, 64)
+    assert sd3.time_table.shape == (100, 320)
+    assert sd3.tokens.std() == pytest.approx(0.02, rel=0.1)
