@@ -1,0 +1,36 @@
+"""A lock between processes that the operating system releases when its holder dies."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def try_lock(file) -> None:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def try_lock(file) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, waiting for as long as another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        waiting = False
+        while True:
+            try:
+                try_lock(file)
+                break
+            except OSError:
+                if not waiting:
+                    print(f"Waiting for another process that holds {path}", file=sys.stderr, flush=True)
+                waiting = True
+                time.sleep(0.2)
+        yield  # closing the file releases the lock
