@@ -89,13 +89,21 @@ def prepare_or_exit(version: str | None = None, python: str | Path | None = None
 
 def run_module(module: str, arguments: list[str], environment: Environment) -> int:
     """Run `python -m module` in the environment from the checkout's root; returns its exit code."""
-    variables = {**os.environ, "COMFYUI_PATH": str(environment.comfyui), INSIDE: "1"}
+    variables = steady_threads() | {"COMFYUI_PATH": str(environment.comfyui), INSIDE: "1"}
     process = subprocess.Popen([environment.python, "-m", module, *arguments], cwd=ROOT, env=variables)
     while True:
         try:
             return process.wait()
         except KeyboardInterrupt:  # Ctrl-C reaches the child too: it ends by itself and tidies up
             continue
+
+
+def steady_threads() -> dict[str, str]:
+    """This process's variables, with a core left to the rest of the machine unless they name a number of threads.
+
+    Torch's threads wait for each other: where one of them is held up, all are many times slower.
+    """
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) - 1)), **os.environ}
 
 
 def cache_folder() -> Path:

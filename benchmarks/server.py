@@ -18,6 +18,8 @@ from pathlib import Path
 import aiohttp
 import torch
 
+from .environment import steady_threads
+
 ROOT = Path(__file__).absolute().parents[1]
 PACK = "comfyui-softrepa"
 ANSI_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -77,10 +79,8 @@ class ComfyServer:
         link_folder(ROOT, self.work / "custom_nodes" / PACK)
         self.port = free_port()
         with self.log.open("wb") as log:
-            # A core for the rest of the machine: torch's threads wait for each other when one of them is held up.
-            variables = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) - 1)), **os.environ}
             self.process = subprocess.Popen(
-                self.command(), cwd=self.work, env=variables, stdout=log, stderr=subprocess.STDOUT
+                self.command(), cwd=self.work, env=steady_threads(), stdout=log, stderr=subprocess.STDOUT
             )
         try:
             self.wait_until_ready()

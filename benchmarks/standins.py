@@ -18,7 +18,7 @@ from . import standin_shapes as shapes
 from .environment import cache_folder
 from .lock import exclusive
 
-GENERATION = 1  # count up when the weights change: the cache folder's name carries it
+SOURCES = (Path(__file__), Path(shapes.__file__))
 BLUR = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]) / 16
 CENTRE = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
 
@@ -30,8 +30,9 @@ class StandIn:
 
 
 def stand_in(family: str) -> StandIn:
-    """The family's checkpoint and token file, written once into the cache folder."""
-    folder = cache_folder() / f"standins-{GENERATION}"
+    """The family's checkpoint and token file, written once into a cache folder named after the code that makes them."""
+    made_by = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:12]
+    folder = cache_folder() / f"standins-{made_by}"
     files = StandIn(*(folder / kind / f"standin_{family}.safetensors" for kind in ("checkpoints", "softrepa")))
     if not (files.checkpoint.exists() and files.tokens.exists()):
         with exclusive(folder / "lock"):

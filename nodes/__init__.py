@@ -7,10 +7,8 @@ from . import flowedit, tokens
 
 
 class SoftREPAExtension(ComfyExtension):
-    async def on_load(self) -> None:
-        folders.register()
-
     async def get_node_list(self):
+        folders.register()  # here and not in on_load, which ComfyUI 0.3.75 does not call
         return [*tokens.NODES, *flowedit.NODES]
 
 
