@@ -50,7 +50,7 @@ def guidance_inputs() -> list[io.Input]:
             step=0.1,
             round=0.01,
             tooltip="How strongly the image is pulled to the target prompt. Higher changes more, too high burns the "
-            "colours. 13.5 for SD3, 10 to 12 with soft tokens; 1 for Flux (with FluxGuidance 5.5 on the target prompt).",
+            "colours. 13.5 for SD3, 10 to 12 with soft tokens; 1 for Flux (with FluxGuidance 5.5 on the target).",
         ),
     ]
 

@@ -9,6 +9,7 @@ from server import PromptServer
 CATEGORY = "SoftREPA"
 
 Tokens = io.Custom("SOFTREPA_TOKENS")
+Dataset = io.Custom("SOFTREPA_DATASET")
 
 ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Float.Input.__init__).parameters else {}
 """Marks an input as advanced where this ComfyUI knows the word."""

@@ -87,5 +87,5 @@ def check_sigmas(sigmas: Tensor, n_min: int) -> None:
         raise SoftREPAError("sigmas rise or reach 0 before the end, expected values that fall to 0.")
     if sigmas[-1] != 0:
         raise SoftREPAError(
-            f"sigmas end at {sigmas[-1].item():.4g}, expected 0: FlowEdit runs to the end (of SplitSigmas take low_sigmas)."
+            f"sigmas end at {sigmas[-1].item():.4g}, expected 0: FlowEdit runs to the end, on SplitSigmas' low_sigmas."
         )

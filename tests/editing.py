@@ -66,8 +66,8 @@ def vp_schedule(steps: int) -> np.ndarray:
 class Network:
     """The tiny model's network in float64: guided flow velocities v(z_t, t)."""
 
-    def __init__(self, family: str):
-        self.family = family
+    def __init__(self, family: str, v_prediction: bool = False):
+        self.family, self.v_prediction = family, v_prediction
         self.model = build(family)
         self.net = self.model.model.diffusion_model.to(torch.float64)
         self.net.dtype = torch.float64
@@ -89,11 +89,13 @@ class Network:
         if self.family == "sd3":
             return self.net(z, torch.full((len(z),), t * 1000), context=context, y=y)
         sigma = t / (1 - t)
-        timestep = np.interp(np.log(sigma), self.log_sigmas, np.arange(1000))
-        timestep = np.abs(self.log_sigmas - np.log(sigma)).argmin() if True else timestep
-        scaled = z / (t**2 + (1 - t) ** 2) ** 0.5
-        eps = self.net(scaled, torch.full((len(z),), float(timestep)), context=context, y=y)
-        return eps - (z - t * eps) / (1 - t)
+        timestep = np.abs(self.log_sigmas - np.log(sigma)).argmin()
+        norm = (t**2 + (1 - t) ** 2) ** 0.5
+        signal, level, scaled = (1 - t) / norm, t / norm, z / norm
+        out = self.net(scaled, torch.full((len(z),), float(timestep)), context=context, y=y)
+        if self.v_prediction:
+            return (signal * out + level * scaled) - (signal * scaled - level * out)
+        return out - (z - t * out) / (1 - t)
 
     def guided(self, z, t, positive, negative, scale):
         v = self.velocity(z, t, positive)
