@@ -27,7 +27,7 @@ def application_inputs() -> list[io.Input]:
             max=10.0,
             step=0.05,
             round=0.001,
-            tooltip="1 is the trained effect, 0 the plain model. Between, the tokens get proportionally less attention.",
+            tooltip="1 is the trained effect, 0 the plain model; between, the tokens get less of the attention.",
         ),
         io.Float.Input(
             "start_percent",

@@ -3,8 +3,6 @@
 No pickle is executed: `.pth` files go through torch's weights-only loader.
 """
 
-import os
-import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from .errors import SoftREPAError
 from .families import Blocks, Family, family_named, family_of_shape, format_blocks, parse_blocks
+from .files import write_atomically
 from .tokens import SoftTokens
 
 FORMAT = "softrepa"
@@ -42,7 +41,7 @@ def load(path: str | Path, family: str | None = None, blocks: str | None = None,
 
 
 def save(tokens: SoftTokens, path: str | Path) -> Path:
-    """Writes our format: to a temporary file beside `path` first, which then replaces it."""
+    """Writes our format; `path` holds the old file or the whole new one, never a part."""
     path = Path(path)
     tensors = {
         key: getattr(tokens, key).cpu().clone(memory_format=torch.contiguous_format)
@@ -55,16 +54,7 @@ def save(tokens: SoftTokens, path: str | Path) -> Path:
         "family": tokens.family.name,
         "blocks": format_blocks(tokens.blocks),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     return path
 
 
@@ -127,7 +117,8 @@ def _read_published(path: Path, label: str) -> dict[str, Tensor]:
         banks = tensors["tokens"]
         if banks.ndim < 3 or banks.shape[0] != 2:
             raise SoftREPAError(
-                f"{label}: {AGSM_TOKENS} has shape {list(banks.shape)}, expected a positive and a negative bank [2, ...]."
+                f"{label}: {AGSM_TOKENS} has shape {list(banks.shape)}, "
+                "expected a positive and a negative bank [2, ...]."
             )
         tensors["tokens"], tensors["negative_tokens"] = banks.unbind(0)
     return tensors

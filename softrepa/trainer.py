@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -59,7 +59,7 @@ def backward_through_pairs(
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What decides a run; the defaults are the reference's."""
+    """What decides a run; the defaults are the reference's. `denoising_weight` None is the family's."""
 
     steps: int
     batch_size: int = 4
@@ -67,7 +67,7 @@ class TrainingConfig:
     seed: int = 0
     temperature: float = loss.TEMPERATURE
     logit_scale: float = loss.LOGIT_SCALE
-    denoising_weight: float = 0.0
+    denoising_weight: float | None = None
     weight_decay: float = 1e-4
     minimum_learning_rate: float = 1e-5
     schedule_steps: int = 500
@@ -83,8 +83,9 @@ class TrainingConfig:
             if getattr(self, name) < low:
                 raise SoftREPAError(f"{name} is {getattr(self, name)}, expected {low} or more.")
         for name in ("learning_rate", "weight_decay", "gradient_clip", "denoising_weight"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise SoftREPAError(f"{name} is {getattr(self, name)}, expected 0 or more.")
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise SoftREPAError(f"{name} is {value}, expected 0 or more.")
         for name in ("temperature", "logit_scale"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise SoftREPAError(f"{name} is {getattr(self, name)}, expected more than 0.")
@@ -129,6 +130,8 @@ class Trainer:
     """
 
     def __init__(self, config: TrainingConfig, start: SoftTokens, pairs: Pairs, next_batch, empty: dict | None = None):
+        if config.denoising_weight is None:
+            config = replace(config, denoising_weight=start.family.recipe.denoising_weight)
         self.config, self.pairs, self.next_batch, self.empty = config, pairs, next_batch, empty
         self.tokens = TrainableTokens(start)
         self.average = {key: value.detach().clone() for key, value in self.tokens.named_parameters()}

@@ -1,4 +1,4 @@
-"""A frozen ComfyUI network inside autograd: weights that were loaded in inference mode, attention that has a backward."""
+"""A frozen ComfyUI network inside autograd: weights loaded in inference mode, attention that has a backward."""
 
 import torch
 from comfy.ldm.modules.attention import attention_pytorch

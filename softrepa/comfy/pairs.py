@@ -134,7 +134,8 @@ class PairNetwork:
         sizes = {"width": width, "height": height, "target_width": width, "target_height": height}
         captions = []
         for cond in conds:
-            encoded = self.base_model.extra_conds(**(sizes | cond), noise=latents[:1], device=device)
+            given = {key: value for key, value in cond.items() if value is not None}
+            encoded = self.base_model.extra_conds(**(sizes | given), noise=latents[:1], device=device)
             captions.append({key: ordinary(value.cond).to(device) for key, value in encoded.items()})
         return sigma, seen, target, Captions(captions)
 

@@ -20,6 +20,7 @@ from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests import tiny_models
+from softrepa_tests.composing import lora_for, small_controlnet
 from softrepa_tests.oracle import injected
 from softrepa_tests.sampling import Record, guider, noise, prompt, record, relative_error, sample, sigmas_of
 from softrepa_tests.tiny_models import seeded
@@ -38,37 +39,11 @@ def check_both_orders(model, family, change, **options):
     assert relative_error(sample(apply_tokens(model, tokens), family, **options), expected) > 1e-4
 
 
-LORA_KEYS = {
-    "sd15": "input_blocks.1.1.transformer_blocks.0.attn2.to_k",
-    "sdxl": "input_blocks.3.1.transformer_blocks.0.attn2.to_k",
-    "sd3": "joint_blocks.0.x_block.mlp.fc1",
-}
-
-
-def lora_for(model, family):
-    key = LORA_KEYS[family]
-    out, inner = model.model.diffusion_model.state_dict()[f"{key}.weight"].shape
-    return {
-        f"diffusion_model.{key}.lora_up.weight": seeded((out, 4), "lora/up", 0.3),
-        f"diffusion_model.{key}.lora_down.weight": seeded((4, inner), "lora/down", 0.3),
-    }
-
-
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
 def test_lora(models, family):
     model = models[family]
     lora = lora_for(model, family)
     check_both_orders(model, family, lambda m: comfy.sd.load_lora_for_models(m, None, lora, 1.0, 0.0)[0])
-
-
-def small_controlnet() -> comfy.controlnet.ControlNet:
-    config = {key: value for key, value in tiny_models.UNETS["sd15"].items() if "output" not in key}
-    config.pop("out_channels")
-    net = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, operations=comfy.ops.manual_cast, device="cpu")
-    weights = {key: seeded(value.shape, f"control/{key}", 0.1) for key, value in net.state_dict().items()}
-    net.load_state_dict(weights)
-    control = comfy.controlnet.ControlNet(net.float().eval(), load_device=torch.device("cpu"))
-    return control.set_cond_hint(seeded((1, 3, 64, 64), "control/hint", 0.3), strength=0.8)
 
 
 def test_controlnet(models):

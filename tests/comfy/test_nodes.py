@@ -3,8 +3,8 @@
 import asyncio
 import os
 import time
+from pathlib import Path
 
-import nodes
 import pytest
 import torch
 from comfyui_softrepa.softrepa import checkpoint
@@ -14,6 +14,8 @@ from softrepa_tests.conftest import ROOT
 from softrepa_tests.oracle import injected
 from softrepa_tests.sampling import relative_error, sample
 from softrepa_tests.token_sets import tokens_for
+
+import nodes
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +69,8 @@ def test_published_folders_are_listed_and_load(pack, token_folder):
     published.write(token_folder / "papers" / "sd1.5", "sd15")
     published.write(token_folder, "sdxl")
     (token_folder / "readme.txt").write_text("not a token file")
-    assert choices(load) == ["dc_tokens.pth", os.path.join("papers", "sd1.5")]
-    for family, name in (("sd15", os.path.join("papers", "sd1.5")), ("sdxl", "dc_tokens.pth")):
+    assert choices(load) == ["dc_tokens.pth", str(Path("papers/sd1.5"))]
+    for family, name in (("sd15", str(Path("papers/sd1.5"))), ("sdxl", "dc_tokens.pth")):
         model = tiny_models.build(family)
         patched, tokens = load.execute(model, name).args
         assert (tokens.time_table is None) == (family == "sdxl")
@@ -92,7 +94,7 @@ if OFFICIAL:
         from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
 
         model = tiny_models.mmdit_of(1536, 6) if family == "sd3" else models[family]
-        tokens = checkpoint.load(os.path.join(OFFICIAL, family.replace("sd15", "sd1.5")))
+        tokens = checkpoint.load(Path(OFFICIAL) / family.replace("sd15", "sd1.5"))
         with injected(model, tokens):
             expected = sample(model, family, steps=2)
         assert relative_error(sample(apply_tokens(model, tokens), family, steps=2), expected) <= 1e-5

@@ -1,0 +1,176 @@
+"""Train soft tokens on the user's own images."""
+
+from comfy_api.latest import io
+
+from ..softrepa.comfy import folders
+from ..softrepa.comfy.training import TokenPlan, train
+from ..softrepa.trainer import TrainingConfig
+from .schema import ADVANCED, Dataset, Tokens, schema, show_on_node
+
+TIME_TABLE = {"auto": None, "on": True, "off": False}
+
+
+def number(kind, name: str, default, low, high, tooltip: str, step=None, **more):
+    """An optional number widget."""
+    steps = {"step": step} if step else {}
+    return kind.Input(name, optional=True, default=default, min=low, max=high, tooltip=tooltip, **steps, **more)
+
+
+class TrainTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SoftREPATrain",
+            display_name="Train SoftREPA Tokens",
+            search_aliases=["train soft tokens", "prompt alignment training", "fine-tune prompt adherence"],
+            description="Learns soft tokens from images and captions: every image of a batch is scored against every "
+            "caption by the model's own denoising error. The model itself stays as it is.",
+            inputs=[
+                io.Model.Input("model", tooltip="The plain model to train for, without soft tokens."),
+                Dataset.Input("dataset", tooltip="From Caption-Image Folder, made with this model's CLIP and VAE."),
+                io.Int.Input(
+                    "steps", default=2000, min=1, max=1_000_000, tooltip="Updates. The paper runs 26k to 30k."
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=4,
+                    min=2,
+                    max=256,
+                    tooltip="Images a step, each against every caption: 4 are 16 pairs. Memory does not grow with it.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=1e-3,
+                    min=0.0,
+                    max=1.0,
+                    step=1e-5,
+                    round=False,
+                    tooltip="The paper's: 0.001.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Same seed, same tokens.",
+                ),
+                number(io.Int, "n_tokens", 0, 0, 64, "Tokens a block. 0: the paper's 4. More than 8 overfit."),
+                io.String.Input(
+                    "blocks",
+                    optional=True,
+                    default="auto",
+                    tooltip="auto: the paper's. SD1.5, SDXL: a list of down, mid, up. SD3: how many first blocks.",
+                ),
+                io.Combo.Input(
+                    "time_table",
+                    optional=True,
+                    options=list(TIME_TABLE),
+                    default="auto",
+                    tooltip="Tokens that change with the timestep. auto: on for SD1.5 and SD3, off for SDXL.",
+                    **ADVANCED,
+                ),
+                number(
+                    io.Float,
+                    "temperature",
+                    0.07,
+                    0.001,
+                    100.0,
+                    "The paper's 0.07 learns nothing where errors are large; the node says so. Then try 2.",
+                    step=0.01,
+                ),
+                number(io.Float, "logit_scale", 4.0, 0.01, 100.0, "Scale of the logits.", step=0.1, **ADVANCED),
+                number(
+                    io.Float,
+                    "denoising_weight",
+                    -1.0,
+                    -1.0,
+                    1000.0,
+                    "Weight of the plain denoising loss. -1: the paper's, 10 for SD1.5 and SDXL, 0 for SD3.",
+                    step=0.1,
+                    **ADVANCED,
+                ),
+                number(io.Int, "micro_batch", 0, 0, 65536, "Pairs at once. 0 fills the memory.", **ADVANCED),
+                number(
+                    io.Int, "checkpoint_every", 500, 0, 1_000_000, "Steps between saves. 0: at the end.", **ADVANCED
+                ),
+                io.String.Input(
+                    "filename_prefix", optional=True, default="trained", tooltip="Name of the file in models/softrepa."
+                ),
+                Tokens.Input("init_tokens", optional=True, tooltip="Go on from these instead of starting anew."),
+                number(io.Int, "accumulation", 1, 1, 1024, "Batches averaged for one update.", **ADVANCED),
+                number(io.Int, "warmup_steps", 0, 0, 100_000, "Steps in which the rate rises from 0.", **ADVANCED),
+                number(io.Float, "gradient_clip", 0.0, 0.0, 1e6, "Largest gradient norm. 0: none.", **ADVANCED),
+                number(
+                    io.Float,
+                    "ema_decay",
+                    0.0,
+                    0.0,
+                    0.99999,
+                    "Saves a running average. 0: off.",
+                    step=0.0001,
+                    **ADVANCED,
+                ),
+                number(
+                    io.Float,
+                    "caption_dropout",
+                    0.0,
+                    0.0,
+                    0.99,
+                    "Chance that one caption of a batch is left empty.",
+                    step=0.01,
+                    **ADVANCED,
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    optional=True,
+                    default=True,
+                    tooltip="SD3: computes activations again instead of keeping them. Slower, far less memory.",
+                    **ADVANCED,
+                ),
+            ],
+            outputs=[
+                Tokens.Output(display_name="tokens", tooltip="For Apply SoftREPA Tokens in this graph."),
+                io.Custom("LOSS_MAP").Output(display_name="loss", tooltip="For Plot Loss Graph."),
+                io.Int.Output(display_name="steps", tooltip="Updates done."),
+                io.String.Output(display_name="path", tooltip="The file that was written."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        dataset,
+        n_tokens=0,
+        blocks="auto",
+        time_table="auto",
+        denoising_weight=-1.0,
+        micro_batch=0,
+        checkpoint_every=500,
+        filename_prefix="trained",
+        init_tokens=None,
+        checkpointing=True,
+        **options,
+    ) -> io.NodeOutput:
+        config = TrainingConfig(**options, denoising_weight=None if denoising_weight < 0 else denoising_weight)
+        plan = TokenPlan(n_tokens or None, None if blocks == "auto" else blocks, TIME_TABLE[time_table])
+        run = train(
+            model,
+            dataset,
+            config,
+            plan,
+            folders.new_token_path(filename_prefix),
+            init_tokens=init_tokens,
+            micro_batch=micro_batch,
+            checkpoint_every=checkpoint_every,
+            checkpointing=checkpointing,
+            on_progress=lambda text: show_on_node(cls, text),
+        )
+        losses = {"loss": [record.loss for record in run.records]}
+        return io.NodeOutput(run.tokens, losses, len(run.records), str(run.path))
+
+
+NODES = [TrainTokens]

@@ -1,0 +1,177 @@
+"""Images with captions, encoded, in batches for contrastive training."""
+
+import copy
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .batches import Drawn, Example, Sampler, by_size, compatible_batches, variety
+from .errors import SoftREPAError
+
+Cond = dict[str, Tensor | None]
+"""One caption as the text encoder gave it: `cross_attn` (1, N, d) and `pooled_output`, (1, p) or None."""
+
+SHOWN = 3
+"""Examples named in a line of the summary."""
+
+
+class Encodings(Protocol):
+    """Where latents and conds come from. Latents are the VAE's own: the model's `process_latent_in` is not applied."""
+
+    empty: Cond
+    """The encoding of the empty caption."""
+
+    def latent(self, example: Example) -> Tensor:
+        """(C, h, w) float32 on the CPU."""
+
+    def cond(self, caption: str) -> Cond:
+        """On the CPU."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B images and the caption of each: different images, different captions, one size.
+
+    latents: (B, C, h, w) float32 on the CPU, as the VAE encodes them; keys: the images' names.
+    """
+
+    latents: Tensor
+    captions: list[str]
+    conds: list[Cond]
+    keys: list[str]
+
+
+class Dataset:
+    """Training and validation images. `started(seed)` gives a view with a position of its own."""
+
+    def __init__(
+        self, name: str, train: list[Example], validation: list[Example], encodings: Encodings, notes: list[str]
+    ):
+        self.name, self.train, self.validation = name, train, validation
+        self.encodings, self.notes = encodings, notes
+        self._check("training", train)
+        if validation:
+            self._check("validation", validation)
+        self._sampler = Sampler(train, seed=0)
+
+    def __len__(self) -> int:
+        """Training images."""
+        return len(self.train)
+
+    @property
+    def label(self) -> str:
+        return f'Dataset "{self.name}"'
+
+    @property
+    def empty(self) -> Cond:
+        """The encoding of the empty caption."""
+        return self.encodings.empty
+
+    @property
+    def different_captions(self) -> int:
+        """No batch can be larger: different images and different captions of one size."""
+        return max(variety(group) for group in by_size(self.train).values())
+
+    @property
+    def summary(self) -> str:
+        """What a person should know before training, in lines."""
+        return "\n".join([*_described(self.train, self.validation), *self.notes])
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any image, caption, size or the division into training and validation."""
+        parts = [
+            sorted((one.image, list(one.captions), list(one.size)) for one in part)
+            for part in (self.train, self.validation)
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def started(self, seed: int) -> "Dataset":
+        """The same data, drawn from the start by `seed`; the position of this one does not move."""
+        view = copy.copy(self)
+        view._sampler = Sampler(self.train, seed)
+        return view
+
+    def batch(self, batch_size: int) -> Batch:
+        """The next training batch; smaller only where a bucket has fewer than `batch_size` images and captions."""
+        if not 2 <= batch_size <= self.different_captions:
+            raise SoftREPAError(
+                f"batch_size is {batch_size}, expected 2 to {self.different_captions}: {self.label} has no more "
+                "different images and captions of one size."
+            )
+        return self._encoded(self._sampler.next(batch_size))
+
+    def state(self) -> dict[str, int]:
+        """Where the drawing stands."""
+        return self._sampler.state()
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Goes on drawing as if from `state`, on the same images."""
+        self._sampler.restore(state)
+
+    def validation_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every validation image once, always in the same batches; each image has its first caption.
+
+        The last batches may be smaller, down to two; who finds no partner is left out.
+        """
+        for bucket in by_size(self.validation).values():
+            for drawn in compatible_batches([(example, example.captions[0]) for example in bucket], batch_size):
+                if len(drawn) > 1:
+                    yield self._encoded(drawn)
+
+    def _encoded(self, drawn: list[Drawn]) -> Batch:
+        return Batch(
+            latents=torch.stack([self.encodings.latent(example) for example, _ in drawn]).float(),
+            captions=[caption for _, caption in drawn],
+            conds=[self.encodings.cond(caption) for _, caption in drawn],
+            keys=[example.name for example, _ in drawn],
+        )
+
+    def _check(self, part: str, examples: list[Example]) -> None:
+        images = len({one.image for one in examples})
+        captions = len({key for one in examples for key in one.caption_keys})
+        if images < 2 or captions < 2:
+            raise SoftREPAError(
+                f"{self.label} has {images} different images and {captions} different captions for {part}, "
+                "expected at least two of each: the captions of other images are what an image is compared with."
+            )
+
+
+def divide(examples: list[Example], validation_percent: float) -> tuple[list[Example], list[Example]]:
+    """Training and validation. What an image contains decides, so copies of one stay together, whatever their names."""
+    order = sorted({one.image for one in examples}, key=lambda image: hashlib.sha256(image.encode()).digest())
+    held_out = set(order[: round(len(order) * validation_percent / 100)])
+    train = [one for one in examples if one.image not in held_out]
+    return train, [one for one in examples if one.image in held_out]
+
+
+def _described(train: list[Example], validation: list[Example]) -> list[str]:
+    examples = train + validation
+    captions = [caption for one in examples for caption in one.captions]
+    keys = Counter(key for one in examples for key in one.caption_keys)
+    copies = [image for image, count in Counter(one.image for one in examples).items() if count > 1]
+    lines = [f"{len(examples)} images, {len(captions)} captions ({len(keys)} different)"]
+    if validation:
+        lines.append(f"{len(train)} for training, {len(validation)} for validation")
+    sizes = [f"{width}x{height} ({len(group)})" for (width, height), group in by_size(examples).items()]
+    lines.append(f"trained at {', '.join(sizes)}")
+    shared = [key for key, count in keys.items() if count > 1]
+    if shared:
+        named = named_examples([f'"{key}" ({keys[key]} images)' for key in sorted(shared, key=keys.get, reverse=True)])
+        lines.append(f"{len(shared)} captions of several images, which never meet in a batch: {named}")
+    if copies:
+        names = [" = ".join(one.name for one in examples if one.image == image) for image in copies[:SHOWN]]
+        lines.append(f"{len(copies)} images in several copies: {named_examples(names, len(copies))}")
+    return lines
+
+
+def named_examples(names: list[str], total: int | None = None) -> str:
+    """The first few of `names`, and a sign that there are more."""
+    more = ", ..." if (total or len(names)) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,199 @@
+"""The training run on the tiny models: what it learns, leaves and refuses."""
+
+import json
+
+import pytest
+import torch
+from comfyui_softrepa.nodes.training import TrainTokens
+from comfyui_softrepa.softrepa import checkpoint
+from comfyui_softrepa.softrepa.batches import Example
+from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
+from comfyui_softrepa.softrepa.dataset import Dataset
+from comfyui_softrepa.softrepa.errors import SoftREPAError
+from comfyui_softrepa.softrepa.trainer import Trainer
+from softrepa_tests import tiny_models
+from softrepa_tests.sampling import sample
+from softrepa_tests.tiny_models import CHANNELS, WIDTH, seeded
+
+FAMILIES = ("sd15", "sdxl", "sd3")
+
+
+class InMemory:
+    """Seeded latents and text encodings for a family."""
+
+    def __init__(self, family: str):
+        self.family = family
+        self.empty = self.cond("")
+
+    def latent(self, example: Example) -> torch.Tensor:
+        return seeded((CHANNELS[self.family], 8, 8), example.name, 1.0)
+
+    def cond(self, caption: str) -> dict:
+        pooled = {"sd15": None, "sdxl": 1280, "sd3": 2048}[self.family]
+        return {
+            "cross_attn": seeded((1, 77, WIDTH[self.family]), f"text/{caption}", 1.0),
+            "pooled_output": None if pooled is None else seeded((1, pooled), f"pooled/{caption}", 1.0),
+        }
+
+
+def dataset(family: str, images: int = 6) -> Dataset:
+    examples = [Example(f"{i}.png", f"digest{i}", (f"caption {i}",), (64, 64)) for i in range(images)]
+    return Dataset("toy", examples, [], InMemory(family), [])
+
+
+def train(models, family: str, **options):
+    options = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "seed": 0} | options
+    return TrainTokens.execute(models[family], options.pop("dataset", None) or dataset(family), **options).args
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_leaves_tokens_a_file_and_its_configuration(models, token_folder, family):
+    tokens, losses, steps, path = train(models, family, filename_prefix="mine/run")
+    assert steps == len(losses["loss"]) == 3
+    saved = checkpoint.load(path)
+    assert token_folder in checkpoint.Path(path).parents
+    assert torch.equal(saved.tokens, tokens.tokens)
+    assert (tokens.time_table is None) == (family == "sdxl")
+    assert saved.metadata["steps"] == "3"
+    config = json.loads(saved.metadata["training"])
+    assert config["learning_rate"] == 1e-2
+    assert config["denoising_weight"] == {"sd15": 10.0, "sdxl": 10.0, "sd3": 0.0}[family]
+    assert tokens.count == 4
+    assert tokens.blocks == {"sd15": ("down",), "sdxl": ("down", "mid"), "sd3": 5}[family]
+    assert torch.isfinite(sample(apply_tokens(models[family], tokens), family, steps=1)).all()
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_one_seed_gives_one_result(models, token_folder, family):
+    first = train(models, family)[0]
+    second = train(models, family)[0]
+    other = train(models, family, seed=1)[0]
+    assert torch.equal(first.tokens, second.tokens)
+    assert torch.equal(first.time_table, second.time_table)
+    assert not torch.equal(first.tokens, other.tokens)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_micro_batches_and_checkpointing_change_nothing(models, token_folder, family):
+    whole = train(models, family, micro_batch=4, temperature=2.0, checkpointing=False)[0]
+    single = train(models, family, micro_batch=1, temperature=2.0, checkpointing=True)[0]
+    # AdamW turns rounding into a change where a gradient is nearly zero, so only the bulk can be compared
+    assert (whole.tokens - single.tokens).abs().median() < 1e-5
+
+
+def test_it_learns_what_it_is_trained_on(models, token_folder):
+    losses = train(models, "sd3", steps=40, learning_rate=0.02, temperature=2.0, denoising_weight=1.0)[1]["loss"]
+    still = train(models, "sd3", steps=40, learning_rate=0.0, temperature=2.0, denoising_weight=1.0)[1]["loss"]
+    gain = sum(still[-10:]) - sum(losses[-10:])
+    assert gain > 0.05 * sum(still[-10:])
+
+
+def test_the_base_model_stays_as_it_was(models, token_folder, monkeypatch):
+    for family in FAMILIES:
+        weights = models[family].model.diffusion_model.state_dict()
+        before = {key: value.clone() for key, value in weights.items()}
+        options = dict(models[family].model_options["transformer_options"])
+        train(models, family, steps=1)
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
+            patch.setattr(PairNetwork, "gradients", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+            train(models, family, steps=1)
+        after = models[family].model.diffusion_model.state_dict()
+        assert all(torch.equal(after[key], before[key]) for key in before)
+        assert models[family].model_options["transformer_options"] == options
+
+
+def test_out_of_memory_halves_the_pairs(models, token_folder, monkeypatch):
+    sizes = []
+    gradients = PairNetwork.gradients
+
+    def small_memory(self, rows, latents, noise, conds, t, micro_batch):
+        sizes.append(micro_batch)
+        if micro_batch > 3:
+            raise torch.OutOfMemoryError("no memory")
+        return gradients(self, rows, latents, noise, conds, t, micro_batch)
+
+    monkeypatch.setattr(PairNetwork, "gradients", small_memory)
+    assert train(models, "sd3", batch_size=4, micro_batch=16, steps=2)[2] == 2
+    assert sizes[-3:] == [4, 2, 2]
+
+
+def test_interrupted_runs_keep_what_they_learned(models, token_folder, monkeypatch):
+    import comfy.model_management as memory
+
+    done = []
+    step = Trainer.step
+    monkeypatch.setattr(
+        Trainer, "step", lambda self, micro_batch: done.append(record := step(self, micro_batch)) or record
+    )
+
+    def interrupt():
+        if len(done) == 2:
+            raise memory.InterruptProcessingException
+
+    monkeypatch.setattr(memory, "throw_exception_if_processing_interrupted", interrupt)
+    with pytest.raises(memory.InterruptProcessingException):
+        train(models, "sd3", steps=10)
+    (path,) = token_folder.glob("*.safetensors")
+    assert checkpoint.load(path).metadata["steps"] == "2"
+
+
+def test_going_on_from_tokens(models, token_folder):
+    first = train(models, "sd3", steps=1)[0]
+    again = train(models, "sd3", steps=1, learning_rate=0.0, init_tokens=first)[0]
+    assert torch.equal(first.tokens, again.tokens)
+
+
+def test_a_dead_contrast_is_said(models, token_folder, caplog):
+    train(models, "sd3", steps=1)
+    assert "Nothing will be learned from the contrast; try temperature 2" in caplog.text
+    caplog.clear()
+    train(models, "sd3", steps=1, temperature=2.0)
+    assert "Nothing will be learned" not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_other_weight_dtypes(token_folder, dtype):
+    with torch.inference_mode():
+        model = tiny_models.build("sd3")
+    model.model.diffusion_model.to(dtype)
+    model.model.diffusion_model.dtype = dtype
+    model.model.manual_cast_dtype = torch.float32
+    for module in model.model.diffusion_model.modules():
+        if hasattr(module, "comfy_cast_weights"):
+            module.comfy_cast_weights = True
+    tokens = train({"sd3": model}, "sd3", temperature=2.0)[0]
+    assert torch.isfinite(tokens.tokens).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 9}, 'Dataset "toy" has 6 images of one size with different captions, expected at least'),
+        ({"blocks": "7"}, "blocks is 7, expected at most the model's 6 layers"),
+        ({"blocks": "down"}, 'blocks is "down", expected the number of joint blocks'),
+        ({"dataset": dataset("sd15")}, 'Dataset "toy" has text of width 768, expected 4096 for SD3'),
+        ({"temperature": 0.0}, "temperature is 0.0, expected more than 0"),
+    ],
+)
+def test_refused_early(models, token_folder, monkeypatch, options, message):
+    monkeypatch.setattr(PairNetwork, "gradients", lambda *_: pytest.fail("the network ran"))
+    with pytest.raises(SoftREPAError, match=message):
+        train(models, "sd3", **options)
+    assert list(token_folder.iterdir()) == []
+
+
+def test_a_model_with_tokens_is_refused(models, token_folder):
+    tokens = train(models, "sd3", steps=1)[0]
+    patched = {"sd3": apply_tokens(models["sd3"], tokens)}
+    with pytest.raises(SoftREPAError, match="Model has soft tokens on it, expected the plain model"):
+        train(patched, "sd3")
+
+
+def test_blocks_without_a_gradient_are_refused(models, token_folder):
+    model = models["sd3"].clone()
+    model.set_model_patch_replace(
+        lambda args, extra: {"txt": args["txt"], "img": args["img"]}, "dit", "double_block", 4
+    )
+    with pytest.raises(SoftREPAError, match="Soft block 4 gets no gradient, expected one in every block"):
+        train({"sd3": model}, "sd3")
