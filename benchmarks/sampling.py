@@ -105,6 +105,7 @@ def build(case: Case, device, dtype):
 def soft_tokens(case: Case, model):
     """Tokens as published for the family: four, with a time table, in its usual blocks."""
     import torch
+
     from softrepa.families import FAMILIES
     from softrepa.tokens import SoftTokens
 

@@ -8,7 +8,7 @@ import torch
 if "COMFYUI_PATH" not in os.environ:
     pytest.exit("tests/comfy needs COMFYUI_PATH; `python3 -m tests.run` prepares one", returncode=2)
 
-from comfy.cli_args import args  # noqa: E402
+from comfy.cli_args import args
 
 args.cpu = not torch.cuda.is_available()
 

@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from benchmarks.server import ComfyServer, PromptError
-from benchmarks.standins import stand_in
 from PIL import Image
 from softrepa_tests.conftest import ROOT
+
+from benchmarks.server import ComfyServer, PromptError
+from benchmarks.standins import stand_in
 
 OPTIONS = ["strength", "start_percent", "end_percent", "apply_to", "blocks", "uncond_bank"]
 
