@@ -55,8 +55,9 @@ class Cache:
     def make_room(self, needed: int, keep: set[str]) -> None:
         """Lets `needed` more bytes in, as far as `limit` allows, at the cost of what was used longest ago.
 
-        What `keep` names stays and counts as used now. No more than `needed` bytes are deleted.
+        What `keep` names stays and counts as used now. Nothing is deleted where nothing will be written.
         """
+        needed = min(needed, self.limit)
         kept = {self.path(key) for key in keep}
         used, others = 0, []
         for path in self.folder.rglob("*.safetensors"):
@@ -66,7 +67,7 @@ class Cache:
                 os.utime(path)
             else:
                 others.append((facts.st_mtime_ns, facts.st_size, path))
-        surplus = min(needed, used + needed - self.limit)
+        surplus = used + needed - self.limit if needed else 0
         for _, size, path in sorted(others):
             if surplus <= 0:
                 break

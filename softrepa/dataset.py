@@ -81,7 +81,13 @@ class Dataset:
     @property
     def summary(self) -> str:
         """What a person should know before training, in lines."""
-        return "\n".join([*_described(self.train, self.validation), *self.notes])
+        counted = _counted(self.train, self.validation)
+        return "\n".join([*counted, *_repeated(self.train + self.validation), *self.notes])
+
+    @property
+    def description(self) -> str:
+        """A line for the metadata of what is trained: no paths, no file names, no captions."""
+        return f"{self.name}: {'; '.join(_counted(self.train, self.validation))}; fingerprint {self.fingerprint}"
 
     @property
     def fingerprint(self) -> str:
@@ -146,21 +152,28 @@ class Dataset:
 def divide(examples: list[Example], validation_percent: float) -> tuple[list[Example], list[Example]]:
     """Training and validation. What an image contains decides, so copies of one stay together, whatever their names."""
     order = sorted({one.image for one in examples}, key=lambda image: hashlib.sha256(image.encode()).digest())
-    held_out = set(order[: round(len(order) * validation_percent / 100)])
+    count = max(1, round(len(order) * validation_percent / 100)) if validation_percent else 0
+    held_out = set(order[:count])
     train = [one for one in examples if one.image not in held_out]
     return train, [one for one in examples if one.image in held_out]
 
 
-def _described(train: list[Example], validation: list[Example]) -> list[str]:
+def _counted(train: list[Example], validation: list[Example]) -> list[str]:
     examples = train + validation
-    captions = [caption for one in examples for caption in one.captions]
-    keys = Counter(key for one in examples for key in one.caption_keys)
-    copies = [image for image, count in Counter(one.image for one in examples).items() if count > 1]
-    lines = [f"{len(examples)} images, {len(captions)} captions ({len(keys)} different)"]
+    captions = sum(len(one.captions) for one in examples)
+    different = len({key for one in examples for key in one.caption_keys})
+    lines = [f"{len(examples)} images, {captions} captions ({different} different)"]
     if validation:
         lines.append(f"{len(train)} for training, {len(validation)} for validation")
     sizes = [f"{width}x{height} ({len(group)})" for (width, height), group in by_size(examples).items()]
-    lines.append(f"trained at {', '.join(sizes)}")
+    return [*lines, f"trained at {', '.join(sizes)}"]
+
+
+def _repeated(examples: list[Example]) -> list[str]:
+    """Captions and images that occur more than once, in lines."""
+    keys = Counter(key for one in examples for key in one.caption_keys)
+    copies = [image for image, count in Counter(one.image for one in examples).items() if count > 1]
+    lines = []
     shared = [key for key, count in keys.items() if count > 1]
     if shared:
         named = named_examples([f'"{key}" ({keys[key]} images)' for key in sorted(shared, key=keys.get, reverse=True)])

@@ -104,9 +104,9 @@ class FolderEncodings:
         self.cache.make_room(needed, keep=set(work))
         if missing:
             logging.info(
-                "SoftREPA: %d images and %d captions to encode, about %s; the cache has room for %s",
-                *(len(missing.keys() & images), len(missing.keys() & texts)),
-                *(megabytes(needed), megabytes(self.cache.room)),
+                "SoftREPA: %d images and %d captions to encode, about %s; the cache in %s has room for %s",
+                *(len(missing.keys() & images), len(missing.keys() & texts), megabytes(needed)),
+                *(self.cache.folder, megabytes(self.cache.room)),
             )
         bar = comfy.utils.ProgressBar(len(missing))
         for item in missing.values():
@@ -116,10 +116,10 @@ class FolderEncodings:
             bar.update(1)
         absent = [sum(not self.cache.has(key) for key in part) for part in (images, texts)]
         if not any(absent):
-            return f"cached in {self.cache.folder}"
+            return "encoded and cached"
         return (
-            f"cached in {self.cache.folder}, except {absent[0]} images and {absent[1]} captions for which cache_gb "
-            "leaves no room: they are encoded again whenever they are drawn"
+            f"encoded and cached, except {absent[0]} images and {absent[1]} captions for which cache_gb leaves no room: "
+            "they are encoded again whenever they are drawn"
         )
 
     def _work(self) -> tuple[dict[str, "Work"], dict[str, "Work"]]:
