@@ -17,12 +17,13 @@ def draw(tokens: SoftTokens) -> torch.Tensor:
     norms, time_axis = norm_map(tokens)
     image = Image.new("RGB", (2 * (MARGIN + PANEL) + GAP + 90, PANEL + 2 * MARGIN + 20), PAPER)
     canvas = ImageDraw.Draw(image)
-    title = f"{tokens.name}: {tokens.family.title}, {tokens.layers} x {tokens.count} tokens of width {tokens.width}"
+    title = f"{tokens.family.title}, {tokens.layers} x {tokens.count} tokens of width {tokens.width}: {tokens.name}"
     canvas.text((MARGIN, 16), title, INK, ImageFont.load_default(18))
     across = "timestep 0 ... 999 (mean over tokens)" if time_axis else "token (no time table: static)"
     heatmap(image, (MARGIN, MARGIN + 14), norms, "norm", across, "layer")
     rows = tokens.tokens.reshape(-1, tokens.width)
-    similarity = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1).numpy()
+    unit = torch.nn.functional.normalize(rows, dim=-1)
+    similarity = (unit @ unit.T).numpy()
     corner = (MARGIN + PANEL + GAP, MARGIN + 14)
     heatmap(image, corner, similarity, "cosine similarity", "row (layer-major)", "row", bounds=(-1.0, 1.0))
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).unsqueeze(0)

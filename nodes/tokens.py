@@ -99,7 +99,7 @@ class LoadTokens(io.ComfyNode):
                 io.Model.Input("model", tooltip="SD1.5, SDXL, SD3 or SD3.5. It is not changed; a copy goes out."),
                 io.Combo.Input(
                     "tokens_name",
-                    options=folders.token_names(),
+                    options=list(folders.token_paths()),
                     tooltip="A .safetensors file in models/softrepa, or a folder there with published .pth files.",
                 ),
                 *application_inputs(),
@@ -122,7 +122,7 @@ class LoadTokens(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, tokens_name, **_):
-        return folders.fingerprint(folders.token_path(tokens_name))
+        return tokens_name and folders.fingerprint(folders.token_path(tokens_name))
 
     @classmethod
     def execute(cls, model, tokens_name, **options) -> io.NodeOutput:

@@ -3,8 +3,8 @@
 No pickle is executed: `.pth` files go through torch's weights-only loader.
 """
 
+import re
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -87,6 +87,8 @@ def _read_safetensors(path: Path, label: str) -> tuple[dict[str, Tensor], dict[s
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
+            if metadata.get("format", FORMAT) not in (FORMAT, "pt"):  # "pt" is what safetensors' own savers write
+                raise SoftREPAError(f'{label}: format is "{metadata["format"]}", expected "{FORMAT}".')
             keys = set(file.keys())
             foreign = sorted(keys - set(TENSORS))
             if keys == {"time_table"}:
@@ -130,18 +132,22 @@ def _read_pth(path: Path, label: str) -> Tensor:
     try:
         with torch.serialization.safe_globals([embedding]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(content, embedding):
+            content = content.__dict__["_parameters"]["weight"]
+    except Exception as error:  # a broken pickle can raise anything
         raise SoftREPAError(
-            f"{label}: {path.name} was refused ({reason}), expected a tensor that loads without running code."
+            f"{label}: {path.name} {_reason(error)}, expected a tensor that torch saved and that loads without code."
         ) from None
-    if isinstance(content, embedding):
-        content = content.__dict__.get("_parameters", {}).get("weight")
-    if not isinstance(content, Tensor):
-        raise SoftREPAError(
-            f"{label}: {path.name} holds a {type(content).__name__}, expected a tensor or an nn.Embedding."
-        )
+    if not isinstance(content, Tensor) or content.layout is not torch.strided or content.device.type != "cpu":
+        found = f"a {content.layout} tensor" if isinstance(content, Tensor) else f"a {type(content).__name__}"
+        raise SoftREPAError(f"{label}: {path.name} holds {found}, expected a plain tensor or an nn.Embedding.")
     return content.detach()
+
+
+def _reason(error: Exception) -> str:
+    """What torch found; its own message would tell the user to load the file unsafely."""
+    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f"asks for {asked.group(1)} to be run and was refused" if asked else "is not a whole file saved by torch"
 
 
 def _assemble(
@@ -166,7 +172,7 @@ def _assemble(
 
 
 def _published_blocks(family: Family, shape: tuple[int, ...]) -> Blocks:
-    return family.published_blocks if family.is_unet else shape[0]
+    return family.published_blocks if family.is_unet else len(shape) and shape[0]
 
 
 def summary(tokens: SoftTokens) -> list[str]:

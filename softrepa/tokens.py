@@ -107,11 +107,11 @@ class SoftTokens:
         return moved
 
     def _checked(self, key: str, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.numel() == 0:
-            raise SoftREPAError(
-                f"{self.label}: {key} is {str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}, "
-                "expected floating-point numbers."
-            )
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise SoftREPAError(f"{self.label}: {key} is {kind}, expected floating-point numbers.")
+        if tensor.numel() == 0:
+            raise SoftREPAError(f"{self.label}: {key} is empty, of shape {list(tensor.shape)}, expected some vectors.")
         tensor = tensor.detach().float()
         bad = (~torch.isfinite(tensor)).sum().item()
         if bad:

@@ -118,8 +118,8 @@ class FolderEncodings:
         if not any(absent):
             return "encoded and cached"
         return (
-            f"encoded and cached, except {absent[0]} images and {absent[1]} captions for which cache_gb leaves no room: "
-            "they are encoded again whenever they are drawn"
+            f"encoded and cached, except {absent[0]} images and {absent[1]} captions for which cache_gb leaves no "
+            "room: they are encoded again whenever they are drawn"
         )
 
     def _work(self) -> tuple[dict[str, "Work"], dict[str, "Work"]]:
@@ -152,6 +152,10 @@ class FolderEncodings:
             raise SoftREPAError(
                 f"vae gives latents of shape {list(latent.shape)}, expected those of still images, "
                 "[1, channels, height, width]."
+            )
+        if not latent.isfinite().all():
+            raise SoftREPAError(
+                f"vae gives NaN or infinite values for {example.name}, expected numbers; run ComfyUI with --fp32-vae."
             )
         return ordinary(latent[0])
 

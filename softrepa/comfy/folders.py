@@ -9,42 +9,53 @@ from ..errors import SoftREPAError
 
 FOLDER = "softrepa"
 EXTENSIONS = {".safetensors", ".pth"}
+SHOWN = 8
+"""Names in an error."""
+LONGEST = 100
+"""Characters of a file name, before its number."""
+
+
+def home() -> Path:
+    """models/softrepa, where new files go whatever other folders are configured."""
+    return Path(folder_paths.models_dir) / FOLDER
 
 
 def register() -> None:
     """Adds models/softrepa beside what extra_model_paths.yaml names, and makes the folder."""
-    home = Path(folder_paths.models_dir) / FOLDER
-    home.mkdir(parents=True, exist_ok=True)
-    folder_paths.add_model_folder_path(FOLDER, str(home))
+    home().mkdir(parents=True, exist_ok=True)
+    folder_paths.add_model_folder_path(FOLDER, str(home()))
     paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | EXTENSIONS)
 
 
-def token_names() -> list[str]:
-    """Choices of the loader: .safetensors files, and folders that hold published files.
+def token_paths() -> dict[str, Path]:
+    """The loader's choices, sorted: .safetensors files, and folders that hold published files.
 
-    A published file that lies in the model folder itself is listed by its own name.
+    A published file that lies in a model folder itself is listed by its own name. Of two with one name, the first
+    model folder's counts.
     """
-    names = set()
+    paths: dict[str, Path] = {}
     for file in folder_paths.get_filename_list(FOLDER):
-        path = Path(file)
-        if path.suffix == ".safetensors":
-            names.add(file)
-        elif path.name in PUBLISHED:
-            names.add(file if path.parent == Path() else str(path.parent))
-    return sorted(names)
+        inside = Path(file)
+        if inside.suffix != ".safetensors" and inside.name not in PUBLISHED:
+            continue
+        found = folder_paths.get_full_path(FOLDER, file)
+        if found is None:  # a dangling link
+            continue
+        is_folder = inside.suffix == ".pth" and inside.parent != Path()
+        name, path = (inside.parent, Path(found).parent) if is_folder else (inside, Path(found))
+        paths.setdefault(str(name), path)
+    return dict(sorted(paths.items()))
 
 
 def token_path(name: str) -> Path:
     """The file or folder that the loader's choice `name` stands for. Raises SoftREPAError when it is gone."""
-    if name in token_names():
-        for root in folder_paths.get_folder_paths(FOLDER):
-            path = Path(root) / name
-            if path.exists():
-                return path
-    names = token_names()
-    expected = f"one of {', '.join(names)}" if names else "a .safetensors file, or a folder with published .pth files"
-    found = "not" if names else "no token files are"
+    paths = token_paths()
+    if name in paths:
+        return paths[name]
+    shown = ", ".join([*list(paths)[:SHOWN], *(["..."] if len(paths) > SHOWN else [])])
+    expected = f"one of {shown}" if paths else "a .safetensors file, or a folder with published .pth files"
+    found = "not" if paths else "no token files are"
     raise SoftREPAError(f'Tokens "{name}": {found} in models/{FOLDER}, expected {expected} there.')
 
 
@@ -56,11 +67,14 @@ def fingerprint(path: Path) -> list[tuple[str, int, int]]:
 
 def new_token_path(filename_prefix: str) -> Path:
     """A path under models/softrepa that does not exist yet: prefix_00001.safetensors and so on."""
-    home = folder_paths.get_folder_paths(FOLDER)[0]
-    target = (Path(home) / filename_prefix).resolve()
-    if not Path(filename_prefix).name or Path(home).resolve() not in target.parents:
-        raise SoftREPAError(f'filename_prefix is "{filename_prefix}", expected a name inside models/{FOLDER}.')
-    folder, stem, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, home)
+    name = Path(filename_prefix).name
+    fits = name and len(name) <= LONGEST and "\0" not in filename_prefix
+    if not fits or home().resolve() not in (home() / filename_prefix).resolve().parents:
+        raise SoftREPAError(
+            f'filename_prefix is "{filename_prefix[:LONGEST]}", expected a name of at most {LONGEST} characters inside '
+            f"models/{FOLDER}."
+        )
+    folder, stem, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(home()))
     while (path := Path(folder) / f"{stem}_{counter:05}.safetensors").exists():
         counter += 1
     return path

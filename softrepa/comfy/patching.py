@@ -209,8 +209,9 @@ def in_window(token_set: TokenSet, model_sampling, sigma: Tensor) -> bool:
     """ComfyUI's sampling window: sigma(end_percent) <= sigma <= sigma(start_percent)."""
     if not token_set.is_windowed:
         return True
-    start, end = (float(model_sampling.percent_to_sigma(p)) for p in (token_set.start_percent, token_set.end_percent))
-    return end <= sigma.flatten()[0].item() <= start
+    first = sigma.flatten()[0]  # compared as a tensor, in its own precision, as ComfyUI does for conds
+    start, end = (model_sampling.percent_to_sigma(p) for p in (token_set.start_percent, token_set.end_percent))
+    return not bool((first > start) | (first < end))
 
 
 def name_roles(executor, x, timestep, model_options={}, seed=None):
@@ -236,7 +237,12 @@ def negative_rows(roles: dict[UUID, bool], uuids, batch: int) -> list[bool]:
     """
     if not roles or not uuids:
         return [False] * batch
-    repeats = batch // len(uuids)
+    repeats, rest = divmod(batch, len(uuids))
+    if rest or not repeats:
+        raise SoftREPAError(
+            f"The network got {batch} samples for {len(uuids)} prompts, expected as many for each: another node splits "
+            "the batch, and only apply_to both with uncond_bank positive works with it."
+        )
     return [roles.get(uuid, True) for uuid in uuids for _ in range(repeats)]
 
 

@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import folder_paths
 import pytest
 import torch
 from comfyui_softrepa.softrepa import checkpoint
@@ -112,11 +113,38 @@ def test_saved_files_are_listed_at_once(pack, models, token_folder):
     assert torch.equal(again.time_table, tokens.time_table)
 
 
-@pytest.mark.parametrize("prefix", ["../outside", "/tmp/outside", "", "a/../../outside"])
+@pytest.mark.parametrize("prefix", ["../outside", "/tmp/outside", "", "a/../../outside", "a\0b", "x" * 300])
 def test_saving_stays_in_the_model_folder(pack, models, saved, prefix):
     _, tokens = pack["SoftREPALoadTokens"].execute(models["sd15"], saved["sd15"]).args
-    with pytest.raises(ValueError, match="filename_prefix is .*expected a name inside models/softrepa"):
+    with pytest.raises(ValueError, match="filename_prefix is .* at most 100 characters inside models/softrepa"):
         pack["SoftREPASaveTokens"].execute(tokens, prefix)
+
+
+def test_several_model_folders(pack, models, token_folder, tmp_path, monkeypatch):
+    """A folder that only holds saved files does not hide published ones of its name; new files go home."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    checkpoint.save(tokens_for("sd15"), first / "mine" / "one.safetensors")
+    published.write(second / "mine", "sd15")
+    paths = [str(first), str(second), str(token_folder)]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "softrepa", (paths, {".safetensors", ".pth"}))
+    load = pack["SoftREPALoadTokens"]
+    assert choices(load) == ["mine", str(Path("mine/one.safetensors"))]
+    _, tokens = load.execute(models["sd15"], "mine").args
+    assert tokens.time_table is not None
+    assert load.fingerprint_inputs(tokens_name="mine") != []
+    pack["SoftREPASaveTokens"].execute(tokens, "new")
+    assert [path.name for path in token_folder.glob("*.safetensors")] == ["new_00001.safetensors"]
+
+
+def test_a_linked_name_can_be_fingerprinted(pack):
+    load = pack["SoftREPALoadTokens"]
+    assert load.fingerprint_inputs(tokens_name=None) is None
+    assert load.validate_inputs(tokens_name=None) is True
+
+
+def test_dangling_links_are_not_listed(pack, token_folder):
+    (token_folder / "gone.safetensors").symlink_to(token_folder / "nowhere")
+    assert choices(pack["SoftREPALoadTokens"]) == []
 
 
 def test_a_changed_file_is_loaded_again(pack, saved, token_folder):

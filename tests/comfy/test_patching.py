@@ -1,14 +1,18 @@
 """Soft tokens on a MODEL under ComfyUI's real samplers: strength, window, roles, blocks, several sets, batching."""
 
+import contextlib
 import gc
 import weakref
 
+import comfy.samplers
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
-from comfy_extras.nodes_perpneg import Guider_PerpNeg
+from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
 from comfy_extras.nodes_sag import SelfAttentionGuidance
-from comfyui_softrepa.softrepa.comfy.patching import KEY, apply_tokens
+from comfyui_softrepa.softrepa.comfy.attention import combined
+from comfyui_softrepa.softrepa.comfy.patching import KEY, apply_tokens, in_window
+from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests.oracle import injected
 from softrepa_tests.sampling import guider, noise, prompt, record, relative_error, sample, sigmas_of
@@ -89,21 +93,38 @@ def test_small_strength_tends_to_the_plain_model(models, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_window_acts_on_exactly_its_steps(models, family):
+@pytest.mark.parametrize("scheduler", ["normal", "simple"])
+@pytest.mark.parametrize("window", [(0.3, 0.7), (0.0, 0.4), (0.25, 0.55)])
+def test_window_acts_on_exactly_its_steps(models, family, scheduler, window):
+    """On the steps on which ComfyUI would use a cond with the same start and end."""
     model = models[family]
-    sigmas = sigmas_of(model, 10)
     sampling = model.get_model_object("model_sampling")
-    start, end = sampling.percent_to_sigma(0.3), sampling.percent_to_sigma(0.7)
-    x = noise(family)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, 20)
+    start, end = window
+    cond = {"start_percent": start, "end_percent": end}
+    comfy.samplers.calculate_start_end_timesteps(model.model, conds := [cond])
+    patched = apply_tokens(model, tokens_for(family), start_percent=start, end_percent=end)
+    (token_set,) = patched.get_attachment(KEY).sets
+    inside = []
+    for sigma in sigmas[:-1]:
+        closed = "timestep_start" in conds[0] and sigma > conds[0]["timestep_start"]
+        inside.append(not (closed or sigma < conds[0]["timestep_end"]))
+        assert in_window(token_set, sampling, sigma[None]) == inside[-1], sigma
+    assert 0 < sum(inside) < len(inside)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outside_the_window_the_model_is_plain(models, family):
+    model, x = models[family], noise(family)
+    sigmas = sigmas_of(model, 6)
     patched = apply_tokens(model, tokens_for(family), start_percent=0.3, end_percent=0.7)
     plain = record(guider(model, family), x, sigmas)
     full = record(guider(apply_tokens(model, tokens_for(family)), family), x, sigmas)
     windowed = record(guider(patched, family), x, sigmas)
-    inside = [end <= sigma <= start for sigma in sigmas[:-1].tolist()]
-    assert 0 < sum(inside) < len(inside)
-    for step, is_inside in enumerate(inside):
-        assert torch.equal(windowed[step], (full if is_inside else plain)[step]), step
-        assert not torch.equal(full[step], plain[step])
+    is_plain = [torch.equal(ours, expected) for ours, expected in zip(windowed, plain, strict=True)]
+    is_full = [torch.equal(ours, expected) for ours, expected in zip(windowed, full, strict=True)]
+    assert [not one for one in is_plain] == is_full
+    assert 0 < sum(is_full) < len(is_full)
 
 
 def predictions(model, family, tokens, negative_tokens=None):
@@ -235,6 +256,90 @@ def test_two_nodes_in_a_row_insert_together(models, family):
     with injected(models[family], first, second):
         expected = sample(models[family], family)
     assert relative_error(sample(patched, family), expected) <= EXACT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strength_three_is_three_copies(models, family):
+    """Weight 3 in the softmax is what three equal keys have."""
+    tokens = tokens_for(family)
+    with injected(models[family], tokens, tokens, tokens):
+        expected = sample(models[family], family)
+    assert relative_error(sample(apply_tokens(models[family], tokens, strength=3.0), family), expected) <= EXACT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sets_with_options_of_their_own(models, family):
+    """Two nodes with other strengths, roles and windows: each acts as it would by the plain injection."""
+    first, second = tokens_for(family, "a"), tokens_for(family, "b")
+    model = apply_tokens(models[family], first, strength=3.0, apply_to="positive", end_percent=0.5)
+    model = apply_tokens(model, second, apply_to="negative", start_percent=0.5)
+    sigmas = sigmas_of(model, 4)
+    middle = model.get_model_object("model_sampling").percent_to_sigma(0.5)
+    ours = record(guider(model, family, cfg=3.0), noise(family), sigmas)
+
+    def halves(active):
+        out = []
+        for name, sets in (("positive", active[0]), ("negative", active[1])):
+            alone = guider(models[family], family, cfg=1.0, positive=prompt(family, name))
+            with injected(models[family], *sets) if sets else contextlib.nullcontext():
+                out.append(record(alone, noise(family), sigmas))
+        return out
+
+    early = halves(([first] * 3, []))
+    late = halves(([], [second]))
+    for step, sigma in enumerate(sigmas[:-1]):
+        positive, negative = ((early if sigma > middle else late)[half][step] for half in (0, 1))
+        assert relative_error(ours[step], negative + 3.0 * (positive - negative)) <= EXACT, step
+
+
+def test_a_foreign_patch_between_two_nodes_sees_both_sets(models):
+    lengths = []
+
+    def foreign(n, context, value, extra):
+        lengths.append(context.shape[1])
+        return n, context, value
+
+    model = apply_tokens(models["sd15"], tokens_for("sd15", "a"))
+    model.set_model_attn2_patch(foreign)
+    model = apply_tokens(model, tokens_for("sd15", "b"))
+    sample(model, "sd15", steps=1)
+    assert set(lengths) == {77, 77 + 8}
+    wrappers = model.model_options["transformer_options"]["wrappers"]
+    assert [len(by_key[KEY]) for by_key in wrappers.values()] == [1]
+
+
+def test_masks_that_are_there_already():
+    bias = torch.tensor([[[0.0, -1.0, 2.0]]])
+    keep = torch.tensor([[True, False, True]])
+    assert combined(bias, None) is bias
+    for mask in (keep, keep.unsqueeze(0), keep.view(1, 1, 1, 3)):
+        for form in (mask, torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))):
+            assert combined(bias, form).flatten().tolist() == [0.0, float("-inf"), 2.0]
+
+
+def test_legacy_perp_neg_is_unconditional(models):
+    """Its own empty prompt is no cond of the guider: it counts as a negative."""
+    family = "sd15"
+    patched = apply_tokens(models[family], tokens_for(family), apply_to="positive")
+    (guided_model,) = PerpNeg.execute(patched, prompt(family, "empty"), 1.0).args
+    spy = RoleSpy(guided_model)
+    record(guider(guided_model, family), noise(family), sigmas_of(patched, 1))
+    assert spy.calls == [[False, True], [False]]
+
+
+def test_uneven_batches_are_refused_where_roles_matter(models):
+    def splitter(apply_model, args):
+        c = {key: value[:1] if torch.is_tensor(value) else value for key, value in args["c"].items()}
+        return apply_model(args["input"][:1], args["timestep"][:1], **c).repeat(2, 1, 1, 1)
+
+    for apply_to in ("both", "positive"):
+        patched = apply_tokens(models["sd15"], tokens_for("sd15"), apply_to=apply_to)
+        patched.model_options["model_function_wrapper"] = splitter
+        if apply_to == "both":
+            sample(patched, "sd15", steps=1)
+        else:
+            with pytest.raises(SoftREPAError, match="1 samples for 2 prompts, expected as many for each"):
+                sample(patched, "sd15", steps=1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
