@@ -129,6 +129,7 @@ def train(
 
         def next_batch(size):
             batch = dataset.batch(size)
+            memory.load_models_gpu([patcher])  # encoding on the fly may have pushed it out
             return patcher.model.process_latent_in(batch.latents.clone()), batch.conds
 
         trainer = Trainer(config, start, pairs, next_batch, dataset.empty)
@@ -241,7 +242,7 @@ def described(model: ModelPatcher, dataset: Dataset, config: TrainingConfig) -> 
     return {
         "training": json.dumps(asdict(config), sort_keys=True),
         "base_model": f"{type(model.model).__name__} {weights_hash(model)}",
-        "dataset": dataset.summary,
+        "dataset": dataset.description,
         "dataset_fingerprint": dataset.fingerprint,
         "date": time.strftime("%Y-%m-%d"),
     }
