@@ -140,11 +140,11 @@ def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
 
 
 def test_parquet(tmp_path):
-    import pyarrow
+    import pyarrow as pa
     from pyarrow import parquet
 
     picture(tmp_path / "1.png")
-    table = pyarrow.table({"file_name": ["1.png", "2.png"], "text": [["one", "uno"], ["two"]], "score": [1, 2]})
+    table = pa.table({"file_name": ["1.png", "2.png"], "text": [["one", "uno"], ["two"]], "score": [1, 2]})
     parquet.write_table(table, tmp_path / "metadata.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really PAR1")
     listing = list_folder(tmp_path)
