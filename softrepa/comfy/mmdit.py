@@ -61,17 +61,22 @@ class JointBlockHook:
         state = call_state(args["transformer_options"])
         rows = state.rows.get(self.layer) if state.owner is self.patch else None
         if rows is None:
-            return self._run(args, extra)
+            return self._run(state, args, extra)
         text = args["txt"]
         soft = rows.shape[1]
         if state.bias:
             state.attention.expect(key_bias(state.bias[self.layer], 0, text.shape[1] + args["img"].shape[1]))
-        out = self._run(args | {"txt": torch.cat([rows.to(text.dtype), text], dim=1)}, extra)
+        out = self._run(state, args | {"txt": torch.cat([rows.to(text.dtype), text], dim=1)}, extra)
         if state.bias:
             state.attention.expect(None)  # a replacement below may have skipped attention
         if out["txt"] is None:  # the last joint block has no text output
             return out
         return out | {"txt": out["txt"][:, soft:]}
 
-    def _run(self, args, extra):
-        return extra["original_block"](args) if self.below is None else self.below(args, extra)
+    def _run(self, state, args, extra):
+        if self.below is not None:
+            return self.below(args, extra)
+        # Not `extra["original_block"]`: it checkpoints, which without gradients only saves the random state.
+        block, options = state.blocks[self.layer], args["transformer_options"]
+        text, image = block(args["txt"], args["img"], c=args["vec"], use_checkpoint=False, transformer_options=options)
+        return {"txt": text, "img": image}

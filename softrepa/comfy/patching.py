@@ -154,7 +154,8 @@ class SoftTokenPatch:
 
         Sets that do not act in this call are left out or, where `is_fixed`, inserted with weight 0.
         """
-        state = CallState(self)
+        is_unet = self.sets[0].tokens.family.is_unet
+        state = CallState(self, blocks=() if is_unet else base_model.diffusion_model.joint_blocks)
         rows: dict[Place, list[Tensor]] = {}
         strengths: dict[Place, list[list[float]]] = {}
         device = sigma.device

@@ -1,8 +1,9 @@
 """What the wrapper around a network call leaves for the hooks inside it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SoftREPAError
 from .attention import SoftKeyBias
@@ -16,12 +17,16 @@ Place = int | str
 
 @dataclass
 class CallState:
-    """Per place the rows (B, n, d) of this call and, unless all strengths are 1, their logit bias (B, n)."""
+    """Per place the rows (B, n, d) of this call and, unless all strengths are 1, their logit bias (B, n).
+
+    blocks: the joint blocks of the very network that is called (each device has its own); none for a UNet.
+    """
 
     owner: object
     rows: dict[Place, Tensor] = field(default_factory=dict)
     bias: dict[Place, Tensor] = field(default_factory=dict)
     attention: SoftKeyBias | None = None
+    blocks: Sequence[nn.Module] = ()
 
 
 def call_state(options: dict) -> CallState:

@@ -1,9 +1,11 @@
 """A real ComfyUI in this process, on the CPU unless there is a GPU, with its folders in a temporary place."""
 
+import asyncio
 import os
 
 import pytest
 import torch
+from softrepa_tests.conftest import ROOT
 
 if "COMFYUI_PATH" not in os.environ:
     pytest.exit("tests/comfy needs COMFYUI_PATH; `python3 -m tests.run` prepares one", returncode=2)
@@ -12,7 +14,11 @@ from comfy.cli_args import args
 
 args.cpu = not torch.cuda.is_available()
 
+# main.py imports it first; on 0.3.75 another module takes the name otherwise.
+import utils.extra_config  # noqa: E402, F401, I001
+
 import folder_paths  # noqa: E402
+import nodes  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,3 +61,11 @@ def models():
 
     with torch.inference_mode():
         return {family: tiny_models.build(family) for family in ("sd15", "sdxl", "sd3")}
+
+
+@pytest.fixture(scope="session")
+def pack(comfy_folders):
+    """Our node classes by id, as ComfyUI's own loader registers them."""
+    before = set(nodes.NODE_CLASS_MAPPINGS)
+    assert asyncio.run(nodes.load_custom_node(str(ROOT))), "the pack failed to load"
+    return {name: nodes.NODE_CLASS_MAPPINGS[name] for name in set(nodes.NODE_CLASS_MAPPINGS) - before}

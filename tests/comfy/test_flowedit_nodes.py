@@ -1,7 +1,5 @@
 """The FlowEdit nodes: their equal results, and the sentence for each wrong input."""
 
-import asyncio
-
 import comfy.nested_tensor
 import comfy.samplers
 import pytest
@@ -16,21 +14,11 @@ from comfy_extras.nodes_custom_sampler import (
 from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
 from comfyui_softrepa.softrepa.flowedit import Draws
 from softrepa_tests import tiny_models
-from softrepa_tests.conftest import ROOT
 from softrepa_tests.editing import Network, conds, paper_edit, sd3_schedule, source_latent
 from softrepa_tests.sampling import guider, prompt, relative_error
 from softrepa_tests.token_sets import tokens_for
 
-import nodes
-
 LATENTS = {family: {"samples": source_latent(family)} for family in ("sd15", "sd3")}
-
-
-@pytest.fixture(scope="module")
-def pack():
-    """Node classes by id, as ComfyUI's own loader registers them."""
-    assert asyncio.run(nodes.load_custom_node(str(ROOT))), "the pack failed to load"
-    return nodes.NODE_CLASS_MAPPINGS
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The nodes as ComfyUI loads them: what they do, and the sentence for each wrong input."""
 
-import asyncio
 import os
 import time
 from pathlib import Path
@@ -15,17 +14,6 @@ from softrepa_tests.conftest import ROOT
 from softrepa_tests.oracle import injected
 from softrepa_tests.sampling import relative_error, sample
 from softrepa_tests.token_sets import tokens_for
-
-import nodes
-
-
-@pytest.fixture(scope="module")
-def pack():
-    """Node classes by id, as ComfyUI's own loader registers them."""
-    before = set(nodes.NODE_CLASS_MAPPINGS)
-    assert asyncio.run(nodes.load_custom_node(str(ROOT))), "the pack failed to load"
-    added = set(nodes.NODE_CLASS_MAPPINGS) - before
-    return {name: nodes.NODE_CLASS_MAPPINGS[name] for name in added}
 
 
 @pytest.fixture
