@@ -176,6 +176,7 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.sampling", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="how often each variant is timed")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the cases whose title contains this")
     environment.add_arguments(parser)
     arguments = parser.parse_args()
     environment.enter("benchmarks.sampling", arguments.comfyui, arguments.python)
@@ -190,7 +191,8 @@ def main() -> None:
     print(f"Time per step over that of the plain model: {machine()}, {dtype}, {arguments.rounds} rounds")
     print(f"{'':30}{'plain':>13}{'plain again':>14}{'strength 1':>14}{'strength 0.5':>14}{'strength 0':>14}")
     for case in GPU_CASES if has_gpu else CPU_CASES:
-        measure(case, arguments.rounds, device, dtype)
+        if arguments.only in case.title:
+            measure(case, arguments.rounds, device, dtype)
 
 
 if __name__ == "__main__":

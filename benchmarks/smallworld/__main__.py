@@ -1,0 +1,101 @@
+"""Commands of the small world; each prepares a ComfyUI where there is none.
+
+python3 -m benchmarks.smallworld train              make the shipped file again (resumes when stopped)
+python3 -m benchmarks.smallworld measure            results.json, results.md, contact_sheet.png
+python3 -m benchmarks.smallworld checkpoint PATH    the full checkpoint for ComfyUI's loader
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import environment
+
+FOLDER = Path(__file__).parent
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.smallworld", description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads (2)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train everything and write the shipped file; resumes")
+    train.add_argument("--state", type=Path, default=environment.cache_folder() / "smallworld", help="where it resumes")
+    train.add_argument("--into", type=Path, default=FOLDER, help="folder of the finished file and the logs")
+    measure = commands.add_parser("measure", help="draw, check and count")
+    measure.add_argument("--images", type=int, default=1000, help="pictures to draw (1000)")
+    measure.add_argument("--into", type=Path, default=FOLDER / "results", help="folder of the report")
+    checkpoint = commands.add_parser("checkpoint", help="write the full checkpoint")
+    checkpoint.add_argument("path", type=Path)
+    return parser.parse_args()
+
+
+def use_comfyui() -> None:
+    """ComfyUI importable in this process, ahead of this project's own `nodes` folder; on the CPU without a GPU."""
+    import torch
+
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = not torch.cuda.is_available()
+
+
+def train(state: Path, into: Path) -> None:
+    from . import autoencoder, checkpoint, train
+
+    text = fast_encoder()
+    encoder = autoencoder.fit_encoder()
+    decoder = autoencoder.train_decoder(encoder, state)
+    weights = train.train_model(encoder, text, state)
+    for name in ("decoder", "decoder-2", "model", "model-2", "model-3"):
+        shutil.copyfile(state / f"{name}.log.jsonl", into / f"{name}.log.jsonl")
+    target = into / checkpoint.SHIPPED.name
+    checkpoint.write_shipped(target, weights, decoder, encoder, {"training": json.dumps(train.settings())})
+    print(f"wrote {target}")
+
+
+def fast_encoder():
+    import comfy.sd1_clip
+
+    from .text import FastEncoder
+
+    return FastEncoder(comfy.sd1_clip.SDTokenizer())
+
+
+def measure(images: int, into: Path) -> None:
+    import comfy.utils
+
+    from . import measure as m
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    report = {"sampling": m.SAMPLING, "checker": m.measure_checker()}
+    report["retrieval beside captions wrong by one fact"] = m.measure_retrieval(fast_encoder())
+    with tempfile.TemporaryDirectory() as folder:
+        pictures, sheet = m.measure_pictures(m.StockModel(Path(folder)), images)
+    report |= pictures
+    m.write_report(into, report, sheet)
+    print((into / "results.md").read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    chosen = arguments()
+    environment.enter("benchmarks.smallworld")
+    import torch
+
+    torch.set_num_threads(chosen.threads)
+    use_comfyui()
+    if chosen.command == "train":
+        train(chosen.state, chosen.into)
+    elif chosen.command == "measure":
+        measure(chosen.images, chosen.into)
+    else:
+        from .checkpoint import write_checkpoint
+
+        print(f"wrote {write_checkpoint(chosen.path)}")
+
+
+if __name__ == "__main__":
+    main()
