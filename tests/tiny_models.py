@@ -68,6 +68,16 @@ def build(family: str) -> ModelPatcher:
     return _mmdit() if family == "sd3" else _unet(family)
 
 
+def store_in(model: ModelPatcher, dtype: torch.dtype) -> None:
+    """Keeps the weights in `dtype` and computes in float32, as ComfyUI does for fp8 files."""
+    model.model.diffusion_model.to(dtype)
+    model.model.diffusion_model.dtype = dtype
+    model.model.manual_cast_dtype = torch.float32
+    for module in model.model.diffusion_model.modules():
+        if hasattr(module, "comfy_cast_weights"):
+            module.comfy_cast_weights = True
+
+
 def _weight(name: str, shape, tag: str) -> torch.Tensor:
     if len(shape) == 1:
         is_norm_scale = "norm" in name and name.endswith("weight")

@@ -177,10 +177,7 @@ class SoftTokenPatch:
         varies = is_fixed and any(token_set.varies for token_set in self.sets)
         if varies or any(strength != 1 for columns in strengths.values() for column in columns for strength in column):
             # log(0) = -inf: the soft keys do not exist for samples of the other role
-            state.bias = {
-                place: torch.tensor(columns, dtype=torch.float32).T.log().to(device)
-                for place, columns in strengths.items()
-            }
+            state.bias = biases(strengths, device)
         return state
 
     def _rows(self, base_model, token_set: TokenSet, tokens: SoftTokens, timestep, negative: list[bool]) -> Tensor:
@@ -199,6 +196,16 @@ class SoftTokenPatch:
         if device not in self._moved:
             self._moved[device] = tuple(token_set.tokens.to(device) for token_set in self.sets)
         return self._moved[device]
+
+
+def biases(strengths: dict[Place, list[list[float]]], device: torch.device) -> dict[Place, Tensor]:
+    """log(strength) by place, (B, n) from n columns of B values; places with equal columns share one tensor."""
+    made: dict[tuple, Tensor] = {}
+    for columns in strengths.values():
+        key = tuple(map(tuple, columns))
+        if key not in made:
+            made[key] = torch.tensor(columns, dtype=torch.float32).T.log().to(device)
+    return {place: made[tuple(map(tuple, columns))] for place, columns in strengths.items()}
 
 
 def compute_dtype(base_model) -> torch.dtype:

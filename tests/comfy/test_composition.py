@@ -252,12 +252,7 @@ def test_torch_compile(models, family, options):
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_weights_in_other_dtypes(family, dtype):
     model = tiny_models.build(family)
-    model.model.diffusion_model.to(dtype)
-    model.model.diffusion_model.dtype = dtype
-    model.model.manual_cast_dtype = torch.float32
-    for module in model.model.diffusion_model.modules():
-        if hasattr(module, "comfy_cast_weights"):
-            module.comfy_cast_weights = True
+    tiny_models.store_in(model, dtype)
     ours = sample(apply_tokens(model, tokens_for(family)), family, steps=2)
     with injected(model, tokens_for(family)):
         expected = sample(model, family, steps=2)

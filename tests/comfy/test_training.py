@@ -156,12 +156,7 @@ def test_a_dead_contrast_is_said(models, token_folder, caplog):
 def test_other_weight_dtypes(token_folder, dtype):
     with torch.inference_mode():
         model = tiny_models.build("sd3")
-    model.model.diffusion_model.to(dtype)
-    model.model.diffusion_model.dtype = dtype
-    model.model.manual_cast_dtype = torch.float32
-    for module in model.model.diffusion_model.modules():
-        if hasattr(module, "comfy_cast_weights"):
-            module.comfy_cast_weights = True
+    tiny_models.store_in(model, dtype)
     tokens = train({"sd3": model}, "sd3", temperature=2.0)[0]
     assert torch.isfinite(tokens.tokens).all()
 
