@@ -80,8 +80,8 @@ CPU_CASES = (
 )
 
 
-def build(case: Case, device, dtype):
-    """A MODEL with small random weights."""
+def build(case: Case, device, dtype, compute=None):
+    """A MODEL with small random weights stored in `dtype` and, where given, cast to `compute` for every operation."""
     import comfy.model_base
     import comfy.model_patcher
     import comfy.supported_models as supported
@@ -94,11 +94,11 @@ def build(case: Case, device, dtype):
     }
     config = classes[case.family][0](dict(case.model))
     config.unet_config.update(case.model)
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(dtype, compute)
     with torch.inference_mode():
         model = classes[case.family][1](config, device=device).to(device)
         for weight in model.diffusion_model.state_dict().values():
-            weight.normal_(0, 0.02)
+            weight.copy_(torch.randn(weight.shape, device=device) * 0.02)
     return comfy.model_patcher.ModelPatcher(model, device, device)
 
 

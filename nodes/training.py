@@ -2,8 +2,9 @@
 
 from comfy_api.latest import io
 
+from ..softrepa import optimizers
 from ..softrepa.comfy import folders
-from ..softrepa.comfy.training import TokenPlan, train
+from ..softrepa.comfy.training import Files, TokenPlan, train
 from ..softrepa.trainer import TrainingConfig
 from .schema import ADVANCED, Dataset, Tokens, schema, show_on_node
 
@@ -98,6 +99,15 @@ class TrainTokens(io.ComfyNode):
                     "filename_prefix", optional=True, default="trained", tooltip="Name of the file in models/softrepa."
                 ),
                 Tokens.Input("init_tokens", optional=True, tooltip="Go on from these instead of starting anew."),
+                io.Combo.Input(
+                    "optimizer",
+                    optional=True,
+                    options=optimizers.available(),
+                    default=optimizers.DEFAULT,
+                    tooltip="The paper's is AdamW. Prodigy and Lion need the packages prodigyopt and lion-pytorch; "
+                    "give Prodigy a learning_rate of 1.",
+                    **ADVANCED,
+                ),
                 number(io.Int, "accumulation", 1, 1, 1024, "Batches averaged for one update.", **ADVANCED),
                 number(io.Int, "warmup_steps", 0, 0, 100_000, "Steps in which the rate rises from 0.", **ADVANCED),
                 number(io.Float, "gradient_clip", 0.0, 0.0, 1e6, "Largest gradient norm. 0: none.", **ADVANCED),
@@ -125,8 +135,15 @@ class TrainTokens(io.ComfyNode):
                     "checkpointing",
                     optional=True,
                     default=True,
-                    tooltip="SD3: computes activations again instead of keeping them. Slower, far less memory.",
+                    tooltip="Computes activations again instead of keeping them: slower, far less memory.",
                     **ADVANCED,
+                ),
+                io.Boolean.Input(
+                    "resume",
+                    optional=True,
+                    default=False,
+                    tooltip="Go on from the newest checkpoint with this filename_prefix, as if the run had never "
+                    "stopped. Refuses one with other settings; without any, starts anew.",
                 ),
             ],
             outputs=[
@@ -153,20 +170,23 @@ class TrainTokens(io.ComfyNode):
         filename_prefix="trained",
         init_tokens=None,
         checkpointing=True,
+        resume=False,
         **options,
     ) -> io.NodeOutput:
         config = TrainingConfig(**options, denoising_weight=None if denoising_weight < 0 else denoising_weight)
         plan = TokenPlan(n_tokens or None, None if blocks == "auto" else blocks, TIME_TABLE[time_table])
+        found = folders.newest_checkpoint(filename_prefix) if resume else None
+        path = folders.tokens_of_checkpoint(found) if found else folders.new_token_path(filename_prefix)
         run = train(
             model,
             dataset,
             config,
             plan,
-            folders.new_token_path(filename_prefix),
+            Files(path, folders.checkpoint_path(path), checkpoint_every),
             init_tokens=init_tokens,
             micro_batch=micro_batch,
-            checkpoint_every=checkpoint_every,
             checkpointing=checkpointing,
+            resume=found is not None,
             on_progress=lambda text: show_on_node(cls, text),
         )
         losses = {"loss": [record.loss for record in run.records]}

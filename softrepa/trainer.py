@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from . import loss
+from . import loss, optimizers
 from .errors import SoftREPAError
 from .families import INIT_STD, TEXT_WIDTH, Blocks, Family
 from .noising import draw_timestep
@@ -64,6 +64,7 @@ class TrainingConfig:
     steps: int
     batch_size: int = 4
     learning_rate: float = 1e-3
+    optimizer: str = optimizers.DEFAULT
     seed: int = 0
     temperature: float = loss.TEMPERATURE
     logit_scale: float = loss.LOGIT_SCALE
@@ -79,6 +80,7 @@ class TrainingConfig:
     caption_dropout: float = 0.0
 
     def __post_init__(self):
+        optimizers.check(self.optimizer)
         for name, low in (("steps", 1), ("batch_size", 2), ("accumulation", 1), ("warmup_steps", 0)):
             if getattr(self, name) < low:
                 raise SoftREPAError(f"{name} is {getattr(self, name)}, expected {low} or more.")
@@ -136,8 +138,8 @@ class Trainer:
         self.tokens = TrainableTokens(start)
         self.average = {key: value.detach().clone() for key, value in self.tokens.named_parameters()}
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.optimizer = torch.optim.AdamW(
-            self.tokens.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        self.optimizer = optimizers.make(
+            config.optimizer, self.tokens.parameters(), config.learning_rate, config.weight_decay
         )
         self.step_index = 0
 

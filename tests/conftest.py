@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"comfyui_softrepa": ROOT, "softrepa_tests": ROOT / "tests", "benchmarks": ROOT / "benchmarks"}
+PACKAGES = {
+    "comfyui_softrepa": ROOT,
+    "softrepa": ROOT / "softrepa",  # as the benchmarks import it
+    "softrepa_tests": ROOT / "tests",
+    "benchmarks": ROOT / "benchmarks",
+}
 
 
 def _put_on_path() -> None:

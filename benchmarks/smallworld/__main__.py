@@ -3,6 +3,8 @@
 python3 -m benchmarks.smallworld train              make the shipped file again (resumes when stopped)
 python3 -m benchmarks.smallworld measure            results.json, results.md, contact_sheet.png
 python3 -m benchmarks.smallworld checkpoint PATH    the full checkpoint for ComfyUI's loader
+python3 -m benchmarks.smallworld tokens             train soft tokens in ComfyUI, five seeds, and measure them
+python3 -m benchmarks.smallworld edit               FlowEdit with and without them: tables and pictures
 """
 
 import argparse
@@ -16,6 +18,7 @@ from pathlib import Path
 from benchmarks import environment
 
 FOLDER = Path(__file__).parent
+SEEDS = 5
 
 
 def arguments() -> argparse.Namespace:
@@ -30,6 +33,13 @@ def arguments() -> argparse.Namespace:
     measure.add_argument("--into", type=Path, default=FOLDER / "results", help="folder of the report")
     checkpoint = commands.add_parser("checkpoint", help="write the full checkpoint")
     checkpoint.add_argument("path", type=Path)
+    tokens = commands.add_parser("tokens", help="train soft tokens in ComfyUI and measure them")
+    tokens.add_argument("--steps", type=int, default=400, help="updates of each run (400)")
+    tokens.add_argument("--pictures", type=int, default=300, help="pictures in the training folder (300)")
+    tokens.add_argument("--into", type=Path, default=FOLDER, help="folder of tokens.safetensors and results/tokens.md")
+    edit = commands.add_parser("edit", help="FlowEdit over n_max and target_cfg, without and with tokens")
+    edit.add_argument("--edits", type=int, default=48, help="edits a setting (48)")
+    edit.add_argument("--into", type=Path, default=FOLDER / "results", help="folder of the report")
     return parser.parse_args()
 
 
@@ -50,7 +60,7 @@ def train(state: Path, into: Path) -> None:
     encoder = autoencoder.fit_encoder()
     decoder = autoencoder.train_decoder(encoder, state)
     weights = train.train_model(encoder, text, state)
-    for name in ("decoder", "decoder-2", "model", "model-2", "model-3"):
+    for name in ("decoder", "decoder-2", "model"):
         shutil.copyfile(state / f"{name}.log.jsonl", into / f"{name}.log.jsonl")
     target = into / checkpoint.SHIPPED.name
     checkpoint.write_shipped(target, weights, decoder, encoder, {"training": json.dumps(train.settings())})
@@ -80,6 +90,40 @@ def measure(images: int, into: Path) -> None:
     print((into / "results.md").read_text(encoding="utf-8"))
 
 
+def tokens(steps: int, pictures: int, into: Path) -> None:
+    import comfy.utils
+
+    from . import tokens as t
+    from .measure import replace_text
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    with tempfile.TemporaryDirectory() as work:
+        changes, file = t.study(Path(work), pictures, steps, SEEDS)
+        shutil.copyfile(file, into / "tokens.safetensors")
+    text = t.report(changes, pictures, steps, SEEDS)
+    replace_text(into / "results" / "tokens.md", text)
+    print(text)
+
+
+def edit(count: int, into: Path) -> None:
+    import comfy.utils
+
+    from softrepa.checkpoint import load
+    from softrepa.comfy.patching import apply_tokens
+
+    from . import editing
+    from .measure import StockModel, replace_picture, replace_text
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    with tempfile.TemporaryDirectory() as folder:
+        stock = StockModel(Path(folder))
+        editor = editing.Editor(stock, editing.edits(count))
+        with_tokens = apply_tokens(stock.model, load(FOLDER / "tokens.safetensors"))
+        cells = editing.sweep(editor, {"without tokens": stock.model, "with tokens": with_tokens})
+    replace_text(into / "editing.md", editing.table(cells, count))
+    replace_picture(into / "editing.png", editing.picture(editor, cells, (0, 1, 2, 3)))
+
+
 def main() -> None:
     chosen = arguments()
     environment.enter("benchmarks.smallworld")
@@ -91,6 +135,10 @@ def main() -> None:
         train(chosen.state, chosen.into)
     elif chosen.command == "measure":
         measure(chosen.images, chosen.into)
+    elif chosen.command == "tokens":
+        tokens(chosen.steps, chosen.pictures, chosen.into)
+    elif chosen.command == "edit":
+        edit(chosen.edits, chosen.into)
     else:
         from .checkpoint import write_checkpoint
 

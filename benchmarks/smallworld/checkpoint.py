@@ -4,6 +4,7 @@ The shipped file holds what training made: the diffusion model in 8 bits a weigh
 The checkpoint adds the seeded text encoder (123M parameters) and is written wherever it is needed.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from .fitting import save_atomically
 
 SHIPPED = Path(__file__).with_name("smallworld.safetensors")
 CHECKPOINT_NAME = "smallworld.safetensors"
+TOKENS = Path(__file__).with_name("tokens.safetensors")
 FORMAT = "smallworld-1"
 
 
@@ -69,6 +71,14 @@ def read_shipped(path: Path = SHIPPED) -> dict[str, dict[str, torch.Tensor]]:
     parts["model"] = dequantise(parts["model"])
     parts["decoder"] = {key: value.float() for key, value in parts["decoder"].items()}
     return parts
+
+
+def cached_checkpoint(cache: Path) -> Path:
+    """The full checkpoint below `cache`, written when it is not there; its folder's name follows the shipped file."""
+    sources = (SHIPPED, __file__, *(module.__file__ for module in (autoencoder, model, text)))
+    made_of = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()[:12]
+    path = cache / f"smallworld-{made_of}" / CHECKPOINT_NAME
+    return path if path.exists() else write_checkpoint(path)
 
 
 def write_checkpoint(path: str | Path, shipped: str | Path = SHIPPED) -> Path:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW: a linear warm-up, a constant rate, and half a cosine down to 1% over the last `descent` of the steps."""
+    """A linear warm-up, a constant rate, and half a cosine down to 1% over the last `descent` of the steps."""
 
     steps: int
     lr: float
@@ -24,10 +24,13 @@ class Schedule:
     warmup: int = 200
     descent: float = 1.0
     weight_decay: float = 0.01
+    muon: float = 0.0  # rate of the matrices that `is_hidden` names, as a multiple of AdamW's; 0 leaves all to AdamW
     ema: float = 0.999
     save_every: int = 200
+    stop: int | None = None  # ends before the last step, with the rate still above its lowest
 
     def rate(self, step: int) -> float:
+        """AdamW's learning rate at a step."""
         start = max(self.warmup, self.steps * (1 - self.descent))
         progress = max(0.0, step - start) / max(1.0, self.steps - start)
         return self.lr * min(1.0, (step + 1) / self.warmup) * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
@@ -50,6 +53,7 @@ def fit(
     schedule: Schedule,
     folder: Path,
     name: str,
+    is_hidden: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, torch.Tensor]:
     """Train `module` and return the running average of its weights.
 
@@ -59,29 +63,31 @@ def fit(
     state_path, log_path = folder / f"{name}.state.safetensors", folder / f"{name}.log.jsonl"
     parameters = dict(module.named_parameters())
     average = {key: value.detach().clone() for key, value in parameters.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.99), weight_decay=schedule.weight_decay)
+    optimizers = _optimizers(parameters, schedule, is_hidden)
     first, seconds = 0, 0.0
     if state_path.exists():
-        first, seconds = _restore(state_path, parameters, average, optimizer)
+        first, seconds = _restore(state_path, parameters, average, optimizers)
     losses, mark = [], time.monotonic()
-    for step in range(first, schedule.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(step)
+    last = schedule.stop or schedule.steps
+    for step in range(first, last):
+        for optimizer, factor in optimizers:
+            optimizer.param_groups[0]["lr"] = schedule.rate(step) * factor
         value = loss(np.random.default_rng((schedule.seed, step)), torch.Generator().manual_seed(
             schedule.seed * 1_000_003 + step
         ))  # fmt: skip
-        optimizer.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
+        for optimizer, _ in optimizers:
+            optimizer.step()
         decay = min(schedule.ema, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), list(parameters.values()), 1 - decay)
         losses.append(value.detach())
-        if (step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps:
+        if (step + 1) % schedule.save_every == 0 or step + 1 == last:
             seconds += time.monotonic() - mark
             mark = time.monotonic()
-            _save(state_path, step + 1, seconds, parameters, average, optimizer)
+            _save(state_path, step + 1, seconds, parameters, average, optimizers)
             entry = {"step": step + 1, "loss": round(float(torch.stack(losses).mean()), 5), "seconds": round(seconds)}
             with log_path.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(entry) + "\n")
@@ -90,24 +96,39 @@ def fit(
     return average
 
 
-def _save(path: Path, step: int, seconds: float, parameters, average, optimizer) -> None:
+def _optimizers(parameters, schedule: Schedule, is_hidden) -> list[tuple[torch.optim.Optimizer, float]]:
+    """AdamW, and Muon (orthogonal updates) for matrices inside the network, each with its rate's factor."""
+    hidden = {key for key, value in parameters.items() if schedule.muon and value.ndim == 2 and is_hidden(key)}
+    others = [value for key, value in parameters.items() if key not in hidden]
+    made = [(torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=schedule.weight_decay), 1.0)]
+    if hidden:
+        matrices = [parameters[key] for key in parameters if key in hidden]
+        muon = torch.optim.Muon(matrices, weight_decay=schedule.weight_decay, adjust_lr_fn="match_rms_adamw")
+        made.append((muon, schedule.muon))
+    return made
+
+
+def _save(path: Path, step: int, seconds: float, parameters, average, optimizers) -> None:
     tensors = {}
     for key, parameter in parameters.items():
-        tensors[f"weight.{key}"] = parameter.detach()
-        tensors[f"average.{key}"] = average[key]
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}.{key}"] = optimizer.state[parameter][moment]
+        tensors[f"weight/{key}"] = parameter.detach()
+        tensors[f"average/{key}"] = average[key]
+        for optimizer, _ in optimizers:
+            tensors |= {f"{part}/{key}": value for part, value in optimizer.state.get(parameter, {}).items()}
     save_atomically(tensors, path, {"step": str(step), "seconds": str(seconds)})
 
 
-def _restore(path: Path, parameters, average, optimizer) -> tuple[int, float]:
+def _restore(path: Path, parameters, average, optimizers) -> tuple[int, float]:
+    """Continue from `path`; returns the steps and seconds done."""
+    owners = {parameter: one for one, _ in optimizers for parameter in one.param_groups[0]["params"]}
     with safe_open(path, "pt") as file, torch.no_grad():
-        step, seconds = int(file.metadata()["step"]), float(file.metadata()["seconds"])
-        for key, parameter in parameters.items():
-            parameter.copy_(file.get_tensor(f"weight.{key}"))
-            average[key].copy_(file.get_tensor(f"average.{key}"))
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                **{moment: file.get_tensor(f"{moment}.{key}") for moment in ("exp_avg", "exp_avg_sq")},
-            }
-    return step, seconds
+        for entry in file.keys():  # noqa: SIM118  (no mapping)
+            part, key = entry.split("/", 1)
+            value = file.get_tensor(entry)
+            if part == "weight":
+                parameters[key].copy_(value)
+            elif part == "average":
+                average[key].copy_(value)
+            else:
+                owners[parameters[key]].state[parameters[key]][part] = value
+        return int(file.metadata()["step"]), float(file.metadata()["seconds"])

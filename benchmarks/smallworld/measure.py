@@ -17,7 +17,7 @@ from .model import Velocity, make_model
 from .text import FastEncoder
 from .world import CATEGORIES, IMAGE_SIZE, Spec, draw, hard_negatives, plain_caption, random_scene, random_spec
 
-SAMPLING = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple"}
+SAMPLING = {"steps": 20, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple"}
 IMAGES_A_PROMPT = 4
 HARD_CATEGORIES = ("counting", "position", "colour_attribution")
 SIGMAS = (0.5, 0.7, 0.8, 0.9, 0.95)
@@ -179,15 +179,23 @@ def write_report(folder: Path, report: dict, sheet: Image.Image | None) -> None:
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "results.json", json.dumps(report, indent=1) + "\n")
-    _replace(folder / "results.md", "\n".join(lines))
+    replace_text(folder / "results.json", json.dumps(report, indent=1) + "\n")
+    replace_text(folder / "results.md", "\n".join(lines))
     if sheet is not None:
-        temporary = folder / f"contact_sheet.{os.getpid()}.part"
-        sheet.quantize(128).save(temporary, "PNG", optimize=True)
-        temporary.replace(folder / "contact_sheet.png")
+        replace_picture(folder / "contact_sheet.png", sheet)
 
 
-def _replace(path: Path, content: str) -> None:
+def replace_picture(path: Path, picture: Image.Image) -> None:
+    """Write a PNG of 128 colours so that an interrupted write leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    picture.quantize(128).save(temporary, "PNG", optimize=True)
+    temporary.replace(path)
+
+
+def replace_text(path: Path, content: str) -> None:
+    """Write a text file so that an interrupted write leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     temporary.write_text(content, encoding="utf-8")
     temporary.replace(path)

@@ -1,12 +1,13 @@
 """The text encoder: a CLIP-L whose weights come from a seed, frozen and never trained.
 
-Token and position embeddings are random; eleven of the twelve layers add nothing, so the token features that SD3
-reads (the last layer but one) are embedding plus position. The last layer averages the sentence into its end token,
-which makes the pooled vector a bag of words. Which adjective belongs to which noun, which number, which side: that
-is in the order of the tokens alone, and the diffusion model has to learn to read it.
+Token and position embeddings are random. The first layer looks back: three heads of it read the token before, three
+the one before that, up to four tokens away, so that a noun knows its adjectives, its number, and a relation just
+before it. Ten layers add nothing: SD3 reads token features after them. The last layer averages the sentence into its
+end token, which makes the pooled vector a bag of words.
 
-From position `PLAIN` on all positions share one embedding: the padding that fills up to 77 tokens is one vector
-repeated, and attention over n equal keys is attention over one with log(n) added. Training uses that.
+From position `PLAIN` on all positions share one embedding and look back at the start token: the padding that fills
+up to 77 tokens is one vector repeated, and attention over n equal keys is attention over one with log(n) added.
+Training uses that.
 """
 
 import math
@@ -21,6 +22,10 @@ PLAIN = 18
 SEED = 20250311
 POSITION_SCALE = 0.7
 SENTENCE_SCALE = 3.0
+HEAD = 64
+REACH = (1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4)  # how many tokens back each head of the first layer looks
+LOOK_BACK_SCALE = 1.0
+SHARPNESS = 360.0  # of looking back: the token looked at gets all but about e-20 of the attention
 
 
 def _uniform(rng: np.random.PCG64, rows: int) -> torch.Tensor:
@@ -35,6 +40,13 @@ def embeddings() -> tuple[torch.Tensor, torch.Tensor]:
     positions = _uniform(rng, PLAIN + 1) * POSITION_SCALE
     positions = positions[torch.arange(POSITIONS).clamp(max=PLAIN)]
     return _uniform(rng, VOCABULARY).half(), positions.half()
+
+
+def looked_at(reach: int) -> torch.Tensor:
+    """The position that each of the first PLAIN + 1 looks at, `reach` tokens back; padding looks at the start."""
+    positions = (torch.arange(PLAIN + 1) - reach).clamp(min=0)
+    positions[PLAIN] = 0
+    return positions
 
 
 def checkpoint_tensors() -> dict[str, torch.Tensor]:
@@ -55,6 +67,18 @@ def checkpoint_tensors() -> dict[str, torch.Tensor]:
         for name, shape in shapes.items():
             sd[f"text_model.encoder.layers.{i}.{name}.weight"] = torch.zeros(shape, dtype=torch.float16)
             sd[f"text_model.encoder.layers.{i}.{name}.bias"] = torch.zeros(shape[0], dtype=torch.float16)
+    # a head finds its position by projecting on all position vectors, which are nearly orthogonal
+    first = "text_model.encoder.layers.0.self_attn"
+    codes = positions[: PLAIN + 1].float() / positions[0].float().square().sum()
+    for head, reach in enumerate(REACH):
+        keys = sd[f"{first}.k_proj.weight"][head * HEAD : (head + 1) * HEAD]
+        queries = sd[f"{first}.q_proj.weight"][head * HEAD : (head + 1) * HEAD]
+        keys[: PLAIN + 1] = codes.half()
+        for position, target in enumerate(looked_at(reach)):
+            queries[target] += (SHARPNESS * codes[position]).half()
+    sd[f"{first}.v_proj.weight"] = torch.eye(WIDTH, dtype=torch.float16)
+    # what was read lands in other dimensions than it came from: one word, another feature
+    sd[f"{first}.out_proj.weight"] = torch.eye(WIDTH, dtype=torch.float16).roll(WIDTH // 2, 0) * LOOK_BACK_SCALE
     # queries and keys are zero: every token looks at all before it alike
     last = f"text_model.encoder.layers.{LAYERS - 1}.self_attn"
     sd[f"{last}.v_proj.weight"] = torch.eye(WIDTH, dtype=torch.float16) * SENTENCE_SCALE
@@ -94,7 +118,10 @@ class FastEncoder:
         ends = torch.tensor([len(row) - 1 for row in rows])
         ids = torch.tensor([row + [END] * (PLAIN + 1 - len(row)) for row in rows])
         context = self.tokens[ids] + self.positions[: PLAIN + 1]
-        read = (torch.arange(PLAIN + 1)[None, :] <= ends[:, None]).float()
-        mean = torch.einsum("bn,bnd->bd", read, F.layer_norm(context, (WIDTH,))) / read.sum(1, keepdim=True)
+        normal = F.layer_norm(context, (WIDTH,))
+        read = [normal[:, looked_at(reach), i * HEAD : (i + 1) * HEAD] for i, reach in enumerate(REACH)]
+        context = context + LOOK_BACK_SCALE * torch.cat(read, -1).roll(WIDTH // 2, -1)
+        heard = (torch.arange(PLAIN + 1)[None, :] <= ends[:, None]).float()
+        mean = torch.einsum("bn,bnd->bd", heard, F.layer_norm(context, (WIDTH,))) / heard.sum(1, keepdim=True)
         last = context[torch.arange(len(rows)), ends]
         return context, F.layer_norm(last + SENTENCE_SCALE * mean, (WIDTH,))

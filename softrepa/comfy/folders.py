@@ -1,5 +1,6 @@
 """The model folder `softrepa`: registering it, listing it, and the paths inside it."""
 
+import re
 from pathlib import Path
 
 import folder_paths
@@ -11,6 +12,9 @@ FOLDER = "softrepa"
 EXTENSIONS = {".safetensors", ".pth"}
 SHOWN = 8
 """Names in an error."""
+RUNS = "softrepa_training"
+"""Folder of the runs' checkpoints and logs, in ComfyUI's output folder."""
+CHECKPOINT = ".checkpoint.safetensors"
 LONGEST = 100
 """Characters of a file name, before its number."""
 
@@ -75,6 +79,32 @@ def new_token_path(filename_prefix: str) -> Path:
             f"models/{FOLDER}."
         )
     folder, stem, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(home()))
-    while (path := Path(folder) / f"{stem}_{counter:05}.safetensors").exists():
+    while True:
+        path = Path(folder) / f"{stem}_{counter:05}.safetensors"
+        if not path.exists() and not checkpoint_path(path).exists():  # a killed run may have left only the latter
+            return path
         counter += 1
-    return path
+
+
+def checkpoint_path(tokens: Path) -> Path:
+    """Where the run that writes the token file `tokens` keeps its checkpoint."""
+    return _runs() / tokens.relative_to(home()).with_suffix(CHECKPOINT)
+
+
+def tokens_of_checkpoint(checkpoint: Path) -> Path:
+    """The inverse of `checkpoint_path`."""
+    inside = checkpoint.relative_to(_runs())
+    return home() / inside.with_name(inside.name.removesuffix(CHECKPOINT) + ".safetensors")
+
+
+def newest_checkpoint(filename_prefix: str) -> Path | None:
+    """Of the runs with this prefix, the checkpoint that was written last."""
+    first = checkpoint_path(new_token_path(filename_prefix))
+    stem = first.name.removesuffix(CHECKPOINT).rpartition("_")[0]
+    numbered = re.compile(re.escape(stem) + r"_\d+" + re.escape(CHECKPOINT))
+    found = [path for path in first.parent.glob(f"*{CHECKPOINT}") if numbered.fullmatch(path.name)]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _runs() -> Path:
+    return Path(folder_paths.get_output_directory()) / RUNS

@@ -5,6 +5,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 
 class OrdinaryWeights(TorchFunctionMode):
@@ -36,3 +37,19 @@ def differentiable_attention(inner):
         return attention_pytorch(*args, **kwargs)
 
     return override
+
+
+class Recomputed:
+    """A block whose activations are computed again in the backward pass instead of kept."""
+
+    def __init__(self, forward):
+        self.forward = forward
+
+    def __call__(self, *args, transformer_options=None, **kwargs):
+        def run(*args):
+            with OrdinaryWeights():
+                return self.forward(*args, **kwargs)
+
+        if transformer_options is not None:
+            kwargs["transformer_options"] = dict(transformer_options)  # a UNet goes on to write its place into it
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)

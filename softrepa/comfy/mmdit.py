@@ -1,10 +1,9 @@
 """SD3 and SD3.5: before a joint block the text stream becomes [soft ; text], after it the soft rows are dropped."""
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from .attention import key_bias
-from .frozen import OrdinaryWeights
+from .frozen import Recomputed
 from .state import call_state
 
 REPLACE = "dit"
@@ -33,21 +32,14 @@ def _replacement(model, layer: int):
 
 
 class TrainableBlock:
-    """A joint block whose activations are, with `checkpointing`, computed again in the backward pass.
-
-    ComfyUI's own block checkpoints by itself when it is replaced, outside of our reach.
-    """
+    """A joint block, as ComfyUI's own would be when replaced, except for its checkpointing, which is out of reach."""
 
     def __init__(self, block, checkpointing: bool):
-        self.block, self.checkpointing = block, checkpointing
+        self.block = Recomputed(block) if checkpointing else block
 
     def __call__(self, args, extra):
-        def run(text, image, vec):
-            with OrdinaryWeights():
-                return self.block(text, image, c=vec, use_checkpoint=False, transformer_options=options)
-
-        options, inputs = args["transformer_options"], (args["txt"], args["img"], args["vec"])
-        text, image = checkpoint(run, *inputs, use_reentrant=False) if self.checkpointing else run(*inputs)
+        options, vec = args["transformer_options"], args["vec"]
+        text, image = self.block(args["txt"], args["img"], c=vec, use_checkpoint=False, transformer_options=options)
         return {"txt": text, "img": image}
 
 

@@ -1,7 +1,9 @@
 """Denoising errors of image-caption pairs by a MODEL's own network, and their gradients by the soft rows."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
+import comfy.model_management as memory
 import torch
 from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
@@ -84,6 +86,7 @@ class PairNetwork:
                 mmdit.install_trainable(model, checkpointing)
                 mmdit.install(model, self, layers=trained_blocks)
         self.trained_blocks = trained_blocks
+        self.recomputes_unet = checkpointing and self.shape.family.is_unet
         self.options = copy_nested_dicts(model.model_options["transformer_options"])
         merge_nested_dicts(self.options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
         inner = self.options.get("optimized_attention_override")
@@ -91,10 +94,10 @@ class PairNetwork:
 
     def errors(self, latents: Tensor, noise: Tensor, conds: list[dict], t: int, micro_batch: int) -> Tensor:
         """(B, B) without gradients."""
-        sigma, seen, target, captions = self._prepared(latents, noise, conds, t)
+        sigma, seen, target, captions = self.prepared(latents, noise, conds, t)
         errors = torch.empty(len(latents), len(conds), device=seen.device)
         for images, texts in captions.runs(micro_batch, len(latents)):
-            output = self._output(seen[images], sigma, captions.joined(texts))
+            output = self.output(seen[images], sigma, captions.joined(texts))
             errors[images, texts] = pair_error(output, target[images])
         return errors
 
@@ -102,13 +105,14 @@ class PairNetwork:
         self, rows: Tensor, latents: Tensor, noise: Tensor, conds: list[dict], t: int, micro_batch: int
     ) -> tuple[Tensor, Tensor]:
         """Errors (B, B) and each pair's gradient of its own error by `rows` (L, m, d): (B, B, L, m, d)."""
-        sigma, seen, target, captions = self._prepared(latents, noise, conds, t)
+        sigma, seen, target, captions = self.prepared(latents, noise, conds, t)
         errors = torch.empty(len(latents), len(conds), device=seen.device)
         gradients = torch.empty(*errors.shape, *rows.shape, device=seen.device)
         scale = target[0].numel()  # the mean error's seed would underflow in fp16
         for images, texts in captions.runs(micro_batch, len(latents)):
+            memory.throw_exception_if_processing_interrupted()
             leaf = rows.expand(len(images), *rows.shape).clone().requires_grad_()
-            output = self._output(seen[images], sigma, captions.joined(texts), leaf)
+            output = self.output(seen[images], sigma, captions.joined(texts), leaf)
             error = pair_error(output, target[images])
             (gradient,) = torch.autograd.grad(error.sum() * scale, leaf)
             errors[images, texts] = error.detach()
@@ -120,7 +124,7 @@ class PairNetwork:
         with OrdinaryWeights():
             return self.base_model.diffusion_model.context_embedder(rows.to(compute_dtype(self.base_model))).float()
 
-    def _prepared(self, latents: Tensor, noise: Tensor, conds: list[dict], t: int):
+    def prepared(self, latents: Tensor, noise: Tensor, conds: list[dict], t: int):
         """sigma (), x_t and target (B, C, H, W), and the captions on the network's device."""
         device = self.base_model.device
         latents, noise = (ordinary(tensor).to(device, torch.float32) for tensor in (latents, noise))
@@ -139,8 +143,11 @@ class PairNetwork:
             captions.append({key: ordinary(value.cond).to(device) for key, value in encoded.items()})
         return sigma, seen, target, Captions(captions)
 
-    def _output(self, seen: Tensor, sigma: Tensor, texts: dict[str, Tensor], leaf: Tensor | None = None) -> Tensor:
-        """The network's raw output (P, C, H, W); a denoised prediction would have to be divided by sigma."""
+    def output(self, seen: Tensor, sigma: Tensor, texts: dict[str, Tensor], rows: Tensor | None = None) -> Tensor:
+        """The network's raw output (P, C, H, W) for P pairs, each with its own `rows` (P, L, m, d) where given.
+
+        With the graph of the rows; a denoised prediction instead would have to be divided by sigma.
+        """
 
         def raw(x, sigma, c_concat, c_crossattn, control, transformer_options, **extra):
             dtype = compute_dtype(self.base_model)
@@ -150,17 +157,19 @@ class PairNetwork:
             return network(x.to(dtype), t, context=context, transformer_options=transformer_options, **extra)
 
         options = copy_nested_dicts(self.options)
-        if leaf is not None:
-            options[KEY] = CallState(self, rows=self._placed(leaf))
+        if rows is not None:
+            options[KEY] = CallState(self, rows=self._placed(rows))
         texts = dict(texts)
         context = texts.pop("c_crossattn")
         wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, options)
         call = WrapperExecutor.new_class_executor(raw, self.base_model, wrappers)
-        with OrdinaryWeights():
+        network = self.base_model.diffusion_model
+        recomputing = unet.recomputed_blocks(network) if rows is not None and self.recomputes_unet else nullcontext()
+        with OrdinaryWeights(), recomputing:
             return call.execute(seen, sigma.expand(len(seen)), None, context, None, options, **texts)
 
-    def _placed(self, leaf: Tensor) -> dict:
+    def _placed(self, rows: Tensor) -> dict:
         """Rows (P, L, m, d) by where they are inserted."""
         if self.shape.family.is_unet:
-            return {unet.STAGES[name]: leaf[:, 0] for name in self.trained_blocks}
-        return {layer: leaf[:, layer] for layer in range(self.trained_blocks)}
+            return {unet.STAGES[name]: rows[:, 0] for name in self.trained_blocks}
+        return {layer: rows[:, layer] for layer in range(self.trained_blocks)}

@@ -4,20 +4,22 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import comfy.model_management as memory
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.utils import ProgressBar
+from PIL import Image
 
-from .. import checkpoint
+from .. import checkpoint, training_state
 from ..dataset import Dataset
 from ..errors import SoftREPAError
-from ..families import TEXT_WIDTH, Blocks, parse_blocks
+from ..families import TEXT_WIDTH, Blocks, format_blocks, parse_blocks
 from ..loss import contrastive_loss
 from ..tokens import SoftTokens
 from ..trainer import StepRecord, Trainer, TrainingConfig, new_tokens
@@ -57,13 +59,28 @@ class TokenPlan:
         return blocks
 
 
-@dataclass
+@dataclass(frozen=True)
+class Files:
+    """Where a run writes its tokens and its checkpoint, and after how many steps; 0 is only at the end."""
+
+    tokens: Path
+    checkpoint: Path
+    every: int = 500
+
+
+class Report(Protocol):
+    """Somebody who looks at a run after each step."""
+
+    def after(self, record: StepRecord, session: "Session") -> None: ...
+
+
+@dataclass(frozen=True)
 class Run:
-    """What a finished or interrupted run leaves."""
+    """What a finished run gives."""
 
     tokens: SoftTokens
     path: Path
-    records: list[StepRecord] = field(default_factory=list)
+    records: list[StepRecord]
 
 
 class AdaptivePairs:
@@ -71,32 +88,52 @@ class AdaptivePairs:
 
     def __init__(self, network: PairNetwork, device: torch.device):
         self.network, self.device = network, device
-        self.found = 0
+        self.at_once = 0
+        self.pair_bytes = 0
 
     def embed(self, rows):
         return self.network.embed(rows)
 
     def gradients(self, rows, latents, noise, conds, t, micro_batch):
         """As `PairNetwork.gradients`; `micro_batch` 0 fills the memory."""
-        self.found = min(self.found or micro_batch or self._measured(rows, latents, noise, conds, t), len(latents) ** 2)
+        if not self.at_once:
+            self.at_once = micro_batch or self.fitting(rows, latents, noise, conds, t)
+        self.at_once = min(self.at_once, len(latents) ** 2)
         while True:
             try:
-                return self.network.gradients(rows, latents, noise, conds, t, self.found)
+                return self.network.gradients(rows, latents, noise, conds, t, self.at_once)
             except torch.OutOfMemoryError:
-                if self.found == 1:
+                if self.at_once == 1:
                     raise
-                self.found //= 2
+                self.at_once //= 2
                 memory.soft_empty_cache()
-                logging.warning("SoftREPA: out of memory, going on with %d pairs at once.", self.found)
+                logging.warning("SoftREPA: out of memory, going on with %d pairs at once.", self.at_once)
 
-    def _measured(self, rows, latents, noise, conds, t) -> int:
+    def one_by_one(self, rows, latents, noise, conds, t):
+        """As `gradients`, a pair at a time; measures what a pair takes. Raises SoftREPAError where none fits."""
+        measures = self.device.type == "cuda"  # elsewhere PyTorch keeps no account of a peak
+        if measures:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+        try:
+            found = self.network.gradients(rows, latents, noise, conds, t, 1)
+        except torch.OutOfMemoryError:
+            height, width = (8 * side for side in latents.shape[-2:])
+            raise SoftREPAError(
+                f"{memory.get_free_memory(self.device) / 1e9:.1f} GB of memory are free, expected enough for one "
+                f"image-caption pair of {width} x {height}: turn checkpointing on or lower the dataset's resolution."
+            ) from None
+        if measures:
+            self.pair_bytes = torch.cuda.max_memory_allocated(self.device) - before
+        return found
+
+    def fitting(self, rows, latents, noise, conds, t) -> int:
+        """How many pairs fill the memory; one caption's where that cannot be measured."""
         if self.device.type != "cuda":
             return len(latents)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        self.network.gradients(rows, latents[:1], noise, conds[:1], t, 1)
-        one = torch.cuda.max_memory_allocated(self.device) - before
-        return max(1, int(MEMORY_SHARE * memory.get_free_memory(self.device) / max(one, 1)))
+        if not self.pair_bytes:
+            self.one_by_one(rows, latents[:1], noise, conds[:1], t)
+        return max(1, int(MEMORY_SHARE * memory.get_free_memory(self.device) / max(self.pair_bytes, 1)))
 
 
 def train(
@@ -104,19 +141,22 @@ def train(
     dataset: Dataset,
     config: TrainingConfig,
     plan: TokenPlan,
-    path: Path,
+    files: Files,
     init_tokens: SoftTokens | None = None,
     micro_batch: int = 0,
-    checkpoint_every: int = 500,
     checkpointing: bool = True,
+    resume: bool = False,
+    reports: Sequence[Report] = (),
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Run:
-    """Learns tokens and writes them to `path`: every `checkpoint_every` steps, at the end, and when interrupted.
+    """Learns tokens and writes them: every `files.every` steps, at the end, and when interrupted.
 
-    dataset: see `softrepa.dataset`; latents are VAE latents, `process_latent_in` is done here. Raises SoftREPAError.
+    dataset: see `softrepa.dataset`; latents are VAE latents, `process_latent_in` is done here. With `resume` it goes on
+    from `files.checkpoint`. Raises SoftREPAError.
     """
     shape = checked_model(model)
     check_dataset(dataset, shape, model.model.latent_format.latent_channels, config)
+    saved = training_state.load(files.checkpoint) if resume else None
     dataset = dataset.started(config.seed)
     patcher = model.clone(disable_dynamic=True) if model.is_dynamic() else model.clone()
     memory.load_models_gpu([patcher])
@@ -133,40 +173,122 @@ def train(
             return patcher.model.process_latent_in(batch.latents.clone()), batch.conds
 
         trainer = Trainer(config, start, pairs, next_batch, dataset.empty)
-        check_gradients(trainer, network, dataset, on_progress)
-        metadata = described(model, dataset, trainer.config)
-        run = Run(start, path)
+        session = Session(trainer, dataset, model, files, identity(trainer.config, start, model, dataset), on_progress)
+        if saved is not None:
+            session.go_on_from(saved)
         try:
-            _loop(trainer, run, micro_batch, checkpoint_every, metadata, on_progress)
+            check_gradients(trainer, pairs, dataset, on_progress)
+            session.run(micro_batch, reports)
+        except memory.InterruptProcessingException:
+            on_progress(f"stopped after step {len(session.records)}, saved as {files.tokens.name}")
+            raise
         finally:
-            run.tokens = trainer.finished(path.stem, metadata | {"steps": str(trainer.step_index)})
-            if trainer.step_index:
-                checkpoint.save(run.tokens, path)
+            session.finish()
             patcher.cleanup()
-    return run
+    return Run(session.tokens(), files.tokens, session.records)
 
 
-def _loop(trainer: Trainer, run: Run, micro_batch, checkpoint_every, metadata, on_progress) -> None:
-    bar = ProgressBar(trainer.config.steps)
-    started, said = time.monotonic(), 0.0
-    for step in range(1, trainer.config.steps + 1):
-        memory.throw_exception_if_processing_interrupted()
-        run.records.append(trainer.step(micro_batch))
-        bar.update_absolute(step)
-        now = time.monotonic()
-        if now - said >= 1 or step == trainer.config.steps:
-            said = now
-            on_progress(progress_line(run.records, trainer.config.steps, now - started))
-        if checkpoint_every and step % checkpoint_every == 0:
-            checkpoint.save(trainer.finished(run.path.stem, metadata | {"steps": str(step)}), run.path)
+class Session:
+    """The steps of one run and what it leaves on disk."""
+
+    def __init__(self, trainer: Trainer, dataset: Dataset, model: ModelPatcher, files: Files, identity: dict, say):
+        self.trainer, self.dataset, self.model, self.files, self.identity = trainer, dataset, model, files, identity
+        self.say: Callable[[str], None] = say
+        self.records: list[StepRecord] = []
+        self.held_out: list[tuple[int, float, float]] = []
+        """(step, retrieval accuracy, loss) on images that are not trained on, where somebody measured them."""
+        self.position = dataset.state()
+        self.written = 0
+        self.bar = ProgressBar(trainer.config.steps)
+
+    def go_on_from(self, saved: training_state.TrainingState) -> None:
+        changes = training_state.differences(saved.identity, self.identity)
+        if changes:
+            raise SoftREPAError(
+                f"resume: {self.files.checkpoint.name} is of another run ({'; '.join(changes)}), "
+                "expected the same settings, or resume off."
+            )
+        training_state.restore(self.trainer, saved)
+        self.dataset.restore(saved.position)
+        self.records, self.position = list(saved.records), saved.position
+        self.written = saved.step
+
+    def show(self, image: Image.Image) -> None:
+        """A picture in the node."""
+        self.bar.update_absolute(len(self.records), preview=("JPEG", image, None))
+
+    def run(self, micro_batch: int, reports: Sequence[Report]) -> None:
+        steps, first = self.trainer.config.steps, len(self.records)
+        started, said = time.monotonic(), 0.0
+        while len(self.records) < steps:
+            memory.throw_exception_if_processing_interrupted()
+            record = self.trainer.step(micro_batch)
+            self.records.append(record)
+            self.position = self.dataset.state()
+            self.bar.update_absolute(record.step)
+            now = time.monotonic()
+            if now - said >= 1 or record.step == steps:
+                said = now
+                self.say(progress_line(self.records, steps, len(self.records) - first, now - started))
+            if self.files.every and record.step % self.files.every == 0:
+                try:
+                    self.write()
+                except OSError as error:  # a run of hours can outlive a full disk
+                    text = f"step {record.step} could not be saved ({error}); training goes on"
+                    logging.warning("SoftREPA: %s", text)
+                    self.say(text)
+            for report in reports:
+                report.after(record, self)
+
+    def tokens(self) -> SoftTokens:
+        """As they are after the last finished step."""
+        metadata = described(self.model, self.dataset, self.trainer.config) | {"steps": str(len(self.records))}
+        return self.trainer.finished(self.files.tokens.stem, metadata)
+
+    def finish(self) -> None:
+        """Write what is not written yet. Raises SoftREPAError where that fails."""
+        try:
+            self.write()
+        except OSError as error:
+            raise SoftREPAError(
+                f"{self.files.tokens} could not be written ({error}), expected a folder with room; "
+                f"saved until now: step {self.written} of {len(self.records)}."
+            ) from error
+
+    def write(self) -> None:
+        """Checkpoint first: what is in the token file can always be gone on from."""
+        if len(self.records) == self.written:
+            return
+        state = training_state.capture(self.trainer, self.records, self.position, self.identity)
+        training_state.save(state, self.files.checkpoint)
+        checkpoint.save(self.tokens(), self.files.tokens)
+        self.written = len(self.records)
 
 
-def progress_line(records: list[StepRecord], steps: int, seconds: float) -> str:
-    """Step, loss and in-batch retrieval over the last steps, speed and time left."""
+def identity(config: TrainingConfig, start: SoftTokens, model: ModelPatcher, dataset: Dataset) -> dict:
+    """What decides a run's result, by input name; `steps` only says where it ends."""
+    settings = asdict(config)
+    del settings["steps"]
+    digest = hashlib.sha256()
+    for tensor in (start.tokens, start.time_table):
+        if tensor is not None:
+            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return settings | {
+        "model": f"{type(model.model).__name__} {weights_hash(model)}",
+        "dataset": dataset.fingerprint,
+        "blocks": format_blocks(start.blocks),
+        "n_tokens": start.count,
+        "time_table": start.time_table is not None,
+        "initial tokens": digest.hexdigest()[:16],
+    }
+
+
+def progress_line(records: list[StepRecord], steps: int, done: int, seconds: float) -> str:
+    """Step, loss and in-batch retrieval over the last steps; speed and time left by the `done` steps of this run."""
     recent = records[-50:]
     loss = sum(record.loss for record in recent) / len(recent)
     accuracy = sum(record.accuracy for record in recent) / len(recent)
-    rate = len(records) / max(seconds, 1e-9)
+    rate = done / max(seconds, 1e-9)
     left = int((steps - len(records)) / rate)
     return (
         f"step {len(records)}/{steps}, loss {loss:.4f}, retrieval {accuracy:.0%}, {rate:.2f} steps/s, "
@@ -211,14 +333,16 @@ def check_dataset(dataset: Dataset, shape: ModelShape, channels: int, config: Tr
         )
 
 
-def check_gradients(trainer: Trainer, network: PairNetwork, dataset: Dataset, on_progress) -> None:
-    """Every soft block must feel its tokens, and the loss the errors."""
-    position = dataset.state()
-    latents, conds = trainer.next_batch(trainer.config.batch_size)
+def check_gradients(trainer: Trainer, pairs: AdaptivePairs, dataset: Dataset, on_progress) -> None:
+    """On two images and captions: a pair fits, every soft block feels its tokens, and the loss the errors."""
+    position = dataset.state()  # what the run draws must not depend on this
+    latents, conds = (side[:2] for side in trainer.next_batch(trainer.config.batch_size))
     dataset.restore(position)
     noise = torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(0))
-    rows = trainer.tokens.rows(500, network.embed).detach()
-    errors, gradients = network.gradients(rows, latents, noise, conds, 500, 1)
+    rows = trainer.tokens.rows(500, pairs.embed).detach()
+    errors, gradients = pairs.one_by_one(rows, latents, noise, conds, 500)
+    if pairs.pair_bytes:
+        on_progress(f"one image-caption pair takes {pairs.pair_bytes / 1e9:.2f} GB")
     for layer, norm in enumerate(gradients.flatten(3).norm(dim=-1).amax(dim=(0, 1)).tolist()):
         if not norm > 0:
             raise SoftREPAError(

@@ -1,9 +1,14 @@
 """SD1.5 and SDXL: the context of a cross-attention becomes [BOS ; soft ; rest], in every 77-token chunk."""
 
+from contextlib import contextmanager
+
 import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor
 
 from .attention import key_bias
+from .frozen import Recomputed
 from .state import call_state
 
 CHUNK = 77
@@ -56,3 +61,19 @@ def insert(context: Tensor, rows: Tensor) -> Tensor:
     chunks = context.unflatten(1, (chunk_count(context), -1))
     soft = rows.to(context.dtype).unsqueeze(1).expand(-1, chunks.shape[1], -1, -1)
     return torch.cat([chunks[:, :, :1], soft, chunks[:, :, 1:]], dim=2).flatten(1, 2)
+
+
+@contextmanager
+def recomputed_blocks(network):
+    """Within it, residual and transformer blocks keep only their inputs for the backward pass and run again there."""
+    blocks = [module for module in network.modules() if isinstance(module, (ResBlock, BasicTransformerBlock))]
+    own = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = Recomputed(block.forward)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward

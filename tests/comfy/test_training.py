@@ -4,47 +4,16 @@ import json
 
 import pytest
 import torch
-from comfyui_softrepa.nodes.training import TrainTokens
 from comfyui_softrepa.softrepa import checkpoint
-from comfyui_softrepa.softrepa.batches import Example
 from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
 from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
-from comfyui_softrepa.softrepa.dataset import Dataset
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.trainer import Trainer
 from softrepa_tests import tiny_models
+from softrepa_tests.learning import dataset, train
 from softrepa_tests.sampling import sample
-from softrepa_tests.tiny_models import CHANNELS, WIDTH, seeded
 
 FAMILIES = ("sd15", "sdxl", "sd3")
-
-
-class InMemory:
-    """Seeded latents and text encodings for a family."""
-
-    def __init__(self, family: str):
-        self.family = family
-        self.empty = self.cond("")
-
-    def latent(self, example: Example) -> torch.Tensor:
-        return seeded((CHANNELS[self.family], 8, 8), example.name, 1.0)
-
-    def cond(self, caption: str) -> dict:
-        pooled = {"sd15": None, "sdxl": 1280, "sd3": 2048}[self.family]
-        return {
-            "cross_attn": seeded((1, 77, WIDTH[self.family]), f"text/{caption}", 1.0),
-            "pooled_output": None if pooled is None else seeded((1, pooled), f"pooled/{caption}", 1.0),
-        }
-
-
-def dataset(family: str, images: int = 6) -> Dataset:
-    examples = [Example(f"{i}.png", f"digest{i}", (f"caption {i}",), (64, 64)) for i in range(images)]
-    return Dataset("toy", examples, [], InMemory(family), [])
-
-
-def train(models, family: str, **options):
-    options = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "seed": 0} | options
-    return TrainTokens.execute(models[family], options.pop("dataset", None) or dataset(family), **options).args
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,7 +43,7 @@ def test_one_seed_gives_one_result(models, token_folder, family):
     assert not torch.equal(first.tokens, other.tokens)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_micro_batches_and_checkpointing_change_nothing(models, token_folder, family):
     whole = train(models, family, micro_batch=4, temperature=2.0, checkpointing=False)[0]
     single = train(models, family, micro_batch=1, temperature=2.0, checkpointing=True)[0]
@@ -115,7 +84,17 @@ def test_out_of_memory_halves_the_pairs(models, token_folder, monkeypatch):
 
     monkeypatch.setattr(PairNetwork, "gradients", small_memory)
     assert train(models, "sd3", batch_size=4, micro_batch=16, steps=2)[2] == 2
-    assert sizes[-3:] == [4, 2, 2]
+    assert sizes == [1, 16, 8, 4, 2, 2]
+
+
+def test_no_memory_for_one_pair_is_said(models, token_folder, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(PairNetwork, "gradients", no_memory)
+    with pytest.raises(SoftREPAError, match="expected enough for one image-caption pair of 64 x"):
+        train(models, "sd3")
+    assert list(token_folder.iterdir()) == []
 
 
 def test_interrupted_runs_keep_what_they_learned(models, token_folder, monkeypatch):

@@ -77,13 +77,13 @@ def test_errors_losses_and_gradients(models, family, micro_batch):
 def single_graph(model, family, t, temperature, weight):
     """The plain implementation: one graph over all pairs, gradient by autograd alone."""
     tokens = TrainableTokens(golden_tokens(family))
-    network = PairNetwork(model, tokens.blocks)
+    network = PairNetwork(model, tokens.blocks, checkpointing=False)
     latents, noise, conds = batch(family)
-    sigma, seen, target, captions = network._prepared(latents, noise, conds, t)
+    sigma, seen, target, captions = network.prepared(latents, noise, conds, t)
     rows = tokens.rows(t)
     images = [i for i in range(3) for _ in range(3)]
     texts = [j for _ in range(3) for j in range(3)]
-    output = network._output(seen[images], sigma, captions.joined(texts), rows.expand(9, *rows.shape))
+    output = network.output(seen[images], sigma, captions.joined(texts), rows.expand(9, *rows.shape))
     errors = (output - target[images]).square().mean(dim=(1, 2, 3)).view(3, 3)
     loss = torch.nn.functional.cross_entropy(4.0 * torch.exp(-errors / temperature), torch.arange(3))
     loss = loss + weight * errors.diagonal().mean()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from comfyui_softrepa.softrepa import optimizers
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES
 from comfyui_softrepa.softrepa.trainer import Trainer, TrainingConfig, new_tokens
@@ -54,6 +55,23 @@ def test_it_learns():
     run = trainer(learning_rate=0.02, denoising_weight=1.0)
     losses = [run.step(1).loss for _ in range(60)]
     assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@pytest.mark.parametrize("name", optimizers.PACKAGES)
+def test_every_optimizer_learns(name):
+    rate = {"Prodigy": 1.0, "SGD": 0.3, "Lion": 0.005}.get(name, 0.02)
+    run = trainer(learning_rate=rate, denoising_weight=1.0, optimizer=name)
+    losses = [run.step(1).loss for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def test_optimizers_that_are_not_there(monkeypatch):
+    with pytest.raises(SoftREPAError, match='optimizer is "Adagrad", expected one of AdamW, Adam, SGD, RMSprop'):
+        TrainingConfig(steps=1, optimizer="Adagrad")
+    monkeypatch.setitem(optimizers.PACKAGES, "Lion", "no_such_package")
+    assert "Lion" not in optimizers.available()
+    with pytest.raises(SoftREPAError, match="expected its package no_such_package to be installed"):
+        TrainingConfig(steps=1, optimizer="Lion")
 
 
 def test_learning_rate_is_that_of_the_reference():

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from comfyui_softrepa.benchmarks.smallworld import checker, checkpoint, fitting, text, world
-from comfyui_softrepa.benchmarks.smallworld.measure import measure_checker, wilson
-from comfyui_softrepa.benchmarks.smallworld.world import Group, Scene, Spec, Thing
+
+from benchmarks.smallworld import checker, checkpoint, fitting, text, world
+from benchmarks.smallworld.measure import measure_checker, wilson
+from benchmarks.smallworld.world import Group, Scene, Spec, Thing
 
 TOKENS = [1.12109375, -1.0654296875, 1.3486328125]
 POSITIONS = [0.389892578125, -0.156982421875]

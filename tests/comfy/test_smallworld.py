@@ -5,11 +5,12 @@ import comfy.sd1_clip
 import numpy as np
 import pytest
 import torch
-from comfyui_softrepa.benchmarks.smallworld import autoencoder, checker, checkpoint, world
-from comfyui_softrepa.benchmarks.smallworld.measure import StockModel
-from comfyui_softrepa.benchmarks.smallworld.model import Velocity, make_model
-from comfyui_softrepa.benchmarks.smallworld.text import FastEncoder
-from comfyui_softrepa.benchmarks.smallworld.world import Group, Spec
+
+from benchmarks.smallworld import autoencoder, checker, checkpoint, world
+from benchmarks.smallworld.measure import StockModel
+from benchmarks.smallworld.model import Velocity, make_model
+from benchmarks.smallworld.text import FastEncoder
+from benchmarks.smallworld.world import Group, Spec
 
 CAPTIONS = (
     "",

@@ -1,0 +1,218 @@
+"""Trains soft tokens in a real ComfyUI from a folder of drawn pictures, and measures them on pictures it never saw."""
+
+import math
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.server import ComfyServer
+
+from .checkpoint import CHECKPOINT_NAME
+from .world import IMAGE_SIZE, caption, draw, hard_negatives, plain_caption, random_scene, random_spec
+
+CATEGORIES = ("two_objects", "counting", "colours", "position", "colour_attribution", "mixed")
+PICTURES = "small world"
+BATCH_SIZE = 4
+BATCHES = 24
+TIMESTEPS = (700, 800, 850, 900, 950)
+TEMPERATURES = (0.07, 2.0)  # the reference's, and one at which large errors matter too
+SHIPPED_TEMPERATURE = 0.07
+NAMES = {
+    "loss": "contrastive loss",
+    "retrieval": "retrieval among the batch's captions",
+    "hard_retrieval": "retrieval among captions wrong by one fact",
+}
+STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 8: 2.365, 10: 2.262}
+
+
+def write_pictures(folder: Path, count: int, seed: int) -> None:
+    """`count` drawn scenes with one caption each, as a person would lay out a training folder."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        spec = random_spec(rng, CATEGORIES[number % len(CATEGORIES)])
+        picture = Image.fromarray((draw(random_scene(rng, spec)) * 255).round().astype(np.uint8))
+        picture.save(folder / f"{number:04}.png")
+        (folder / f"{number:04}.txt").write_text(caption(rng, spec), encoding="utf-8")
+
+
+def graph(seed: int, **training) -> dict:
+    """From the folder to a token file, in API format."""
+    options = {"steps": 300, "batch_size": BATCH_SIZE, "learning_rate": 1e-3, "seed": seed} | training
+    data = {"folder": PICTURES, "clip": ["load", 1], "vae": ["load", 2], "resolution": IMAGE_SIZE}
+    return {
+        "load": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": CHECKPOINT_NAME}},
+        "data": {"class_type": "SoftREPADataset", "inputs": data},
+        "train": {
+            "class_type": "SoftREPATrain",
+            "inputs": {"model": ["load", 0], "dataset": ["data", 0], "filename_prefix": f"seed{seed}"} | options,
+        },
+        "save": {"class_type": "SoftREPASaveTokens", "inputs": {"tokens": ["train", 0], "filename_prefix": "copy"}},
+    }
+
+
+def train(server: ComfyServer, seed: int, on_progress: Callable | None = None, **training) -> Path:
+    """Run the training graph; returns the file of tokens that it wrote."""
+    folder = server.work / "models" / "softrepa"
+    before = set(folder.glob("seed*.safetensors"))
+    server.run(graph(seed, **training), on_progress, timeout=3600)
+    (path,) = set(folder.glob("seed*.safetensors")) - before
+    return path
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Of held-out pictures, by picture: in-batch loss and retrieval, and retrieval beside captions wrong by a fact."""
+
+    loss: torch.Tensor
+    retrieval: torch.Tensor
+    hard_retrieval: torch.Tensor
+
+
+class HeldOut:
+    """Pictures, captions and noise that stay the same for every model they measure."""
+
+    def __init__(self, stock, batches: int = BATCHES, hard: int = 96, seed: int = 99):
+        from softrepa.dataset import Batch
+
+        rng = np.random.default_rng(seed)
+        self.batches, self.hard = [], []
+        for _ in range(batches):
+            specs = [random_spec(rng, str(rng.choice(CATEGORIES))) for _ in range(BATCH_SIZE)]
+            captions = [plain_caption(spec) for spec in specs]
+            if len(set(captions)) < BATCH_SIZE:
+                continue
+            latents = self._latents(stock, rng, specs)
+            self.batches.append(Batch(latents, captions, [cond(stock, text) for text in captions], captions))
+        while len(self.hard) < hard:
+            spec = random_spec(rng, ("counting", "position", "colour_attribution", "mixed")[len(self.hard) % 4])
+            if others := hard_negatives(spec):
+                conds = [cond(stock, plain_caption(one)) for one in (spec, *others)]
+                self.hard.append((self._latents(stock, rng, [spec]), conds))
+
+    @staticmethod
+    def _latents(stock, rng, specs) -> torch.Tensor:
+        pictures = torch.from_numpy(np.stack([draw(random_scene(rng, spec)) for spec in specs]))
+        with torch.inference_mode():
+            return stock.vae.encode(pictures).clone()
+
+    def measure(self, model, temperature: float) -> Alignment:
+        """`model` is a MODEL, with tokens or without; `temperature` is the loss's."""
+        from softrepa.comfy.pairs import pair_errors
+        from softrepa.comfy.score import score
+
+        found = score(model, self.batches, TIMESTEPS, temperature=temperature)
+        hits = []
+        for number, (latents, conds) in enumerate(self.hard):
+            seen, total = model.model.process_latent_in(latents.clone()), 0
+            for t in TIMESTEPS:
+                generator = torch.Generator().manual_seed(1000 * number + t)
+                noise = torch.randn(seen.shape, generator=generator)
+                total = total + pair_errors(model, None, seen, noise, conds, t, len(conds))
+            hits.append(float(total.argmin() == 0))
+        mean = (found.losses.mean(0), found.retrieved.float().mean(0))
+        return Alignment(*mean, torch.tensor(hits))
+
+
+def cond(stock, text: str) -> dict:
+    """A caption as training datasets hold it."""
+    ((context, extra),) = stock.encode(text)
+    return {"cross_attn": context, "pooled_output": extra["pooled_output"]}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean of `values` and half the width of its 95% interval (Student's t)."""
+    half = STUDENT_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), half
+
+
+@dataclass(frozen=True)
+class Change:
+    """Tokens against the plain model on the same pictures and noise: the mean over seeds, and 95% intervals."""
+
+    before: float
+    after: float
+    over_seeds: tuple[float, float]
+    over_pictures: tuple[float, float]
+
+    def beyond(self) -> bool:
+        """Whether neither interval of the difference contains 0."""
+        return all(low > 0 or high < 0 for low, high in (self.over_seeds, self.over_pictures))
+
+
+def change(before: torch.Tensor, after: list[torch.Tensor]) -> Change:
+    """`before` (N,) of the plain model, `after` one such of each seed."""
+    differences = torch.stack([one - before for one in after])
+    mean, half = interval(differences.mean(1).tolist())
+    by_picture = differences.mean(0)
+    spread = 1.96 * by_picture.std().item() / math.sqrt(len(by_picture))
+    return Change(
+        before.mean().item(),
+        torch.stack(after).mean().item(),
+        (mean - half, mean + half),
+        (by_picture.mean().item() - spread, by_picture.mean().item() + spread),
+    )
+
+
+def prepare(work: Path, pictures: int, seed: int = 5) -> None:
+    """The checkpoint and the training folder below a ComfyUI base directory."""
+    from .checkpoint import write_checkpoint
+
+    write_checkpoint(work / "models" / "checkpoints" / CHECKPOINT_NAME)
+    shutil.rmtree(work / "input" / PICTURES, ignore_errors=True)
+    write_pictures(work / "input" / PICTURES, pictures, seed)
+
+
+def study(work: Path, pictures: int, steps: int, seeds: int, say: Callable = print) -> tuple[dict, Path]:
+    """{temperature: {measure: Change}} for the reference's temperature and 2, and one file of tokens."""
+    from softrepa.checkpoint import load
+    from softrepa.comfy.patching import apply_tokens
+
+    from .measure import StockModel
+
+    prepare(work, pictures)
+    files = {}
+    with ComfyServer(work) as server:
+        for temperature in TEMPERATURES:
+            for seed in range(seeds):
+                files[temperature, seed] = train(server, seed, temperature=temperature, steps=steps)
+                say(f"temperature {temperature}, seed {seed}: {files[temperature, seed].name}")
+    stock = StockModel(work / "models" / "checkpoints")
+    held_out, changes = HeldOut(stock), {}
+    for temperature in TEMPERATURES:
+        before = held_out.measure(stock.model, temperature)
+        after = [
+            held_out.measure(apply_tokens(stock.model, load(files[temperature, seed])), temperature)
+            for seed in range(seeds)
+        ]
+        changes[temperature] = {
+            name: change(getattr(before, name), [getattr(one, name) for one in after])
+            for name in Alignment.__dataclass_fields__
+        }
+        say(f"temperature {temperature}: {changes[temperature]}")
+    return changes, files[SHIPPED_TEMPERATURE, 0]
+
+
+def report(changes: dict, pictures: int, steps: int, seeds: int) -> str:
+    """A table in Markdown."""
+    lines = [
+        "# Soft tokens on the small world",
+        "",
+        f"{steps} updates of {BATCH_SIZE} x {BATCH_SIZE} pairs on {pictures} drawn pictures, {seeds} seeds, by the "
+        "training node; held-out pictures, the same noise for all. Intervals are of the difference, at 95%.",
+        "",
+        "| temperature | measure | without | with | over seeds | over pictures |",
+        "|---|---|---|---|---|---|",
+    ]
+    for temperature, measures in changes.items():
+        for name, one in measures.items():
+            spans = (f"{low:+.4f} to {high:+.4f}" for low, high in (one.over_seeds, one.over_pictures))
+            cells = (temperature, NAMES[name], f"{one.before:.4f}", f"{one.after:.4f}", *spans)
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,214 @@
+"""What a training step takes: peak memory and pairs a second, ours against one plain graph over all pairs.
+
+    python3 -m benchmarks.training
+
+Real model sizes with random weights on a GPU, small sizes on a CPU. Ours takes one forward and one backward a pair in
+micro-batches; the plain graph holds every pair until the loss is known. Both compute the same loss of the same batch.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+from . import environment
+from .sampling import Case, build, machine, sd3, sd15, sdxl, soft_tokens
+
+BATCHES = (4, 8, 16)
+TIMESTEP = 500
+TEMPERATURE = 2.0
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is computed; `micro_batch` None is the plain graph, 0 fills the memory."""
+
+    title: str
+    micro_batch: int | None
+    checkpointing: bool = False
+
+
+WAYS = (
+    Way("one graph", None),
+    Way("ours, 1 pair", 1),
+    Way("ours, fills the memory", 0),
+    Way("ours, 1 pair, checkpointing", 1, True),
+    Way("ours, fills, checkpointing", 0, True),
+)
+GPU_CASES = (
+    (Case("SD1.5 512 px", "sd15", sd15(320), 64, 77), ("bfloat16",)),
+    (Case("SDXL 1024 px", "sdxl", sdxl(320), 128, 77), ("bfloat16",)),
+    (Case("SD3 512 px", "sd3", sd3(1536, 24), 64, 154), ("bfloat16", "float8_e4m3fn")),
+    (Case("SD3 1024 px", "sd3", sd3(1536, 24), 128, 154), ("bfloat16", "float8_e4m3fn")),
+)
+CPU_CASES = (
+    (Case("SD1.5 / 5, 128 px", "sd15", sd15(64), 16, 77), ("float32",)),
+    (Case("SDXL / 5, 128 px", "sdxl", sdxl(64), 16, 77), ("float32",)),
+    (Case("SD3 / 4, 6 blocks, 128 px", "sd3", sd3(384, 6), 16, 154), ("float32",)),
+)
+
+
+class Peak:
+    """The most memory held while it is watched, above what was held before: the GPU's, or this process's."""
+
+    def __init__(self, device):
+        self.device, self.bytes = device, 0
+
+    @contextmanager
+    def watched(self):
+        import torch
+
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            yield
+            torch.cuda.synchronize()
+            self.bytes = torch.cuda.max_memory_allocated() - before
+            return
+        done = threading.Event()
+        before = _resident()
+        sampler = threading.Thread(target=self._sample, args=(before, done), daemon=True)
+        sampler.start()
+        try:
+            yield
+        finally:
+            done.set()
+            sampler.join()
+
+    def _sample(self, before: int, done: threading.Event) -> None:
+        while not done.wait(0.002):
+            self.bytes = max(self.bytes, _resident() - before)
+
+
+def _resident() -> int:
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def batch(case: Case, count: int) -> tuple:
+    """`count` random images and captions of a case's shapes, and the noise they share."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    channels, size = case.model["in_channels"], case.size
+    latents = torch.randn(count, channels, size, size, generator=generator)
+    noise = torch.randn(1, channels, size, size, generator=generator)
+    text = {"sd15": 768, "sdxl": 2048, "sd3": 4096}[case.family]
+    pooled = {"sd15": None, "sdxl": 1280, "sd3": 2048}[case.family]
+    conds = []
+    for _ in range(count):
+        conds.append({"cross_attn": torch.randn(1, case.text, text, generator=generator)})
+        if pooled:
+            conds[-1]["pooled_output"] = torch.randn(1, pooled, generator=generator)
+    return latents, noise, conds
+
+
+def plain_step(network, tokens, latents, noise, conds) -> None:
+    """One graph over all pairs; autograd does the rest."""
+    from softrepa.loss import contrastive_loss
+    from softrepa.noising import pair_error
+
+    sigma, seen, target, captions = network.prepared(latents, noise, conds, TIMESTEP)
+    count = len(latents)
+    images, texts = zip(*((i, j) for i in range(count) for j in range(count)), strict=True)
+    rows = tokens.rows(TIMESTEP).to(seen.device)
+    joined = captions.joined(list(texts))
+    output = network.output(seen[list(images)], sigma, joined, rows.expand(count**2, *rows.shape))
+    errors = pair_error(output, target[list(images)]).view(count, count)
+    loss = contrastive_loss(errors, TEMPERATURE)
+    tokens.zero_grad()
+    loss.backward()
+
+
+def our_step(pairs, tokens, latents, noise, conds, micro_batch: int) -> None:
+    from softrepa.loss import contrastive_loss
+    from softrepa.trainer import backward_through_pairs
+
+    tokens.zero_grad()
+    backward_through_pairs(
+        tokens.rows(TIMESTEP),
+        lambda rows: pairs.gradients(rows, latents, noise, conds, TIMESTEP, micro_batch),
+        lambda errors: contrastive_loss(errors, TEMPERATURE),
+    )
+
+
+def measure(case: Case, dtype_name: str, rounds: int, device) -> None:
+    import torch
+
+    from softrepa.comfy.pairs import PairNetwork
+    from softrepa.comfy.training import outside_inference
+    from softrepa.trainer import TrainableTokens
+
+    dtype = getattr(torch, dtype_name)
+    model = build(case, device, dtype, torch.bfloat16 if dtype.itemsize == 1 else None)
+    tokens = TrainableTokens(soft_tokens(case, model))
+    weights = sum(w.numel() * w.element_size() for w in model.model.diffusion_model.state_dict().values())
+    print(f"\n{case.title}, {dtype_name} weights ({weights / GIGABYTE:.2f} GB)", flush=True)
+    with outside_inference():
+        for way in WAYS:
+            network = PairNetwork(model, tokens.blocks, way.checkpointing)
+            row = [figures(case, way, network, tokens, count, rounds, device) for count in BATCHES]
+            print(f"{way.title:30}" + "".join(f"{cell:>24}" for cell in row), flush=True)
+
+
+def figures(case: Case, way: Way, network, tokens, count: int, rounds: int, device) -> str:
+    """Peak memory and pairs a second of one batch size."""
+    import torch
+
+    from softrepa.comfy.training import AdaptivePairs
+
+    latents, noise, conds = batch(case, count)
+    pairs, peak, seconds = AdaptivePairs(network, device), Peak(device), []
+    try:
+        for _ in range(rounds + 1):  # the first warms up and is watched for memory alone
+            start = time.perf_counter()
+            with peak.watched() if not seconds else nullcontext():
+                if way.micro_batch is None:
+                    plain_step(network, tokens, latents, noise, conds)
+                else:
+                    our_step(pairs, tokens, latents, noise, conds, way.micro_batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    rate = count**2 / statistics.median(seconds[1:])
+    return f"{peak.bytes / GIGABYTE:.2f} GB {rate:8.2f}/s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.training", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2, help="how often each step is timed (2)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the cases whose title contains this")
+    environment.add_arguments(parser)
+    arguments = parser.parse_args()
+    environment.enter("benchmarks.training", arguments.comfyui, arguments.python)
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+
+    import torch
+    from comfy.cli_args import args
+
+    has_gpu = torch.cuda.is_available()
+    args.cpu = not has_gpu
+    device = torch.device("cuda" if has_gpu else "cpu")
+    print(f"Peak memory above the weights, and pairs a second: {machine()}")
+    if not has_gpu:
+        print("Small models; the real sizes need a GPU and were not measured here.")
+    print(f"{'':30}" + "".join(f"{f'B = {count} ({count**2} pairs)':>24}" for count in BATCHES))
+    for case, dtypes in GPU_CASES if has_gpu else CPU_CASES:
+        for dtype in dtypes:
+            if arguments.only in case.title:
+                measure(case, dtype, arguments.rounds, device)
+
+
+if __name__ == "__main__":
+    main()

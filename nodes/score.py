@@ -1,0 +1,92 @@
+"""How well a model tells the captions of a dataset apart."""
+
+import math
+
+from comfy_api.latest import io, ui
+
+from ..softrepa import charts
+from ..softrepa.comfy.score import Score, held_out, parse_timesteps, score
+from .schema import ADVANCED, Dataset, schema, show_on_node
+
+
+class AlignmentScore(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SoftREPAScore",
+            display_name="SoftREPA Alignment Score",
+            search_aliases=["alignment score", "prompt adherence score", "evaluate tokens", "retrieval accuracy"],
+            description="Measures how well a model, with tokens or without, tells which caption belongs to which "
+            "image, by its own denoising errors. The noise is fixed, so two scores compare image by image.",
+            inputs=[
+                io.Model.Input("model", tooltip="As it is, with the tokens that it carries."),
+                Dataset.Input("dataset", tooltip="Its validation images; all images where it has none."),
+                io.Int.Input(
+                    "batch_size",
+                    optional=True,
+                    default=8,
+                    min=2,
+                    max=256,
+                    tooltip="Captions that an image is compared with. More make the choice harder.",
+                ),
+                io.Int.Input(
+                    "batches", optional=True, default=16, min=1, max=100_000, tooltip="How many batches, at most."
+                ),
+                io.String.Input(
+                    "timesteps",
+                    optional=True,
+                    default="100,300,500,700,900",
+                    tooltip="Where to measure, 0 to 999: high is much noise.",
+                    **ADVANCED,
+                ),
+                io.Int.Input(
+                    "seed",
+                    optional=True,
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=False,
+                    tooltip="Same seed, same noise and same batches.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output(display_name="accuracy", tooltip="Share of images whose own caption fits best."),
+                io.Float.Output(display_name="loss", tooltip="The contrastive loss at the paper's temperature."),
+                io.Image.Output(display_name="plot", tooltip="Both, and the mutual information, by timestep."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, model, dataset, batch_size=8, batches=16, timesteps="100,300,500,700,900", seed=0
+    ) -> io.NodeOutput:
+        chosen = parse_timesteps(timesteps)
+        measured = score(model, held_out(dataset, batch_size, batches, seed), chosen, seed)
+        images = measured.losses.shape[1]
+        show_on_node(cls, f"accuracy {measured.accuracy:.1%}, loss {measured.loss:.4f}, of {images} images")
+        plot = charts.as_image(draw(measured, batch_size))
+        return io.NodeOutput(measured.accuracy, measured.loss, plot, ui=ui.PreviewImage(plot, cls=cls))
+
+
+def draw(measured: Score, batch_size: int):
+    """Accuracy, loss and information by timestep, with 95% intervals of the mean over images."""
+    titles = {
+        "retrieved": "Retrieval accuracy",
+        "losses": "Contrastive loss",
+        "information": "Mutual information, nats (unweighted estimate)",
+    }
+    panels = []
+    for name, title in titles.items():
+        values = getattr(measured, name).float()
+        band = (1.96 * values.std(dim=1) / math.sqrt(values.shape[1])).tolist()
+        line = charts.Line(name, measured.timesteps, values.mean(dim=1).tolist(), band)
+        is_share = name == "retrieved"
+        level = ("chance", 1 / batch_size) if is_share else None
+        low, high = (0.0, 1.0) if is_share else (None, None)
+        panels.append(charts.Chart(title, "timestep", (line,), level, low, high))
+    return charts.draw(panels)
+
+
+NODES = [AlignmentScore]

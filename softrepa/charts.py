@@ -1,0 +1,104 @@
+"""Line charts of what is measured: a training run's curves, a score by timestep."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+INK, PAPER, MUTED, GRID = (32, 32, 36), (250, 250, 248), (110, 110, 118), (226, 226, 224)
+COLOURS = ((49, 104, 142), (214, 96, 40), (53, 150, 90))
+WIDTH, HEIGHT = 420, 250
+LEFT, TOP, RIGHT, BOTTOM = 64, 40, 20, 44
+
+
+@dataclass(frozen=True)
+class Line:
+    """`ys` over `xs`; `band`, if given, is half the height of an interval around each."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    band: Sequence[float] | None = None
+
+    def reach(self) -> list[float]:
+        """Everything that has to be in sight."""
+        band = self.band or [0.0] * len(self.ys)
+        return [y + side * half for y, half in zip(self.ys, band, strict=True) for side in (-1, 1)]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One panel. `level` is drawn as a dashed line: chance, say."""
+
+    title: str
+    across: str
+    lines: tuple[Line, ...]
+    level: tuple[str, float] | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def draw(charts: Sequence[Chart]) -> Image.Image:
+    """The panels beside each other."""
+    panel = (LEFT + WIDTH + RIGHT, TOP + HEIGHT + BOTTOM)
+    image = Image.new("RGB", (panel[0] * len(charts), panel[1]), PAPER)
+    for index, chart in enumerate(charts):
+        _panel(ImageDraw.Draw(image), index * panel[0] + LEFT, TOP, chart)
+    return image
+
+
+def as_image(picture: Image.Image) -> torch.Tensor:
+    """An IMAGE (1, H, W, 3)."""
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).unsqueeze(0)
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Means over the last `window` values."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+
+
+def _panel(pen: ImageDraw.ImageDraw, left: int, top: int, chart: Chart) -> None:
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    xs = [x for line in chart.lines for x in line.xs]
+    ys = [y for line in chart.lines for y in line.reach()]
+    ys += [chart.level[1]] if chart.level else []
+    first, last = min(xs), max(max(xs), min(xs) + 1e-9)
+    low = min(ys) if chart.low is None else chart.low
+    high = max(ys) if chart.high is None else chart.high
+    high = max(high, low + 1e-9)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        height = (min(max(y, low), high) - low) / (high - low)
+        return left + (x - first) / (last - first) * WIDTH, top + (1 - height) * HEIGHT
+
+    pen.text((left, top - 30), chart.title, INK, font)
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        y = top + (1 - share) * HEIGHT
+        pen.line((left, y, left + WIDTH, y), GRID)
+        pen.text((left - 6, y), f"{low + share * (high - low):.3g}", MUTED, small, anchor="rm")
+    pen.text((left, top + HEIGHT + 6), f"{first:g}", MUTED, small)
+    pen.text((left + WIDTH, top + HEIGHT + 6), f"{last:g}", MUTED, small, anchor="ra")
+    pen.text((left + WIDTH / 2, top + HEIGHT + 6), chart.across, MUTED, small, anchor="ma")
+    if chart.level:
+        name, value = chart.level
+        y = at(first, value)[1]
+        for x in range(left, left + WIDTH, 10):
+            pen.line((x, y, x + 5, y), MUTED)
+        pen.text((left + WIDTH - 4, y - 2), name, MUTED, small, anchor="rs")
+    for index, line in enumerate(chart.lines):
+        colour = COLOURS[index % len(COLOURS)]
+        points = [at(x, y) for x, y in zip(line.xs, line.ys, strict=True)]
+        for x, y, half in zip(line.xs, line.ys, line.band or (), strict=False):
+            pen.line((at(x, y - half), at(x, y + half)), colour, 2)
+        if len(points) > 1:
+            pen.line(points, colour, 2, joint="curve")
+        if len(points) <= 20:
+            for x, y in points:
+                pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+        if len(chart.lines) > 1:
+            pen.text((left + 8 + 110 * index, top + HEIGHT + 24), line.name, colour, small)

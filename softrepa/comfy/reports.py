@@ -1,0 +1,130 @@
+"""What a person sees of a training run while it goes on: curves, held-out figures, sample pictures, log files."""
+
+import csv
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import comfy.sample
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..charts import Chart, Line, draw, smooth
+from ..dataset import Batch
+from ..files import write_atomically
+from ..trainer import StepRecord
+from .patching import apply_tokens
+from .score import score
+from .training import Session
+
+COLUMNS = ("step", "timestep", "loss", "accuracy", "matching_error", "gradient_norm")
+SMOOTHED = 50
+"""Steps that a point of a curve averages."""
+SAMPLER = {"sampler_name": "euler", "scheduler": "normal"}
+
+
+class LogFile:
+    """A line of numbers for each step in a .csv, and TensorBoard's event files where that package is installed."""
+
+    def __init__(self, path: Path):
+        self.path, self.board = path, None
+        if find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(path.with_suffix("")))
+
+    def after(self, record: StepRecord, session: Session) -> None:
+        is_new = not self.path.exists()
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            lines = csv.writer(file)
+            if is_new:
+                lines.writerow(COLUMNS)
+            lines.writerow([getattr(record, name) for name in COLUMNS])
+        if self.board is not None:
+            for name in COLUMNS[2:]:
+                self.board.add_scalar(f"training/{name}", getattr(record, name), record.step)
+            for step, accuracy, loss in session.held_out[-1:]:
+                if step == record.step:
+                    self.board.add_scalar("held out/accuracy", accuracy, step)
+                    self.board.add_scalar("held out/loss", loss, step)
+
+
+class HeldOut:
+    """Loss and retrieval on batches that are not trained on, with the same noise each time."""
+
+    def __init__(self, batches: list[Batch], every: int):
+        self.batches, self.every = batches, every
+
+    def after(self, record: StepRecord, session: Session) -> None:
+        config = session.trainer.config
+        if record.step % self.every and record.step != config.steps:
+            return
+        model = apply_tokens(session.model, session.tokens())
+        measured = score(
+            model, self.batches, seed=config.seed, temperature=config.temperature, logit_scale=config.logit_scale
+        )
+        session.held_out.append((record.step, measured.accuracy, measured.loss))
+        session.say(f"step {record.step}, held out: loss {measured.loss:.4f}, retrieval {measured.accuracy:.0%}")
+
+
+class Curves:
+    """A picture of loss and retrieval, drawn again every few seconds and at the end."""
+
+    def __init__(self, seconds: float = 5.0):
+        self.seconds, self.drawn = seconds, 0.0
+
+    def after(self, record: StepRecord, session: Session) -> None:
+        now = time.monotonic()
+        if now - self.drawn < self.seconds and record.step != session.trainer.config.steps:
+            return
+        self.drawn = now
+        session.show(curves(session))
+
+
+def curves(session: Session) -> Image.Image:
+    """Loss and in-batch retrieval over the steps, and held-out figures where there are some."""
+    steps = [record.step for record in session.records]
+    held_out = tuple(zip(*session.held_out, strict=True)) or ((), (), ())
+    panels = []
+    for title, name, column in (("Loss", "loss", 2), ("Retrieval", "accuracy", 1)):
+        values = smooth([getattr(record, name) for record in session.records], SMOOTHED)
+        lines = [Line("in the batch", steps, values)]
+        if session.held_out:
+            lines.append(Line("held out", held_out[0], held_out[column]))
+        chance = ("chance", 1 / session.trainer.config.batch_size) if name == "accuracy" else None
+        low, high = (0.0, 1.0) if name == "accuracy" else (None, None)
+        panels.append(Chart(f"{title}, mean of {SMOOTHED} steps", "step", tuple(lines), chance, low, high))
+    return draw(panels)
+
+
+class Samples:
+    """One prompt sampled without and with the tokens, same seed, every so many steps; kept as files too."""
+
+    def __init__(self, positive, negative, vae, size: torch.Size, cfg: float, steps: int, every: int, folder: Path):
+        self.positive, self.negative, self.vae, self.size = positive, negative, vae, size
+        self.cfg, self.steps, self.every, self.folder = cfg, steps, every, folder
+        self.without: np.ndarray | None = None
+
+    def after(self, record: StepRecord, session: Session) -> None:
+        if record.step % self.every and record.step != session.trainer.config.steps:
+            return
+        if self.without is None:
+            self.without = self._picture(session.model, session.trainer.config.seed)
+        tokens = apply_tokens(session.model, session.tokens())
+        both = np.concatenate([self.without, self._picture(tokens, session.trainer.config.seed)], axis=1)
+        image = Image.fromarray((both * 255).round().astype(np.uint8))
+        path = self.folder / f"step_{record.step:06}.png"
+        write_atomically(path, lambda temporary: image.save(temporary, "PNG"))
+        session.show(image)
+
+    @torch.inference_mode()
+    def _picture(self, model, seed: int) -> np.ndarray:
+        latent: Tensor = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, *self.size))
+        noise = comfy.sample.prepare_noise_inner(latent, torch.Generator().manual_seed(seed))
+        samples = comfy.sample.sample(
+            model, noise, self.steps, self.cfg, positive=self.positive, negative=self.negative, latent_image=latent,
+            disable_pbar=True, seed=seed, **SAMPLER,
+        )  # fmt: skip
+        return self.vae.decode(samples)[0].float().clamp(0, 1).cpu().numpy()

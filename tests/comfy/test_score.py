@@ -1,0 +1,65 @@
+"""The score of a model on a dataset: what it measures, and that only the model can change it."""
+
+import pytest
+import torch
+from comfyui_softrepa.nodes.score import AlignmentScore
+from comfyui_softrepa.softrepa.comfy.pairs import pair_errors
+from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
+from comfyui_softrepa.softrepa.comfy.score import held_out, parse_timesteps, score
+from comfyui_softrepa.softrepa.errors import SoftREPAError
+from comfyui_softrepa.softrepa.loss import contrastive_loss, mutual_information, retrieval_accuracy
+from softrepa_tests.learning import dataset, train
+
+
+def batches(family):
+    return held_out(dataset(family), 3, 2, seed=1)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+def test_it_is_the_loss_of_the_pairs(models, family):
+    measured = score(models[family], batches(family), (100, 900))
+    assert measured.losses.shape == (2, 6)
+    for row, t in enumerate(measured.timesteps):
+        for column, batch in enumerate(batches(family)):
+            latents = models[family].model.process_latent_in(batch.latents)
+            noise = torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(column * 1000 + t))
+            errors = pair_errors(models[family], None, latents, noise, batch.conds, t, 9)
+            part = slice(3 * column, 3 * column + 3)
+            assert measured.losses[row, part].mean() == pytest.approx(contrastive_loss(errors).item(), rel=1e-5)
+            assert measured.retrieved[row, part].float().mean() == pytest.approx(retrieval_accuracy(errors))
+            expected = mutual_information(errors, latents[0].numel())
+            assert measured.information[row, part].mean() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_same_model_scores_the_same_and_a_patch_without_effect_too(models, token_folder):
+    model = models["sd3"]
+    tokens = train(models, "sd3", steps=1)[0]
+    first, second = score(model, batches("sd3")), score(model, batches("sd3"))
+    assert torch.equal(first.losses, second.losses)
+    assert torch.equal(first.losses, score(apply_tokens(model, tokens, strength=0.0), batches("sd3")).losses)
+    assert not torch.equal(first.losses, score(apply_tokens(model, tokens), batches("sd3")).losses)
+
+
+def test_other_noise_for_another_seed_and_the_same_for_fewer_timesteps(models):
+    whole, part = score(models["sd15"], batches("sd15")), score(models["sd15"], batches("sd15"), (500,))
+    assert torch.equal(whole.losses[2], part.losses[0])
+    assert not torch.equal(part.losses, score(models["sd15"], batches("sd15"), (500,), seed=1).losses)
+
+
+def test_the_node(models):
+    accuracy, loss, plot = AlignmentScore.execute(models["sd3"], dataset("sd3"), 3, 2, "900, 100").args
+    assert 0 <= accuracy <= 1
+    assert loss > 0
+    assert plot.shape[0] == 1
+    assert plot.shape[3] == 3
+    assert plot.std() > 0.05
+
+
+@pytest.mark.parametrize("text", ["", "a", "1000", "5,-1", "1.5"])
+def test_timesteps_that_are_none(text):
+    with pytest.raises(SoftREPAError, match=r"expected numbers from 0 to 999 with commas"):
+        parse_timesteps(text)
+
+
+def test_timesteps_are_sorted_and_different():
+    assert parse_timesteps(" 900,100, 100") == (100, 900)

@@ -1,0 +1,36 @@
+"""Training on the tiny models, on a dataset that lies in memory."""
+
+import torch
+from comfyui_softrepa.nodes.training import TrainTokens
+from comfyui_softrepa.softrepa.batches import Example
+from comfyui_softrepa.softrepa.dataset import Dataset
+from softrepa_tests.tiny_models import CHANNELS, WIDTH, seeded
+
+
+class InMemory:
+    """Seeded latents and text encodings for a family."""
+
+    def __init__(self, family: str):
+        self.family = family
+        self.empty = self.cond("")
+
+    def latent(self, example: Example) -> torch.Tensor:
+        return seeded((CHANNELS[self.family], 8, 8), example.name, 1.0)
+
+    def cond(self, caption: str) -> dict:
+        pooled = {"sd15": None, "sdxl": 1280, "sd3": 2048}[self.family]
+        return {
+            "cross_attn": seeded((1, 77, WIDTH[self.family]), f"text/{caption}", 1.0),
+            "pooled_output": None if pooled is None else seeded((1, pooled), f"pooled/{caption}", 1.0),
+        }
+
+
+def dataset(family: str, images: int = 6) -> Dataset:
+    examples = [Example(f"{i}.png", f"digest{i}", (f"caption {i}",), (64, 64)) for i in range(images)]
+    return Dataset("toy", examples, [], InMemory(family), [])
+
+
+def train(models, family: str, **options) -> tuple:
+    """The outputs of the training node: tokens, losses, steps, path."""
+    options = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "seed": 0} | options
+    return TrainTokens.execute(models[family], options.pop("dataset", None) or dataset(family), **options).args
