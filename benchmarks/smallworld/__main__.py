@@ -34,8 +34,8 @@ def arguments() -> argparse.Namespace:
     checkpoint = commands.add_parser("checkpoint", help="write the full checkpoint")
     checkpoint.add_argument("path", type=Path)
     tokens = commands.add_parser("tokens", help="train soft tokens in ComfyUI and measure them")
-    tokens.add_argument("--steps", type=int, default=400, help="updates of each run (400)")
-    tokens.add_argument("--pictures", type=int, default=300, help="pictures in the training folder (300)")
+    tokens.add_argument("--steps", type=int, default=150, help="updates of each run (150)")
+    tokens.add_argument("--pictures", type=int, default=240, help="pictures in the training folder (240)")
     tokens.add_argument("--into", type=Path, default=FOLDER, help="folder of tokens.safetensors and results/tokens.md")
     edit = commands.add_parser("edit", help="FlowEdit over n_max and target_cfg, without and with tokens")
     edit.add_argument("--edits", type=int, default=48, help="edits a setting (48)")
@@ -60,7 +60,7 @@ def train(state: Path, into: Path) -> None:
     encoder = autoencoder.fit_encoder()
     decoder = autoencoder.train_decoder(encoder, state)
     weights = train.train_model(encoder, text, state)
-    for name in ("decoder", "decoder-2", "model"):
+    for name in ("decoder", "decoder-2", "decoder-3", "model"):
         shutil.copyfile(state / f"{name}.log.jsonl", into / f"{name}.log.jsonl")
     target = into / checkpoint.SHIPPED.name
     checkpoint.write_shipped(target, weights, decoder, encoder, {"training": json.dumps(train.settings())})

@@ -7,6 +7,7 @@ slightly off still decodes to a clean picture.
 """
 
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .fitting import Schedule, fit
-from .world import CATEGORIES, IMAGE_SIZE, draw, random_scene, random_spec
+from .world import CATEGORIES, IMAGE_SIZE, SPREAD, draw, random_scene, random_spec
 
 PATCH = 8
 CHANNELS = 16
@@ -27,13 +28,13 @@ IDENTITY_BLOCKS = (14, 15)  # of TAESD's decoder
 _QUARTERS = ((0, 0), (0, 1), (1, 0), (1, 1))
 VAE_SCALE = 0.5  # keeps the decoder's input inside TAESD's clamp
 NOISE = 0.25  # greatest standard deviation of the noise that the decoder learns to remove
-DECODER_STEPS = (2400, 1600)
+DECODER_STEPS = (2400, 1600, 1600)
 
 
-def random_images(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Drawn scenes of every category, float32 (count, 96, 96, 3)."""
+def random_images(rng: np.random.Generator, count: int, spread: float = 1.0) -> np.ndarray:
+    """Drawn scenes of every category, float32 (count, 96, 96, 3); `spread` is how far things lie from cell centres."""
     specs = (random_spec(rng, (*CATEGORIES, "mixed")[int(rng.integers(7))]) for _ in range(count))
-    return np.stack([draw(random_scene(rng, spec, spread=1.0)) for spec in specs])
+    return np.stack([draw(random_scene(rng, spec, spread)) for spec in specs])
 
 
 def mask(images: torch.Tensor) -> torch.Tensor:
@@ -162,16 +163,17 @@ def checkpoint_tensors(encoder: dict[str, torch.Tensor], decoder: dict[str, torc
 
 
 def train_decoder(encoder: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
-    """Train the decoder on 48 px windows in two rounds; returns its weights. Resumes from `folder`.
+    """Train the decoder on 48 px windows in three rounds; returns its weights. Resumes from `folder`.
 
-    The second round starts the learning rate again and minds outlines: pixels away from things weigh a fifth.
+    The second round starts the learning rate again and minds outlines: pixels away from things weigh a fifth. In the
+    third, things lie where the world has them.
     """
     torch.manual_seed(1)
     decoder = make_decoder()
     window = 6
 
-    def draw_windows(rng, generator):
-        images = torch.from_numpy(random_images(rng, 8))
+    def draw_windows(rng, generator, spread=1.0):
+        images = torch.from_numpy(random_images(rng, 8, spread))
         latents = encode(encoder, images)
         levels = torch.rand(len(latents), 1, 1, 1, generator=generator) * NOISE
         noisy = latents + levels * torch.randn(latents.shape, generator=generator)
@@ -189,12 +191,13 @@ def train_decoder(encoder: dict[str, torch.Tensor], folder: Path) -> dict[str, t
         windows, targets = draw_windows(rng, generator)
         return F.l1_loss(decoder(decoder_input(windows)), targets.movedim(-1, 1))
 
-    def second(rng, generator):
-        windows, targets = draw_windows(rng, generator)
+    def second(rng, generator, spread=1.0):
+        windows, targets = draw_windows(rng, generator, spread)
         near = F.max_pool2d(mask(targets)[:, None], 9, stride=1, padding=4)
         return ((decoder(decoder_input(windows)) - targets.movedim(-1, 1)).abs() * (0.2 + 0.8 * near)).mean()
 
-    rounds = (("decoder", first, 1), ("decoder-2", second, 3))
+    third = partial(second, spread=SPREAD)
+    rounds = (("decoder", first, 1), ("decoder-2", second, 3), ("decoder-3", third, 6))
     for (name, loss, seed), steps in zip(rounds, DECODER_STEPS, strict=True):
         schedule = Schedule(steps, lr=1e-3, seed=seed, warmup=50, ema=0.99)
         decoder.load_state_dict(fit(decoder, loss, schedule, folder, name))

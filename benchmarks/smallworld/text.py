@@ -125,3 +125,9 @@ class FastEncoder:
         mean = torch.einsum("bn,bnd->bd", heard, F.layer_norm(context, (WIDTH,))) / heard.sum(1, keepdim=True)
         last = context[torch.arange(len(rows)), ends]
         return context, F.layer_norm(last + SENTENCE_SCALE * mean, (WIDTH,))
+
+    def as_comfyui(self, caption: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ComfyUI's SD3 text encoding makes of it: (1, 77, 4096) and (1, 2048), zeros for the other encoders."""
+        context, pooled = self([caption])
+        full = torch.cat([context, context[:, -1:].expand(-1, self.repeats - 1, -1)], dim=1)
+        return F.pad(full, (0, 4096 - WIDTH)), F.pad(pooled, (0, 2048 - WIDTH))

@@ -54,8 +54,12 @@ def score(
     seed: int = 0,
     temperature: float = loss.TEMPERATURE,
     logit_scale: float = loss.LOGIT_SCALE,
+    micro_batch: int = 0,
 ) -> Score:
-    """Of a MODEL as it is, with the tokens that it carries. Latents of the batches are the VAE's own."""
+    """Of a MODEL as it is, with the tokens that it carries. Latents of the batches are the VAE's own.
+
+    `micro_batch` pairs run at once; 0 is one caption's. The result does not depend on it.
+    """
     batches = list(batches)
     patcher = model.clone()
     memory.load_models_gpu([patcher])
@@ -68,7 +72,8 @@ def score(
             column = {name: [] for name in columns}
             for t in timesteps:
                 memory.throw_exception_if_processing_interrupted()
-                errors = network.errors(latents, _noise(latents, seed, index, t), batch.conds, t, len(latents)).cpu()
+                noise, size = _noise(latents, seed, index, t), micro_batch or len(latents)
+                errors = network.errors(latents, noise, batch.conds, t, size).cpu()
                 column["retrieved"].append(loss.retrieved(errors))
                 column["losses"].append(loss.contrast(errors, temperature, logit_scale))
                 column["information"].append(loss.information(errors, latents[0].numel()))

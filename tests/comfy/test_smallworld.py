@@ -46,6 +46,10 @@ def test_fast_encodings_are_those_of_the_text_encoder(stock, fast):
         assert torch.allclose(full[0, 19:, :768], context[row, 18].expand(58, 768))
         assert full[..., 768:].abs().max() == 0
         assert torch.allclose(extra["pooled_output"][0, :768], pooled[row], atol=1e-5)
+        mine = fast.as_comfyui(caption)
+        assert mine[1].shape == extra["pooled_output"].shape
+        assert torch.allclose(mine[0], full, atol=1e-6)
+        assert torch.allclose(mine[1], extra["pooled_output"], atol=1e-5)
 
 
 def test_training_runs_the_model_that_comfyui_runs(stock, fast):

@@ -59,7 +59,7 @@ def test_it_learns():
 
 @pytest.mark.parametrize("name", optimizers.PACKAGES)
 def test_every_optimizer_learns(name):
-    rate = {"Prodigy": 1.0, "SGD": 0.3, "Lion": 0.005}.get(name, 0.02)
+    rate = {"Prodigy": 0.1, "SGD": 0.3, "Lion": 0.005}.get(name, 0.02)
     run = trainer(learning_rate=rate, denoising_weight=1.0, optimizer=name)
     losses = [run.step(1).loss for _ in range(60)]
     assert sum(losses[-10:]) < sum(losses[:10])
