@@ -91,6 +91,13 @@ def checkpoint_path(tokens: Path) -> Path:
     return _runs() / tokens.relative_to(home()).with_suffix(CHECKPOINT)
 
 
+def log_folder(tokens: Path) -> Path:
+    """Where the run that writes the token file `tokens` keeps its log and its previews; made when it is not there."""
+    folder = checkpoint_path(tokens).with_name(tokens.stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def tokens_of_checkpoint(checkpoint: Path) -> Path:
     """The inverse of `checkpoint_path`."""
     inside = checkpoint.relative_to(_runs())

@@ -9,7 +9,6 @@ import comfy.sample
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ..charts import Chart, Line, draw, smooth
 from ..dataset import Batch
@@ -29,19 +28,18 @@ class LogFile:
     """A line of numbers for each step in a .csv, and TensorBoard's event files where that package is installed."""
 
     def __init__(self, path: Path):
-        self.path, self.board = path, None
+        self.path, self.board, self.is_open = path, None, False
         if find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(path.with_suffix("")))
 
     def after(self, record: StepRecord, session: Session) -> None:
-        is_new = not self.path.exists()
+        if not self.is_open:
+            self.is_open = True
+            write_atomically(self.path, lambda temporary: self._start(temporary, record.step))
         with self.path.open("a", encoding="utf-8", newline="") as file:
-            lines = csv.writer(file)
-            if is_new:
-                lines.writerow(COLUMNS)
-            lines.writerow([getattr(record, name) for name in COLUMNS])
+            csv.writer(file).writerow([getattr(record, name) for name in COLUMNS])
         if self.board is not None:
             for name in COLUMNS[2:]:
                 self.board.add_scalar(f"training/{name}", getattr(record, name), record.step)
@@ -49,6 +47,15 @@ class LogFile:
                 if step == record.step:
                     self.board.add_scalar("held out/accuracy", accuracy, step)
                     self.board.add_scalar("held out/loss", loss, step)
+
+    def _start(self, target: Path, first: int) -> None:
+        """The header and, of a run that is gone on with, the steps before `first`."""
+        kept = []
+        if self.path.exists():
+            with self.path.open(encoding="utf-8", newline="") as file:
+                kept = [row for row in csv.reader(file) if row and row[0].isdecimal() and int(row[0]) < first]
+        with target.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *kept])
 
 
 class HeldOut:
@@ -70,17 +77,20 @@ class HeldOut:
 
 
 class Curves:
-    """A picture of loss and retrieval, drawn again every few seconds and at the end."""
+    """A picture of loss and retrieval, drawn again every few seconds and kept as a file at the end."""
 
-    def __init__(self, seconds: float = 5.0):
-        self.seconds, self.drawn = seconds, 0.0
+    def __init__(self, path: Path, is_shown: bool, seconds: float = 5.0):
+        self.path, self.is_shown, self.seconds, self.drawn = path, is_shown, seconds, 0.0
 
     def after(self, record: StepRecord, session: Session) -> None:
-        now = time.monotonic()
-        if now - self.drawn < self.seconds and record.step != session.trainer.config.steps:
+        now, is_last = time.monotonic(), record.step == session.trainer.config.steps
+        if not is_last and (not self.is_shown or now - self.drawn < self.seconds):
             return
-        self.drawn = now
-        session.show(curves(session))
+        self.drawn, picture = now, curves(session)
+        if self.is_shown:
+            session.show(picture)
+        if is_last:
+            write_atomically(self.path, lambda temporary: picture.save(temporary, "PNG"))
 
 
 def curves(session: Session) -> Image.Image:
@@ -121,7 +131,7 @@ class Samples:
 
     @torch.inference_mode()
     def _picture(self, model, seed: int) -> np.ndarray:
-        latent: Tensor = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, *self.size))
+        latent = torch.zeros(1, *self.size)
         noise = comfy.sample.prepare_noise_inner(latent, torch.Generator().manual_seed(seed))
         samples = comfy.sample.sample(
             model, noise, self.steps, self.cfg, positive=self.positive, negative=self.negative, latent_image=latent,

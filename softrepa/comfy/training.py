@@ -156,7 +156,8 @@ def train(
     """
     shape = checked_model(model)
     check_dataset(dataset, shape, model.model.latent_format.latent_channels, config)
-    saved = training_state.load(files.checkpoint) if resume else None
+    with outside_inference():  # the optimiser goes on changing what is read here
+        saved = training_state.load(files.checkpoint) if resume else None
     dataset = dataset.started(config.seed)
     patcher = model.clone(disable_dynamic=True) if model.is_dynamic() else model.clone()
     memory.load_models_gpu([patcher])

