@@ -3,17 +3,8 @@
 from comfy_api.latest import io
 
 from ..softrepa import optimizers
-from ..softrepa.comfy import folders
-from ..softrepa.comfy.reports import Curves, HeldOut, LogFile, Samples
-from ..softrepa.comfy.score import held_out
-from ..softrepa.comfy.training import Files, TokenPlan, train
-from ..softrepa.errors import SoftREPAError
-from ..softrepa.trainer import TrainingConfig
+from ..softrepa.comfy.launch import TIME_TABLE, launch
 from .schema import ADVANCED, Dataset, Tokens, schema, show_on_node
-
-VALIDATION_BATCHES = 16
-PREVIEW_STEPS = 20
-TIME_TABLE = {"auto": None, "on": True, "off": False}
 
 
 def number(kind, name: str, default, low, high, tooltip: str, step=None, **more):
@@ -179,59 +170,8 @@ class TrainTokens(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        dataset,
-        n_tokens=0,
-        blocks="auto",
-        time_table="auto",
-        denoising_weight=-1.0,
-        micro_batch=0,
-        checkpoint_every=500,
-        filename_prefix="trained",
-        init_tokens=None,
-        checkpointing=True,
-        preview_positive=None,
-        preview_negative=None,
-        vae=None,
-        preview_every=500,
-        preview_cfg=4.0,
-        resume=False,
-        **options,
-    ) -> io.NodeOutput:
-        config = TrainingConfig(**options, denoising_weight=None if denoising_weight < 0 else denoising_weight)
-        plan = TokenPlan(n_tokens or None, None if blocks == "auto" else blocks, TIME_TABLE[time_table])
-        preview = {"preview_positive": preview_positive, "preview_negative": preview_negative, "vae": vae}
-        missing = [name for name, value in preview.items() if value is None]
-        if missing and len(missing) < len(preview):
-            raise SoftREPAError(f"{', '.join(missing)} is not connected, expected all of {', '.join(preview)} or none.")
-        found = folders.newest_checkpoint(filename_prefix) if resume else None
-        path = folders.tokens_of_checkpoint(found) if found else folders.new_token_path(filename_prefix)
-        files = Files(path, folders.checkpoint_path(path), checkpoint_every)
-        logs = folders.log_folder(path)
-        reports = [LogFile(logs / "steps.csv")]
-        if dataset.validation:
-            batches = held_out(dataset, config.batch_size, VALIDATION_BATCHES, config.seed)
-            reports.append(HeldOut(batches, preview_every))
-        if not missing:
-            size = dataset.encodings.latent(dataset.train[0]).shape
-            prompts = (preview_positive, preview_negative)
-            reports.append(Samples(*prompts, vae, size, preview_cfg, PREVIEW_STEPS, preview_every, logs))
-        reports.append(Curves(logs / "curves.png", is_shown=bool(missing)))
-        run = train(
-            model,
-            dataset,
-            config,
-            plan,
-            files,
-            init_tokens=init_tokens,
-            micro_batch=micro_batch,
-            checkpointing=checkpointing,
-            resume=found is not None,
-            reports=reports,
-            on_progress=lambda text: show_on_node(cls, text),
-        )
+    def execute(cls, model, dataset, **inputs) -> io.NodeOutput:
+        run = launch(model, dataset, lambda text: show_on_node(cls, text), **inputs)
         losses = {"loss": [record.loss for record in run.records]}
         return io.NodeOutput(run.tokens, losses, len(run.records), str(run.path))
 

@@ -1,10 +1,11 @@
-"""Command line: `python -m softrepa convert IN... OUT` and `python -m softrepa inspect FILE`."""
+"""Command line: `python -m softrepa convert`, `inspect`, `train` and `score`."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-from . import checkpoint
+from . import checkpoint, headless
 from .errors import SoftREPAError
 from .families import FAMILIES
 
@@ -41,6 +42,34 @@ def inspect(args) -> None:
     print("\n".join(checkpoint.summary(checkpoint.load(args.file))))
 
 
+def train(args) -> None:
+    config = with_options(headless.read_config(Path(args.config)), args)
+    headless.start(headless.comfyui_folder(args.comfyui), args.base_directory)
+    print(headless.train(config))
+
+
+def score(args) -> None:
+    config = with_options(headless.read_config(Path(args.config)) if args.config else {}, args)
+    headless.start(headless.comfyui_folder(args.comfyui), args.base_directory)
+    options = {name: getattr(args, name) for name in ("batch_size", "batches", "timesteps", "seed")}
+    print(json.dumps(headless.score(config, args.tokens, **options), indent=1))
+
+
+def with_options(config: dict, args) -> dict:
+    given = {"checkpoint": args.checkpoint, "folder": args.folder}
+    if getattr(args, "resume", False):
+        given["resume"] = True
+    return config | {name: value for name, value in given.items() if value is not None}
+
+
+def add_place(command) -> None:
+    """Where ComfyUI is, and what of it is used."""
+    command.add_argument("--checkpoint", help="its name in ComfyUI's checkpoints, or a path")
+    command.add_argument("--folder", help="the images and captions, named as the dataset node lists them")
+    command.add_argument("--comfyui", help="ComfyUI's folder; else COMFYUI_PATH, or the one that holds this pack")
+    command.add_argument("--base-directory", type=Path, help="as ComfyUI's own option: models, input, output, user")
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m softrepa", description="Soft token files.")
     commands = top.add_subparsers(required=True)
@@ -54,6 +83,20 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="shapes, family, blocks, norms and metadata of a file")
     command.add_argument("file", metavar="FILE")
     command.set_defaults(run=inspect)
+    command = commands.add_parser("train", help="train as the node does, in a ComfyUI without its server")
+    command.add_argument("config", metavar="CONFIG", help="a .json of the nodes' inputs, or a trained .safetensors")
+    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the same name")
+    add_place(command)
+    command.set_defaults(run=train)
+    command = commands.add_parser("score", help="retrieval, contrastive loss and information, as JSON")
+    command.add_argument("config", metavar="CONFIG", nargs="?", help="as for train; only its dataset is used")
+    command.add_argument("--tokens", help="a token file, or its name in ComfyUI; without, the plain model")
+    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--batches", type=int, default=16)
+    command.add_argument("--timesteps", default="100,300,500,700,900")
+    command.add_argument("--seed", type=int, default=0)
+    add_place(command)
+    command.set_defaults(run=score)
     return top
 
 

@@ -55,6 +55,8 @@ class Dataset:
     ):
         self.name, self.train, self.validation = name, train, validation
         self.encodings, self.notes = encodings, notes
+        self.settings: dict = {}
+        """The inputs it was made with, by name."""
         self._check("training", train)
         if validation:
             self._check("validation", validation)

@@ -13,8 +13,8 @@ from .world import COLOURS, SHAPES, Group, Scene, Spec, Thing, draw, plain_capti
 
 STEPS = 20
 SOURCE_CFG = 1.5
-N_MAX = (8, 11, 14, 17)
-TARGET_CFG = (2.0, 4.0, 6.0, 9.0)
+N_MAX = (4, 8, 12, 16)
+TARGET_CFG = (2.0, 4.0, 8.0)
 PLACE = 14  # pixels: a thing further away than that from where it was is another thing
 
 

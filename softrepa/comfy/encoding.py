@@ -50,6 +50,8 @@ def dataset_of_folder(
     images = read_folder(root, name, resolution, bucketing, validation_percent, index, tick=reading_progress())
     encodings = FolderEncodings(images, clip, vae, Cache(home, int(cache_gb * GIGABYTE)))
     dataset = Dataset(name, images.train, images.validation, encodings, images.notes)  # refuses before any encoding
+    dataset.settings = {"folder": name, "resolution": resolution, "bucketing": bucketing}
+    dataset.settings["validation_percent"] = validation_percent
     images.notes.append(encodings.fill())
     return dataset
 

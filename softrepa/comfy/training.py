@@ -147,12 +147,13 @@ def train(
     checkpointing: bool = True,
     resume: bool = False,
     reports: Sequence[Report] = (),
+    metadata: dict[str, str] | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Run:
     """Learns tokens and writes them: every `files.every` steps, at the end, and when interrupted.
 
     dataset: see `softrepa.dataset`; latents are VAE latents, `process_latent_in` is done here. With `resume` it goes on
-    from `files.checkpoint`. Raises SoftREPAError.
+    from `files.checkpoint`; `metadata` is added to what the token file says of the run. Raises SoftREPAError.
     """
     shape = checked_model(model)
     check_dataset(dataset, shape, model.model.latent_format.latent_channels, config)
@@ -174,7 +175,9 @@ def train(
             return patcher.model.process_latent_in(batch.latents.clone()), batch.conds
 
         trainer = Trainer(config, start, pairs, next_batch, dataset.empty)
-        session = Session(trainer, dataset, model, files, identity(trainer.config, start, model, dataset), on_progress)
+        described = description(model, dataset, trainer.config) | (metadata or {})
+        settings = identity(trainer.config, start, model, dataset)
+        session = Session(trainer, dataset, model, files, settings, described, on_progress)
         if saved is not None:
             session.go_on_from(saved)
         try:
@@ -192,9 +195,18 @@ def train(
 class Session:
     """The steps of one run and what it leaves on disk."""
 
-    def __init__(self, trainer: Trainer, dataset: Dataset, model: ModelPatcher, files: Files, identity: dict, say):
-        self.trainer, self.dataset, self.model, self.files, self.identity = trainer, dataset, model, files, identity
-        self.say: Callable[[str], None] = say
+    def __init__(
+        self,
+        trainer: Trainer,
+        dataset: Dataset,
+        model: ModelPatcher,
+        files: Files,
+        identity: dict,
+        metadata: dict[str, str],
+        say: Callable[[str], None],
+    ):
+        self.trainer, self.dataset, self.model, self.files = trainer, dataset, model, files
+        self.identity, self.metadata, self.say = identity, metadata, say
         self.records: list[StepRecord] = []
         self.held_out: list[tuple[int, float, float]] = []
         """(step, retrieval accuracy, loss) on images that are not trained on, where somebody measured them."""
@@ -243,7 +255,7 @@ class Session:
 
     def tokens(self) -> SoftTokens:
         """As they are after the last finished step."""
-        metadata = described(self.model, self.dataset, self.trainer.config) | {"steps": str(len(self.records))}
+        metadata = self.metadata | {"steps": str(len(self.records))}
         return self.trainer.finished(self.files.tokens.stem, metadata)
 
     def finish(self) -> None:
@@ -362,7 +374,7 @@ def check_gradients(trainer: Trainer, pairs: AdaptivePairs, dataset: Dataset, on
         on_progress(text)
 
 
-def described(model: ModelPatcher, dataset: Dataset, config: TrainingConfig) -> dict[str, str]:
+def description(model: ModelPatcher, dataset: Dataset, config: TrainingConfig) -> dict[str, str]:
     """The metadata of a trained file."""
     return {
         "training": json.dumps(asdict(config), sort_keys=True),

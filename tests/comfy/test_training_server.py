@@ -2,12 +2,17 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
+import torch
 from comfyui_softrepa.softrepa import checkpoint
 from PIL import Image
+from softrepa_tests.conftest import ROOT
 
-from benchmarks.server import ComfyServer, PromptError
+from benchmarks.environment import steady_threads
+from benchmarks.server import ComfyServer, PromptError, PromptInterrupted
 from benchmarks.standins import stand_in
 
 CAPTIONS = ("a red square", "a blue circle", "two cats", "a house by the sea", "an empty street", "green hills")
@@ -84,3 +89,89 @@ def test_a_refusal_is_shown_on_the_node(server):
     with pytest.raises(PromptError, match="expected at least batch_size, 20") as caught:
         server.run(graph(batch_size=20), timeout=600)
     assert caught.value.node_id == "train"
+
+
+def command_line(server, *arguments) -> str:
+    """`python -m softrepa` on the server's folders; its standard output. Fails with what it said."""
+    command = [sys.executable, "-m", "softrepa", *map(str, arguments)]
+    command += ["--comfyui", str(server.comfyui), "--base-directory", str(server.work)]
+    done = subprocess.run(command, cwd=ROOT, env=steady_threads(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def config(server, **training) -> dict:
+    inputs = graph(**training)["train"]["inputs"]
+    inputs = {name: value for name, value in inputs.items() if not isinstance(value, list)}
+    return inputs | {"checkpoint": "standin_sd3.safetensors", "folder": "my pictures", "resolution": 64}
+
+
+def trained(server, name: str):
+    return checkpoint.load(server.work / "models" / "softrepa" / f"{name}_00001.safetensors")
+
+
+def test_the_command_line_and_the_node_go_on_with_each_others_runs(server, tmp_path):
+    extra = {"temperature": 2.0, "caption_dropout": 0.5}
+    server.run(graph(steps=4, filename_prefix="whole", **extra), timeout=600)
+    server.run(graph(steps=2, filename_prefix="node_first", **extra), timeout=600)
+    folder = stand_in("sd3").checkpoint.parent
+    files = {}
+    for name, steps in (("node_first", 4), ("command_first", 2)):
+        files[name] = tmp_path / f"{name}.json"
+        inputs = config(server, steps=steps, filename_prefix=name, **extra)
+        files[name].write_text(json.dumps(inputs | {"checkpoint": str(folder / "standin_sd3.safetensors")}))
+    printed = command_line(server, "train", files["node_first"], "--resume")
+    assert printed.strip().endswith("node_first_00001.safetensors")
+    command_line(server, "train", files["command_first"])
+    server.run(graph(steps=4, filename_prefix="command_first", resume=True, **extra), timeout=600)
+    whole = trained(server, "whole")
+    for name in files:
+        assert torch.equal(trained(server, name).tokens, whole.tokens), name
+        assert torch.equal(trained(server, name).time_table, whole.time_table), name
+
+
+def test_a_trained_file_is_a_config_and_scores(server):
+    server.run(graph(steps=1, filename_prefix="first"), timeout=600)
+    file = server.work / "models" / "softrepa" / "first_00001.safetensors"
+    checkpoint_path = stand_in("sd3").checkpoint
+    command_line(server, "train", file, "--checkpoint", checkpoint_path)
+    again = checkpoint.load(file.with_name("first_00002.safetensors"))
+    assert torch.equal(again.tokens, checkpoint.load(file).tokens)
+    options = ("--checkpoint", checkpoint_path, "--batch-size", "3", "--batches", "1", "--timesteps", "500")
+    plain = json.loads(command_line(server, "score", file, *options))
+    steered = json.loads(command_line(server, "score", file, "--tokens", file, *options))
+    assert plain["images"] == steered["images"] == 3
+    assert plain["by_timestep"]["information"] != steered["by_timestep"]["information"]
+
+
+def test_cancelled_and_the_next_prompt_runs(server):
+    def cancel(node_id, value, total):
+        if node_id == "train" and value >= 2:
+            server.interrupt()
+
+    with pytest.raises(PromptInterrupted):
+        server.run(graph(steps=100_000, filename_prefix="cancelled"), cancel, timeout=600)
+    steps = int(trained(server, "cancelled").metadata["steps"])
+    assert 2 <= steps < 100
+    server.run(graph(steps=1, filename_prefix="after"), timeout=600)
+    server.run(graph(steps=steps + 1, filename_prefix="cancelled", resume=True), timeout=600)
+    assert int(trained(server, "cancelled").metadata["steps"]) == steps + 1
+
+
+def test_an_image_deleted_while_it_trains(server):
+    folder = server.work / "input" / "short lived"
+    folder.mkdir()
+    for index in range(3):
+        Image.new("RGB", (64, 64), (80 * index, 9, 9)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"number {index}", encoding="utf-8")
+    prompt = graph(steps=8, filename_prefix="deleted")
+    prompt["data"]["inputs"] |= {"folder": "short lived", "cache_gb": 0.0}
+
+    def delete(node_id, value, total):
+        if node_id == "train" and value >= 2:
+            (folder / "1.png").unlink(missing_ok=True)
+
+    with pytest.raises(PromptError, match=r"1\.png") as caught:
+        server.run(prompt, delete, timeout=600)
+    assert caught.value.node_id == "train"
+    assert int(trained(server, "deleted").metadata["steps"]) >= 2

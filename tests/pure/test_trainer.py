@@ -7,48 +7,8 @@ import torch
 from comfyui_softrepa.softrepa import optimizers
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES
-from comfyui_softrepa.softrepa.trainer import Trainer, TrainingConfig, new_tokens
-
-WIDTH = 8
-
-
-class ToyPairs:
-    """e_ij = |x_i - (c_j + mean of the rows)|^2, with its gradient by autograd."""
-
-    def __init__(self):
-        self.seen = []
-
-    def embed(self, rows):
-        return rows
-
-    def gradients(self, rows, latents, noise, conds, t, micro_batch):
-        self.seen.append((t, noise.sum().item(), [cond["name"] for cond in conds]))
-        errors = torch.empty(len(latents), len(conds))
-        gradients = torch.empty(len(latents), len(conds), *rows.shape)
-        for i, x in enumerate(latents):
-            for j, cond in enumerate(conds):
-                leaf = rows.clone().requires_grad_()
-                error = (x.flatten()[:WIDTH] - cond["cross_attn"] - leaf.mean(dim=(0, 1))).square().mean()
-                (gradients[i, j],) = torch.autograd.grad(error, leaf)
-                errors[i, j] = error.detach()
-        return errors, gradients
-
-
-def batches(seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def next_batch(size):
-        latents = torch.randn(size, 2, 2, 2, generator=generator)
-        offset = 0.5 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(5))
-        return latents, [{"name": j, "cross_attn": latents[j].flatten() + offset} for j in range(size)]
-
-    return next_batch
-
-
-def trainer(seed=0, **config):
-    start = new_tokens(FAMILIES["sd3"], WIDTH, 2, 3, True, seed, None)
-    empty = {"name": "", "cross_attn": torch.zeros(WIDTH)}
-    return Trainer(TrainingConfig(**({"steps": 50, "temperature": 1.0} | config)), start, ToyPairs(), batches(), empty)
+from comfyui_softrepa.softrepa.trainer import TrainingConfig, new_tokens
+from softrepa_tests.toy_training import batches, trainer
 
 
 def test_it_learns():

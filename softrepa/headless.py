@@ -1,0 +1,171 @@
+"""Training and scoring in a ComfyUI installation without its server: the same engine, caches and checkpoints."""
+
+import inspect
+import json
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from . import checkpoint
+from .errors import SoftREPAError
+from .tokens import SoftTokens
+from .trainer import TrainingConfig
+
+DATA = {"resolution": 512, "bucketing": False, "validation_percent": 0.0, "cache_gb": 50.0}
+REQUIRED = ("checkpoint", "folder", "steps", "batch_size", "learning_rate", "seed")
+
+
+def read_config(path: Path) -> dict:
+    """Inputs by name: of a .json file, or those that a trained .safetensors file was made with."""
+    if path.suffix == ".safetensors":
+        tokens = checkpoint.load(path)
+        if "inputs" not in tokens.metadata:
+            raise SoftREPAError(
+                f'CONFIG "{path}" does not say how it was trained, expected a file that this pack trained.'
+            )
+        return json.loads(tokens.metadata["inputs"])
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SoftREPAError(f'CONFIG "{path}" cannot be read ({error}), expected a .json file of inputs.') from None
+    if not isinstance(config, dict):
+        raise SoftREPAError(f'CONFIG "{path}" holds a {type(config).__name__}, expected inputs by name.')
+    return config
+
+
+def comfyui_folder(given: str | None) -> Path:
+    """The installation: as given, as COMFYUI_PATH says, or the one whose custom_nodes holds this pack."""
+    named = [given] if given else [os.environ.get("COMFYUI_PATH"), *Path(__file__).absolute().parents[2:5]]
+    for candidate in (Path(one) for one in named if one):
+        if (candidate / "main.py").is_file() and (candidate / "comfy").is_dir():
+            return candidate.absolute()
+    raise SoftREPAError(f'comfyui is "{given or "not given"}", expected the folder of a ComfyUI installation.')
+
+
+def start(comfyui: Path, base_directory: Path | None) -> None:
+    """Makes ComfyUI importable with its own folders; nothing of it may be imported before."""
+    sys.path.insert(0, str(comfyui))
+    import torch
+    from comfy.cli_args import args
+
+    args.cpu = not (torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available())
+    args.base_directory = None if base_directory is None else str(base_directory)
+
+    # main.py imports it first; on older versions another module takes the name otherwise
+    import utils.extra_config  # isort: skip
+
+    settings = comfyui / "extra_model_paths.yaml"
+    if settings.is_file():
+        utils.extra_config.load_extra_path_config(str(settings))
+    from .comfy import folders
+
+    folders.register()
+
+
+def load_checkpoint(name: str):
+    """MODEL, CLIP and VAE of a checkpoint by its name in ComfyUI or its path, as its own loader gives them."""
+    import comfy.sd
+    import folder_paths
+    import torch
+
+    path = name if Path(name).is_file() else folder_paths.get_full_path("checkpoints", name)
+    if path is None:
+        raise SoftREPAError(f'checkpoint is "{name}", expected the name of one in ComfyUI\'s checkpoints, or a path.')
+    with torch.inference_mode():
+        model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=True)
+    for part, found in (("model", model), ("CLIP", clip), ("VAE", vae)):
+        if found is None:
+            raise SoftREPAError(f'checkpoint "{name}" holds no {part}, expected a whole checkpoint.')
+    return model, clip, vae
+
+
+def load_dataset(inputs: dict, clip, vae):
+    """The dataset of "folder" and what else the dataset node takes; these are removed from `inputs`."""
+    import torch
+
+    from .comfy.dataset_folders import dataset_path
+    from .comfy.encoding import dataset_of_folder
+
+    name = inputs.pop("folder")
+    options = {key: inputs.pop(key, default) for key, default in DATA.items()}
+    with torch.inference_mode():
+        return dataset_of_folder(dataset_path(name), name, clip, vae, **options)
+
+
+def train(config: dict) -> Path:
+    """Trains as the node does; returns the file of tokens. ComfyUI must be started."""
+    import torch
+
+    from .comfy.launch import launch
+
+    missing = [name for name in REQUIRED if name not in config]
+    if missing:
+        raise SoftREPAError(f"CONFIG lacks {', '.join(missing)}, expected all of {', '.join(REQUIRED)}.")
+    known = {"checkpoint", "folder", "preview_prompt", *DATA, *inspect.signature(launch).parameters}
+    known |= {field.name for field in fields(TrainingConfig)}
+    if unknown := sorted(config.keys() - known):
+        raise SoftREPAError(f"CONFIG has {', '.join(unknown)}, expected only inputs of the dataset and training nodes.")
+    inputs = dict(config)
+    model, clip, vae = load_checkpoint(inputs.pop("checkpoint"))
+    dataset = load_dataset(inputs, clip, vae)
+    print(dataset.summary, file=sys.stderr)
+    if "init_tokens" in inputs:
+        inputs["init_tokens"] = load_tokens(inputs["init_tokens"])
+    if text := inputs.pop("preview_prompt", None):
+        with torch.inference_mode():
+            prompts = [clip.encode_from_tokens_scheduled(clip.tokenize(one)) for one in (text, "")]
+        inputs |= {"preview_positive": prompts[0], "preview_negative": prompts[1], "vae": vae}
+    with Line() as line, torch.inference_mode():
+        return launch(model, dataset, line, **inputs).path
+
+
+def score(config: dict, tokens_name: str | None, **options) -> dict:
+    """Accuracy and loss of a checkpoint on a folder, with tokens or without. ComfyUI must be started."""
+    import torch
+
+    from .comfy.patching import apply_tokens
+    from .comfy.score import held_out, parse_timesteps
+    from .comfy.score import score as measure
+
+    inputs = dict(config)
+    missing = [name for name in ("checkpoint", "folder") if name not in inputs]
+    if missing:
+        raise SoftREPAError(f"CONFIG lacks {', '.join(missing)}, expected checkpoint and folder.")
+    model, clip, vae = load_checkpoint(inputs.pop("checkpoint"))
+    dataset = load_dataset(inputs, clip, vae)
+    with torch.inference_mode():
+        if tokens_name:
+            model = apply_tokens(model, load_tokens(tokens_name))
+        batches = held_out(dataset, options["batch_size"], options["batches"], options["seed"])
+        found = measure(model, batches, parse_timesteps(options["timesteps"]), options["seed"])
+    by_timestep = {
+        name: dict(zip(found.timesteps, getattr(found, name).float().mean(1).tolist(), strict=True))
+        for name in ("retrieved", "losses", "information")
+    }
+    return {"accuracy": found.accuracy, "loss": found.loss, "images": found.losses.shape[1], "by_timestep": by_timestep}
+
+
+def load_tokens(name: str) -> SoftTokens:
+    """By path, or by the name that the loader lists."""
+    from .comfy import folders
+
+    path = Path(name)
+    return checkpoint.load(path if path.exists() else folders.token_path(name))
+
+
+class Line:
+    """The newest message on one line of a terminal; a line each elsewhere."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+
+    def __call__(self, text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
