@@ -2,6 +2,7 @@
 
 import math
 
+from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..softrepa import charts
@@ -63,7 +64,8 @@ class AlignmentScore(io.ComfyNode):
         cls, model, dataset, batch_size=8, batches=16, timesteps="100,300,500,700,900", seed=0
     ) -> io.NodeOutput:
         chosen = parse_timesteps(timesteps)
-        measured = score(model, held_out(dataset, batch_size, batches, seed), chosen, seed)
+        bar = ProgressBar(1)
+        measured = score(model, held_out(dataset, batch_size, batches, seed), chosen, seed, tick=bar.update_absolute)
         images = measured.losses.shape[1]
         show_on_node(cls, f"accuracy {measured.accuracy:.1%}, loss {measured.loss:.4f}, of {images} images")
         plot = charts.as_image(draw(measured, batch_size))

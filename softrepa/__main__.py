@@ -9,6 +9,8 @@ from . import checkpoint, headless
 from .errors import SoftREPAError
 from .families import FAMILIES
 
+EPILOG = "What stands behind -- goes to ComfyUI as its own options, for example: -- --lowvram"
+
 
 def convert(args) -> None:
     source = published_source(args.inputs)
@@ -44,13 +46,13 @@ def inspect(args) -> None:
 
 def train(args) -> None:
     config = with_options(headless.read_config(Path(args.config)), args)
-    headless.start(headless.comfyui_folder(args.comfyui), args.base_directory)
+    headless.start(headless.comfyui_folder(args.comfyui), args.comfyui_options)
     print(headless.train(config))
 
 
 def score(args) -> None:
     config = with_options(headless.read_config(Path(args.config)) if args.config else {}, args)
-    headless.start(headless.comfyui_folder(args.comfyui), args.base_directory)
+    headless.start(headless.comfyui_folder(args.comfyui), args.comfyui_options)
     options = {name: getattr(args, name) for name in ("batch_size", "batches", "timesteps", "seed")}
     print(json.dumps(headless.score(config, args.tokens, **options), indent=1))
 
@@ -67,11 +69,12 @@ def add_place(command) -> None:
     command.add_argument("--checkpoint", help="its name in ComfyUI's checkpoints, or a path")
     command.add_argument("--folder", help="the images and captions, named as the dataset node lists them")
     command.add_argument("--comfyui", help="ComfyUI's folder; else COMFYUI_PATH, or the one that holds this pack")
-    command.add_argument("--base-directory", type=Path, help="as ComfyUI's own option: models, input, output, user")
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m softrepa", description="Soft token files.")
+    top = argparse.ArgumentParser(
+        prog="python -m softrepa", description="Soft token files, and training without ComfyUI's server.", epilog=EPILOG
+    )
     commands = top.add_subparsers(required=True)
     command = commands.add_parser("convert", help="published .pth files, or a folder of them, to .safetensors")
     command.add_argument("inputs", nargs="+", metavar="IN")
@@ -101,7 +104,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    args = parser().parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    args = parser().parse_args(words[:end])
+    args.comfyui_options = words[end + 1 :]
     try:
         args.run(args)
     except SoftREPAError as error:

@@ -80,7 +80,7 @@ def _panel(pen: ImageDraw.ImageDraw, left: int, top: int, chart: Chart) -> None:
     for share in (0, 0.25, 0.5, 0.75, 1):
         y = top + (1 - share) * HEIGHT
         pen.line((left, y, left + WIDTH, y), GRID)
-        pen.text((left - 6, y), f"{low + share * (high - low):.3g}", MUTED, small, anchor="rm")
+        pen.text((left - 6, y), f"{low + share * (high - low):.4g}", MUTED, small, anchor="rm")
     pen.text((left, top + HEIGHT + 6), f"{first:g}", MUTED, small)
     pen.text((left + WIDTH, top + HEIGHT + 6), f"{last:g}", MUTED, small, anchor="ra")
     pen.text((left + WIDTH / 2, top + HEIGHT + 6), chart.across, MUTED, small, anchor="ma")

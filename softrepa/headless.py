@@ -43,21 +43,35 @@ def comfyui_folder(given: str | None) -> Path:
     raise SoftREPAError(f'comfyui is "{given or "not given"}", expected the folder of a ComfyUI installation.')
 
 
-def start(comfyui: Path, base_directory: Path | None) -> None:
-    """Makes ComfyUI importable with its own folders; nothing of it may be imported before."""
+def start(comfyui: Path, options: list[str]) -> None:
+    """Makes ComfyUI importable under its own command-line `options`; nothing of it may be imported before."""
     sys.path.insert(0, str(comfyui))
-    import torch
-    from comfy.cli_args import args
+    import comfy.options
 
-    args.cpu = not (torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available())
-    args.base_directory = None if base_directory is None else str(base_directory)
+    comfy.options.enable_args_parsing()
+    own, sys.argv = sys.argv, ["main.py", *options]
+    try:
+        import torch
+        from comfy.cli_args import args
+    finally:
+        sys.argv = own
+    args.cpu |= not (torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available())
 
     # main.py imports it first; on older versions another module takes the name otherwise
     import utils.extra_config  # isort: skip
 
-    settings = comfyui / "extra_model_paths.yaml"
-    if settings.is_file():
-        utils.extra_config.load_extra_path_config(str(settings))
+    import folder_paths
+
+    configs = [
+        comfyui / "extra_model_paths.yaml",
+        *(path for group in args.extra_model_paths_config or [] for path in group),
+    ]
+    for config in map(Path, configs):
+        if config.is_file():
+            utils.extra_config.load_extra_path_config(str(config))
+    for kind in ("input", "output", "user"):
+        if given := getattr(args, f"{kind}_directory", None):
+            getattr(folder_paths, f"set_{kind}_directory")(given)
     from .comfy import folders
 
     folders.register()

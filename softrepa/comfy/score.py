@@ -1,13 +1,12 @@
 """How well a MODEL tells captions apart: retrieval, contrastive loss and information, on noise that never changes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
 import comfy.model_management as memory
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.utils import ProgressBar
 from torch import Tensor
 
 from .. import loss
@@ -55,16 +54,17 @@ def score(
     temperature: float = loss.TEMPERATURE,
     logit_scale: float = loss.LOGIT_SCALE,
     micro_batch: int = 0,
+    tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Score:
     """Of a MODEL as it is, with the tokens that it carries. Latents of the batches are the VAE's own.
 
-    `micro_batch` pairs run at once; 0 is one caption's. The result does not depend on it.
+    `micro_batch` pairs run at once; 0 is one caption's. The result does not depend on it. `tick` is told how far it is.
     """
     batches = list(batches)
     patcher = model.clone()
     memory.load_models_gpu([patcher])
     columns = {"retrieved": [], "losses": [], "information": []}
-    bar = ProgressBar(len(batches) * len(timesteps))
+    done, total = 0, len(batches) * len(timesteps)
     with torch.inference_mode(False), torch.no_grad():
         network = PairNetwork(patcher)
         for index, batch in enumerate(batches):
@@ -77,7 +77,8 @@ def score(
                 column["retrieved"].append(loss.retrieved(errors))
                 column["losses"].append(loss.contrast(errors, temperature, logit_scale))
                 column["information"].append(loss.information(errors, latents[0].numel()))
-                bar.update(1)
+                done += 1
+                tick(done, total)
             for name, rows in column.items():
                 columns[name].append(torch.stack(rows))
     return Score(tuple(timesteps), **{name: torch.cat(parts, dim=1) for name, parts in columns.items()})
