@@ -42,6 +42,7 @@ def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
+        temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
