@@ -92,10 +92,8 @@ def checkpoint_path(tokens: Path) -> Path:
 
 
 def log_folder(tokens: Path) -> Path:
-    """Where the run that writes the token file `tokens` keeps its log and its previews; made when it is not there."""
-    folder = checkpoint_path(tokens).with_name(tokens.stem)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """Where the run that writes the token file `tokens` keeps its log and its previews."""
+    return checkpoint_path(tokens).with_name(tokens.stem)
 
 
 def tokens_of_checkpoint(checkpoint: Path) -> Path:

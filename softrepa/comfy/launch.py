@@ -51,10 +51,11 @@ def launch(
     found = folders.newest_checkpoint(filename_prefix) if resume else None
     path = folders.tokens_of_checkpoint(found) if found else folders.new_token_path(filename_prefix)
     logs = folders.log_folder(path)
-    reports = [LogFile(logs / "steps.csv")]
+    reports = []
     if dataset.validation:
         batches = held_out(dataset, config.batch_size, VALIDATION_BATCHES, config.seed)
         reports.append(HeldOut(batches, preview_every))
+    reports.append(LogFile(logs / "steps.csv"))
     if not missing:
         size = dataset.encodings.latent(dataset.train[0]).shape
         prompts = (preview_positive, preview_negative)

@@ -29,15 +29,15 @@ class LogFile:
 
     def __init__(self, path: Path):
         self.path, self.board, self.is_open = path, None, False
-        if find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(path.with_suffix("")))
 
     def after(self, record: StepRecord, session: Session) -> None:
         if not self.is_open:
             self.is_open = True
             write_atomically(self.path, lambda temporary: self._start(temporary, record.step))
+            if find_spec("tensorboard") is not None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.path.with_suffix("")), purge_step=record.step)
         with self.path.open("a", encoding="utf-8", newline="") as file:
             csv.writer(file).writerow([getattr(record, name) for name in COLUMNS])
         if self.board is not None:
@@ -47,6 +47,7 @@ class LogFile:
                 if step == record.step:
                     self.board.add_scalar("held out/accuracy", accuracy, step)
                     self.board.add_scalar("held out/loss", loss, step)
+            self.board.flush()
 
     def _start(self, target: Path, first: int) -> None:
         """The header and, of a run that is gone on with, the steps before `first`."""

@@ -39,9 +39,18 @@ class Score:
 
 
 def held_out(dataset: Dataset, batch_size: int, batches: int, seed: int) -> list[Batch]:
-    """At most `batches` batches of the validation images, or, where there are none, drawn from all images."""
+    """At most `batches` batches of the validation images, or, where there are none, drawn from all images.
+
+    Raises SoftREPAError where the validation images have no two of one size.
+    """
     if dataset.validation:
-        return list(islice(dataset.validation_batches(batch_size), batches))
+        found = list(islice(dataset.validation_batches(batch_size), batches))
+        if not found:
+            raise SoftREPAError(
+                f"{dataset.label} has {len(dataset.validation)} validation images and no two of one size with "
+                "different captions, expected at least two: raise validation_percent."
+            )
+        return found
     view = dataset.started(seed)
     return [view.batch(min(batch_size, dataset.different_captions)) for _ in range(batches)]
 

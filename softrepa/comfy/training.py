@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -83,6 +84,11 @@ class Run:
     records: list[StepRecord]
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """MPS has no exception of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
 class AdaptivePairs:
     """`PairNetwork` with the number of pairs at once found by measuring, and halved when memory runs out."""
 
@@ -102,8 +108,8 @@ class AdaptivePairs:
         while True:
             try:
                 return self.network.gradients(rows, latents, noise, conds, t, self.at_once)
-            except torch.OutOfMemoryError:
-                if self.at_once == 1:
+            except RuntimeError as error:
+                if self.at_once == 1 or not is_out_of_memory(error):
                     raise
                 self.at_once //= 2
                 memory.soft_empty_cache()
@@ -117,7 +123,9 @@ class AdaptivePairs:
             before = torch.cuda.memory_allocated(self.device)
         try:
             found = self.network.gradients(rows, latents, noise, conds, t, 1)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             height, width = (8 * side for side in latents.shape[-2:])
             raise SoftREPAError(
                 f"{memory.get_free_memory(self.device) / 1e9:.1f} GB of memory are free, expected enough for one "
@@ -176,7 +184,7 @@ def train(
 
         trainer = Trainer(config, start, pairs, next_batch, dataset.empty)
         described = description(model, dataset, trainer.config) | (metadata or {})
-        settings = identity(trainer.config, start, model, dataset)
+        settings = identity(trainer.config, start, init_tokens is not None, model, dataset)
         session = Session(trainer, dataset, model, files, settings, described, on_progress)
         if saved is not None:
             session.go_on_from(saved)
@@ -244,14 +252,18 @@ class Session:
                 said = now
                 self.say(progress_line(self.records, steps, len(self.records) - first, now - started))
             if self.files.every and record.step % self.files.every == 0:
-                try:
-                    self.write()
-                except OSError as error:  # a run of hours can outlive a full disk
-                    text = f"step {record.step} could not be saved ({error}); training goes on"
-                    logging.warning("SoftREPA: %s", text)
-                    self.say(text)
+                self._try(self.write, "saved")
             for report in reports:
-                report.after(record, self)
+                self._try(partial(report.after, record, self), f"reported by {type(report).__name__}")
+
+    def _try(self, write: Callable[[], None], done: str) -> None:
+        """A run of hours can outlive a full disk."""
+        try:
+            write()
+        except OSError as error:
+            text = f"step {len(self.records)} could not be {done} ({error}); training goes on"
+            logging.warning("SoftREPA: %s", text)
+            self.say(text)
 
     def tokens(self) -> SoftTokens:
         """As they are after the last finished step."""
@@ -278,22 +290,31 @@ class Session:
         self.written = len(self.records)
 
 
-def identity(config: TrainingConfig, start: SoftTokens, model: ModelPatcher, dataset: Dataset) -> dict:
-    """What decides a run's result, by input name; `steps` only says where it ends."""
+def identity(
+    config: TrainingConfig, start: SoftTokens, was_given: bool, model: ModelPatcher, dataset: Dataset
+) -> dict[str, object]:
+    """What decides a run's result, by input name; `steps` only says where it ends.
+
+    Tokens that the run starts by itself follow from the rest.
+    """
     settings = asdict(config)
     del settings["steps"]
-    digest = hashlib.sha256()
-    for tensor in (start.tokens, start.time_table):
-        if tensor is not None:
-            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
     return settings | {
         "model": f"{type(model.model).__name__} {weights_hash(model)}",
         "dataset": dataset.fingerprint,
         "blocks": format_blocks(start.blocks),
         "n_tokens": start.count,
         "time_table": start.time_table is not None,
-        "initial tokens": digest.hexdigest()[:16],
+        "init_tokens": tokens_hash(start) if was_given else None,
     }
+
+
+def tokens_hash(tokens: SoftTokens) -> str:
+    digest = hashlib.sha256()
+    for tensor in (tokens.tokens, tokens.time_table):
+        if tensor is not None:
+            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def progress_line(records: list[StepRecord], steps: int, done: int, seconds: float) -> str:

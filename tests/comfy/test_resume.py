@@ -8,7 +8,8 @@ import torch
 from comfyui_softrepa.softrepa import checkpoint, training_state
 from comfyui_softrepa.softrepa.comfy import folders
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.trainer import Trainer
+from comfyui_softrepa.softrepa.families import FAMILIES
+from comfyui_softrepa.softrepa.trainer import Trainer, new_tokens
 from softrepa_tests.learning import dataset, train
 
 
@@ -78,7 +79,8 @@ def test_interrupted_at_any_step(models, token_folder, monkeypatch):
     ("change", "message"),
     [
         ({"learning_rate": 0.5}, r"learning_rate was 0\.01, is 0\.5"),
-        ({"seed": 3}, "initial tokens was .*seed was 0, is 3"),
+        ({"seed": 3}, "seed was 0, is 3"),
+        ({"init_tokens": new_tokens(FAMILIES["sd3"], 384, 4, 5, True, 1, None)}, "init_tokens was None, is"),
         ({"n_tokens": 2}, "n_tokens was 4, is 2"),
         ({"dataset": dataset("sd3", 5)}, "dataset was"),
     ],

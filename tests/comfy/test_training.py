@@ -73,14 +73,15 @@ def test_the_base_model_stays_as_it_was(models, token_folder, monkeypatch):
         assert models[family].model_options["transformer_options"] == options
 
 
-def test_out_of_memory_halves_the_pairs(models, token_folder, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("MPS backend out of memory")])
+def test_out_of_memory_halves_the_pairs(models, token_folder, monkeypatch, error):
     sizes = []
     gradients = PairNetwork.gradients
 
     def small_memory(self, rows, latents, noise, conds, t, micro_batch):
         sizes.append(micro_batch)
         if micro_batch > 3:
-            raise torch.OutOfMemoryError("no memory")
+            raise error
         return gradients(self, rows, latents, noise, conds, t, micro_batch)
 
     monkeypatch.setattr(PairNetwork, "gradients", small_memory)

@@ -12,7 +12,7 @@ from PIL import Image
 from softrepa_tests.conftest import ROOT
 
 from benchmarks.environment import steady_threads
-from benchmarks.server import ComfyServer, PromptError, PromptInterrupted, has_accelerator
+from benchmarks.server import ComfyServer, PromptError, PromptInterrupted, ServerError, has_accelerator
 from benchmarks.standins import stand_in
 
 CAPTIONS = ("a red square", "a blue circle", "two cats", "a house by the sea", "an empty street", "green hills")
@@ -182,3 +182,26 @@ def test_an_image_deleted_while_it_trains(server):
         server.run(prompt, delete, timeout=600)
     assert caught.value.node_id == "train"
     assert int(trained(server, "deleted").metadata["steps"]) >= 2
+
+
+def test_killed_and_gone_on_with(tmp_path):
+    folder = tmp_path / "input" / "my pictures"
+    folder.mkdir(parents=True)
+    for index, caption in enumerate(CAPTIONS):
+        Image.new("RGB", (64, 64), (40 * index, 90, 9)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(caption, encoding="utf-8")
+    models = {"checkpoints": [stand_in("sd3").checkpoint.parent]}
+    often = {"filename_prefix": "killed", "checkpoint_every": 1}
+
+    def kill(node_id, value, total):
+        if node_id == "train" and value >= 3:
+            killed.process.kill()
+
+    with ComfyServer(tmp_path, extra_models=models) as killed, pytest.raises((ServerError, OSError)):
+        killed.run(only_training(steps=1000, **often), kill, timeout=600)
+    with ComfyServer(tmp_path, extra_models=models) as again:
+        steps = int(trained(again, "killed").metadata["steps"]) + 2
+        again.run(only_training(steps=steps, resume=True, **often), timeout=600)
+        again.run(only_training(steps=steps, filename_prefix="whole"), timeout=600)
+        assert steps >= 4
+        assert torch.equal(trained(again, "killed").tokens, trained(again, "whole").tokens)
