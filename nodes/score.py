@@ -6,7 +6,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..softrepa import charts
-from ..softrepa.comfy.score import Score, held_out, parse_timesteps, score
+from ..softrepa.comfy.score import HeldOut, Score, parse_timesteps, score
 from .schema import ADVANCED, Dataset, schema, show_on_node
 
 
@@ -65,14 +65,18 @@ class AlignmentScore(io.ComfyNode):
     ) -> io.NodeOutput:
         chosen = parse_timesteps(timesteps)
         bar = ProgressBar(1)
-        measured = score(model, held_out(dataset, batch_size, batches, seed), chosen, seed, tick=bar.update_absolute)
+        measured = score(model, HeldOut(dataset, batch_size, batches, seed), chosen, seed, tick=bar.update_absolute)
         images = measured.losses.shape[1]
-        show_on_node(cls, f"accuracy {measured.accuracy:.1%}, loss {measured.loss:.4f}, of {images} images")
-        plot = charts.as_image(draw(measured, batch_size))
+        show_on_node(
+            cls,
+            f"accuracy {measured.accuracy:.1%} (chance {measured.chance:.1%}), loss {measured.loss:.4f}, "
+            f"of {images} images",
+        )
+        plot = charts.as_image(draw(measured))
         return io.NodeOutput(measured.accuracy, measured.loss, plot, ui=ui.PreviewImage(plot, cls=cls))
 
 
-def draw(measured: Score, batch_size: int):
+def draw(measured: Score):
     """Accuracy, loss and information by timestep, with 95% intervals of the mean over images."""
     titles = {
         "retrieved": "Retrieval accuracy",
@@ -85,7 +89,7 @@ def draw(measured: Score, batch_size: int):
         band = (1.96 * values.std(dim=1) / math.sqrt(values.shape[1])).tolist()
         line = charts.Line(name, measured.timesteps, values.mean(dim=1).tolist(), band)
         is_share = name == "retrieved"
-        level = ("chance", 1 / batch_size) if is_share else None
+        level = ("chance", measured.chance) if is_share else None
         low, high = (0.0, 1.0) if is_share else (None, None)
         panels.append(charts.Chart(title, "timestep", (line,), level, low, high))
     return charts.draw(panels)

@@ -13,6 +13,7 @@ from .tokens import SoftTokens
 from .trainer import TrainingConfig
 
 DATA = {"resolution": 512, "bucketing": False, "validation_percent": 0.0, "cache_gb": 50.0}
+KINDS = {int: int, str: str, bool: bool}
 REQUIRED = ("checkpoint", "folder", "steps", "batch_size", "learning_rate", "seed")
 
 
@@ -116,10 +117,7 @@ def train(config: dict) -> Path:
     missing = [name for name in REQUIRED if name not in config]
     if missing:
         raise SoftREPAError(f"CONFIG lacks {', '.join(missing)}, expected all of {', '.join(REQUIRED)}.")
-    known = {"checkpoint", "folder", "preview_prompt", *DATA, *inspect.signature(launch).parameters}
-    known |= {field.name for field in fields(TrainingConfig)}
-    if unknown := sorted(config.keys() - known):
-        raise SoftREPAError(f"CONFIG has {', '.join(unknown)}, expected only inputs of the dataset and training nodes.")
+    check_inputs(config, launch)
     inputs = dict(config)
     model, clip, vae = load_checkpoint(inputs.pop("checkpoint"))
     dataset = load_dataset(inputs, clip, vae)
@@ -134,12 +132,29 @@ def train(config: dict) -> Path:
         return launch(model, dataset, line, **inputs).path
 
 
+def check_inputs(config: dict, launch) -> None:
+    """Every name and the kind of every value. Raises SoftREPAError."""
+    kinds = {"checkpoint": str, "folder": str, "preview_prompt": str, "init_tokens": str}
+    kinds |= {name: type(value) for name, value in DATA.items()}
+    kinds |= {field.name: KINDS.get(field.type, float) for field in fields(TrainingConfig)}
+    for name, parameter in inspect.signature(launch).parameters.items():
+        if isinstance(parameter.default, (bool, int, float, str)):
+            kinds[name] = type(parameter.default)
+    if unknown := sorted(config.keys() - kinds.keys()):
+        raise SoftREPAError(f"CONFIG has {', '.join(unknown)}, expected only inputs of the dataset and training nodes.")
+    for name, value in config.items():
+        kind = kinds[name]
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits:
+            raise SoftREPAError(f"CONFIG: {name} is {value!r}, expected a value of type {kind.__name__}.")
+
+
 def score(config: dict, tokens_name: str | None, **options) -> dict:
     """Accuracy and loss of a checkpoint on a folder, with tokens or without. ComfyUI must be started."""
     import torch
 
     from .comfy.patching import apply_tokens
-    from .comfy.score import held_out, parse_timesteps
+    from .comfy.score import HeldOut, parse_timesteps
     from .comfy.score import score as measure
 
     inputs = dict(config)
@@ -151,7 +166,7 @@ def score(config: dict, tokens_name: str | None, **options) -> dict:
     with torch.inference_mode():
         if tokens_name:
             model = apply_tokens(model, load_tokens(tokens_name))
-        batches = held_out(dataset, options["batch_size"], options["batches"], options["seed"])
+        batches = HeldOut(dataset, options["batch_size"], options["batches"], options["seed"])
         found = measure(model, batches, parse_timesteps(options["timesteps"]), options["seed"])
     by_timestep = {
         name: dict(zip(found.timesteps, getattr(found, name).float().mean(1).tolist(), strict=True))

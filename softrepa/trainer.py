@@ -37,7 +37,7 @@ class TrainableTokens(nn.Module):
         if not self.family.is_unet and rows.shape[-1] == TEXT_WIDTH and embed is not None:
             rows = embed(rows)
         if self.time_table is not None:
-            rows = rows + self.time_table[bucket(torch.tensor(t))].view(len(self.tokens), 1, -1)
+            rows = rows + self.time_table[bucket(torch.tensor(t))].view(len(self.tokens), 1, -1).to(rows.device)
         return rows
 
 
@@ -53,7 +53,8 @@ def backward_through_pairs(
     errors = errors.detach().requires_grad_()
     value = objective(errors)
     (weights,) = torch.autograd.grad(value, errors)
-    rows.backward(torch.einsum("ij,ij...->...", weights.to(gradients), gradients))
+    combined = torch.einsum("ij,ij...->...", weights.to(gradients), gradients)
+    rows.backward(combined.to(rows.device))
     return value.detach(), errors.detach()
 
 
@@ -144,8 +145,17 @@ class Trainer:
         self.step_index = 0
 
     def step(self, micro_batch: int) -> StepRecord:
-        """One update from `accumulation` batches. Raises SoftREPAError when the loss is no longer a number."""
-        records = [self._accumulate(micro_batch) for _ in range(self.config.accumulation)]
+        """One update from `accumulation` batches. Raises SoftREPAError when the loss is no longer a number.
+
+        A step that does not get to its end leaves no trace.
+        """
+        before = self.generator.get_state()
+        try:
+            records = [self._accumulate(micro_batch) for _ in range(self.config.accumulation)]
+        except BaseException:
+            self.generator.set_state(before)
+            self.optimizer.zero_grad()
+            raise
         parameters = list(self.tokens.parameters())
         for parameter in parameters:
             parameter.grad /= len(records)

@@ -82,13 +82,13 @@ def save(state: TrainingState, path: Path) -> None:
 
 
 def load(path: Path) -> TrainingState:
-    """Raises SoftREPAError for anything that is not a whole checkpoint."""
+    """Raises SoftREPAError for anything that is not a whole checkpoint. Keeps no hold on the file."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT or metadata.get("format_version") != VERSION:
                 raise SoftREPAError(f'Checkpoint "{path.name}" is not of format {FORMAT} {VERSION}.')
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError) as error:
         raise SoftREPAError(f'Checkpoint "{path.name}" cannot be read ({error}), expected a whole file.') from None
     fields = {key: json.loads(metadata[key]) for key in ("optimizer", "step", "position", "identity")}

@@ -5,11 +5,13 @@ from collections.abc import Callable
 
 from ..dataset import Dataset
 from ..errors import SoftREPAError
+from ..families import TEXT_WIDTH
 from ..tokens import SoftTokens
 from ..trainer import TrainingConfig
 from . import folders
-from .reports import Curves, HeldOut, LogFile, Samples
-from .score import held_out
+from .models import model_shape
+from .reports import Curves, LogFile, Measured, Samples
+from .score import HeldOut
 from .training import Files, Run, TokenPlan, train
 
 TIME_TABLE = {"auto": None, "on": True, "off": False}
@@ -48,15 +50,18 @@ def launch(
     missing = [name for name, value in preview.items() if value is None]
     if missing and len(missing) < len(preview):
         raise SoftREPAError(f"{', '.join(missing)} is not connected, expected all of {', '.join(preview)} or none.")
+    if preview_every < 1:
+        raise SoftREPAError(f"preview_every is {preview_every}, expected 1 or more.")
     found = folders.newest_checkpoint(filename_prefix) if resume else None
     path = folders.tokens_of_checkpoint(found) if found else folders.new_token_path(filename_prefix)
     logs = folders.log_folder(path)
     reports = []
     if dataset.validation:
-        batches = held_out(dataset, config.batch_size, VALIDATION_BATCHES, config.seed)
-        reports.append(HeldOut(batches, preview_every))
+        batches = HeldOut(dataset, config.batch_size, VALIDATION_BATCHES, config.seed)
+        reports.append(Measured(batches, preview_every))
     reports.append(LogFile(logs / "steps.csv"))
     if not missing:
+        check_previews(model, preview_positive, preview_negative, vae)
         size = dataset.encodings.latent(dataset.train[0]).shape
         prompts = (preview_positive, preview_negative)
         reports.append(Samples(*prompts, vae, size, preview_cfg, PREVIEW_STEPS, preview_every, logs))
@@ -68,6 +73,8 @@ def launch(
         "denoising_weight": denoising_weight,
         "filename_prefix": filename_prefix,
     }
+    if init_tokens is not None:
+        given["init_tokens"] = init_tokens.name
     return train(
         model,
         dataset,
@@ -82,3 +89,16 @@ def launch(
         metadata={"inputs": json.dumps(given | dataset.settings, sort_keys=True)},
         on_progress=say,
     )
+
+
+def check_previews(model, positive, negative, vae) -> None:
+    """A preview that cannot work is refused before hours have passed."""
+    family = model_shape(model).family
+    expected = family.context_width or TEXT_WIDTH
+    for name, cond in (("preview_positive", positive), ("preview_negative", negative)):
+        if not cond or cond[0][0].shape[-1] != expected:
+            found = f"text of width {cond[0][0].shape[-1]}" if cond else "nothing"
+            raise SoftREPAError(f"{name} holds {found}, expected width {expected} for {family.title}.")
+    channels, found = model.model.latent_format.latent_channels, getattr(vae, "latent_channels", None)
+    if found not in (None, channels):
+        raise SoftREPAError(f"vae has {found} latent channels, expected {channels} for {family.title}.")

@@ -23,6 +23,11 @@ from .state import KEY, CallState
 NOISING = {ModelType.FLOW: noised_flow, ModelType.EPS: noised_eps}
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """MPS has no exception of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
 def pair_errors(
     model: ModelPatcher,
     tokens: SoftTokens | None,
@@ -106,6 +111,7 @@ class PairNetwork:
     ) -> tuple[Tensor, Tensor]:
         """Errors (B, B) and each pair's gradient of its own error by `rows` (L, m, d): (B, B, L, m, d)."""
         sigma, seen, target, captions = self.prepared(latents, noise, conds, t)
+        rows = rows.to(seen.device)
         errors = torch.empty(len(latents), len(conds), device=seen.device)
         gradients = torch.empty(*errors.shape, *rows.shape, device=seen.device)
         scale = target[0].numel()  # the mean error's seed would underflow in fp16
@@ -122,7 +128,8 @@ class PairNetwork:
     def embed(self, rows: Tensor) -> Tensor:
         """The model's context embedder on 4096-wide rows, with its graph."""
         with OrdinaryWeights():
-            return self.base_model.diffusion_model.context_embedder(rows.to(compute_dtype(self.base_model))).float()
+            rows = rows.to(self.base_model.device, compute_dtype(self.base_model))
+            return self.base_model.diffusion_model.context_embedder(rows).float()
 
     def prepared(self, latents: Tensor, noise: Tensor, conds: list[dict], t: int):
         """sigma (), x_t and target (B, C, H, W), and the captions on the network's device."""

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from ..charts import Chart, Line, draw, smooth
-from ..dataset import Batch
 from ..files import write_atomically
 from ..trainer import StepRecord
 from .patching import apply_tokens
-from .score import score
+from .score import HeldOut, score
 from .training import Session
 
 COLUMNS = ("step", "timestep", "loss", "accuracy", "matching_error", "gradient_norm")
+HELD_OUT = ("held_out_accuracy", "held_out_loss")
 SMOOTHED = 50
 """Steps that a point of a curve averages."""
 SAMPLER = {"sampler_name": "euler", "scheduler": "normal"}
@@ -39,15 +39,20 @@ class LogFile:
 
                 self.board = SummaryWriter(str(self.path.with_suffix("")), purge_step=record.step)
         with self.path.open("a", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerow([getattr(record, name) for name in COLUMNS])
+            csv.writer(file).writerow([*(getattr(record, name) for name in COLUMNS), *self._held_out(record, session)])
         if self.board is not None:
             for name in COLUMNS[2:]:
                 self.board.add_scalar(f"training/{name}", getattr(record, name), record.step)
-            for step, accuracy, loss in session.held_out[-1:]:
-                if step == record.step:
-                    self.board.add_scalar("held out/accuracy", accuracy, step)
-                    self.board.add_scalar("held out/loss", loss, step)
+            for name, value in zip(HELD_OUT, self._held_out(record, session), strict=True):
+                if value is not None:
+                    self.board.add_scalar(f"held out/{name.removeprefix('held_out_')}", value, record.step)
             self.board.flush()
+
+    @staticmethod
+    def _held_out(record: StepRecord, session: Session) -> tuple:
+        """Accuracy and loss, if this step was followed by a measurement."""
+        step, *found = session.held_out[-1] if session.held_out else (None, None, None)
+        return tuple(found) if step == record.step else (None, None)
 
     def _start(self, target: Path, first: int) -> None:
         """The header and, of a run that is gone on with, the steps before `first`."""
@@ -56,13 +61,13 @@ class LogFile:
             with self.path.open(encoding="utf-8", newline="") as file:
                 kept = [row for row in csv.reader(file) if row and row[0].isdecimal() and int(row[0]) < first]
         with target.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *kept])
+            csv.writer(file).writerows([(*COLUMNS, *HELD_OUT), *kept])
 
 
-class HeldOut:
+class Measured:
     """Loss and retrieval on batches that are not trained on, with the same noise each time."""
 
-    def __init__(self, batches: list[Batch], every: int):
+    def __init__(self, batches: HeldOut, every: int):
         self.batches, self.every = batches, every
 
     def after(self, record: StepRecord, session: Session) -> None:

@@ -1,6 +1,6 @@
 """How well a MODEL tells captions apart: retrieval, contrastive loss and information, on noise that never changes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import loss
 from ..dataset import Batch, Dataset
 from ..errors import SoftREPAError
-from .pairs import PairNetwork
+from .pairs import PairNetwork, is_out_of_memory
 
 TIMESTEPS = (100, 300, 500, 700, 900)
 
@@ -21,10 +21,13 @@ TIMESTEPS = (100, 300, 500, 700, 900)
 class Score:
     """T timesteps by N images: `retrieved`, contrastive `losses` and `information` in nats, (T, N) each.
 
+    `captions` (N,) says among how many each image had to find its own.
+
     Two scores of the same batches, timesteps and seed are of the same noise, so they compare image by image.
     """
 
     timesteps: tuple[int, ...]
+    captions: Tensor
     retrieved: Tensor
     losses: Tensor
     information: Tensor
@@ -34,30 +37,45 @@ class Score:
         return self.retrieved.float().mean().item()
 
     @property
+    def chance(self) -> float:
+        return (1 / self.captions).mean().item()
+
+    @property
     def loss(self) -> float:
         return self.losses.mean().item()
 
 
-def held_out(dataset: Dataset, batch_size: int, batches: int, seed: int) -> list[Batch]:
-    """At most `batches` batches of the validation images, or, where there are none, drawn from all images.
+class HeldOut:
+    """Batches to measure on, the same each time they are gone through, encoded as they are needed.
 
-    Raises SoftREPAError where the validation images have no two of one size.
+    At most `batches` of the validation images or, where there are none, of all images, each once. Raises SoftREPAError
+    where the validation images have no two of one size.
     """
-    if dataset.validation:
-        found = list(islice(dataset.validation_batches(batch_size), batches))
-        if not found:
+
+    def __init__(self, dataset: Dataset, batch_size: int, batches: int, seed: int):
+        self.dataset, self.seed = dataset, seed
+        self.batch_size = batch_size if dataset.validation else min(batch_size, dataset.different_captions)
+        self.batches = batches if dataset.validation else min(batches, max(1, len(dataset) // self.batch_size))
+        if next(iter(self), None) is None:
             raise SoftREPAError(
                 f"{dataset.label} has {len(dataset.validation)} validation images and no two of one size with "
                 "different captions, expected at least two: raise validation_percent."
             )
-        return found
-    view = dataset.started(seed)
-    return [view.batch(min(batch_size, dataset.different_captions)) for _ in range(batches)]
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.dataset.validation:
+            return islice(self.dataset.validation_batches(self.batch_size), self.batches)
+        view = self.dataset.started(self.seed)
+        return (view.batch(self.batch_size) for _ in range(self.batches))
+
+    def __len__(self) -> int:
+        """At most."""
+        return self.batches
 
 
 def score(
     model: ModelPatcher,
-    batches: Iterable[Batch],
+    batches: Collection[Batch],
     timesteps: tuple[int, ...] = TIMESTEPS,
     seed: int = 0,
     temperature: float = loss.TEMPERATURE,
@@ -69,20 +87,23 @@ def score(
 
     `micro_batch` pairs run at once; 0 is one caption's. The result does not depend on it. `tick` is told how far it is.
     """
-    batches = list(batches)
     patcher = model.clone()
     memory.load_models_gpu([patcher])
     columns = {"retrieved": [], "losses": [], "information": []}
+    captions: list[int] = []
     done, total = 0, len(batches) * len(timesteps)
     with torch.inference_mode(False), torch.no_grad():
         network = PairNetwork(patcher)
         for index, batch in enumerate(batches):
             latents = network.base_model.process_latent_in(batch.latents.clone())
+            captions += [len(latents)] * len(latents)
+            memory.load_models_gpu([patcher])  # encoding on the fly may have pushed it out
             column = {name: [] for name in columns}
             for t in timesteps:
                 memory.throw_exception_if_processing_interrupted()
                 noise, size = _noise(latents, seed, index, t), micro_batch or len(latents)
-                errors = network.errors(latents, noise, batch.conds, t, size).cpu()
+                errors, fitted = fitting_errors(network, latents, noise, batch.conds, t, size)
+                micro_batch = micro_batch if fitted == size else fitted
                 column["retrieved"].append(loss.retrieved(errors))
                 column["losses"].append(loss.contrast(errors, temperature, logit_scale))
                 column["information"].append(loss.information(errors, latents[0].numel()))
@@ -90,7 +111,21 @@ def score(
                 tick(done, total)
             for name, rows in column.items():
                 columns[name].append(torch.stack(rows))
-    return Score(tuple(timesteps), **{name: torch.cat(parts, dim=1) for name, parts in columns.items()})
+    return Score(
+        tuple(timesteps), torch.tensor(captions), **{name: torch.cat(parts, dim=1) for name, parts in columns.items()}
+    )
+
+
+def fitting_errors(network: PairNetwork, latents, noise, conds, t: int, size: int) -> tuple[Tensor, int]:
+    """Errors on the CPU by `size` pairs at once, halved when memory runs out; and the size that fitted."""
+    while True:
+        try:
+            return network.errors(latents, noise, conds, t, size).cpu(), size
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            size //= 2
+            memory.soft_empty_cache()
 
 
 def _noise(latents: Tensor, seed: int, batch: int, t: int) -> Tensor:

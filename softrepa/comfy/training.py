@@ -25,7 +25,7 @@ from ..loss import contrastive_loss
 from ..tokens import SoftTokens
 from ..trainer import StepRecord, Trainer, TrainingConfig, new_tokens
 from .models import ModelShape, check_fit, model_shape
-from .pairs import PairNetwork
+from .pairs import PairNetwork, is_out_of_memory
 from .state import KEY
 
 VANISHING = 1e-6
@@ -49,6 +49,22 @@ class TokenPlan:
         bos = empty["cross_attn"][0, 0].clone() if recipe.starts_from_bos else None
         count = self.n_tokens or recipe.n_tokens
         return new_tokens(family, shape.width, count, self._blocks(shape), has_table, seed, bos)
+
+    def checked(self, tokens: SoftTokens) -> SoftTokens:
+        """`tokens` to go on from. Raises SoftREPAError where they are not what is asked for."""
+        if tokens.negative_tokens is not None:
+            raise SoftREPAError(f"{tokens.label} have a second bank, expected one: training would leave it behind.")
+        has_table = tokens.time_table is not None
+        blocks = format_blocks(tokens.blocks)
+        wanted = self.blocks and format_blocks(parse_blocks(self.blocks, tokens.family, "Training"))
+        for name, asked, found in (
+            ("n_tokens", self.n_tokens, tokens.count),
+            ("blocks", wanted, blocks),
+            ("time_table", self.time_table, has_table),
+        ):
+            if asked is not None and asked != found:
+                raise SoftREPAError(f"{name} is {asked}, expected {found} as in init_tokens, or its default.")
+        return tokens
 
     def _blocks(self, shape: ModelShape) -> Blocks:
         if self.blocks is None:
@@ -84,11 +100,6 @@ class Run:
     records: list[StepRecord]
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """MPS has no exception of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-
-
 class AdaptivePairs:
     """`PairNetwork` with the number of pairs at once found by measuring, and halved when memory runs out."""
 
@@ -104,14 +115,14 @@ class AdaptivePairs:
         """As `PairNetwork.gradients`; `micro_batch` 0 fills the memory."""
         if not self.at_once:
             self.at_once = micro_batch or self.fitting(rows, latents, noise, conds, t)
-        self.at_once = min(self.at_once, len(latents) ** 2)
         while True:
+            size = min(self.at_once, len(latents) ** 2)
             try:
-                return self.network.gradients(rows, latents, noise, conds, t, self.at_once)
+                return self.network.gradients(rows, latents, noise, conds, t, size)
             except RuntimeError as error:
-                if self.at_once == 1 or not is_out_of_memory(error):
+                if size == 1 or not is_out_of_memory(error):
                     raise
-                self.at_once //= 2
+                self.at_once = size // 2
                 memory.soft_empty_cache()
                 logging.warning("SoftREPA: out of memory, going on with %d pairs at once.", self.at_once)
 
@@ -171,8 +182,8 @@ def train(
     patcher = model.clone(disable_dynamic=True) if model.is_dynamic() else model.clone()
     memory.load_models_gpu([patcher])
     patcher.pre_run()
-    with outside_inference():
-        start = init_tokens or plan.start(shape, config.seed, dataset.empty)
+    with outside_inference(), cleaned_up(patcher):
+        start = plan.start(shape, config.seed, dataset.empty) if init_tokens is None else plan.checked(init_tokens)
         check_fit(start, shape)
         network = PairNetwork(patcher, start.blocks, checkpointing)
         pairs = AdaptivePairs(network, patcher.load_device)
@@ -196,7 +207,6 @@ def train(
             raise
         finally:
             session.finish()
-            patcher.cleanup()
     return Run(session.tokens(), files.tokens, session.records)
 
 
@@ -229,6 +239,11 @@ class Session:
                 f"resume: {self.files.checkpoint.name} is of another run ({'; '.join(changes)}), "
                 "expected the same settings, or resume off."
             )
+        if saved.step > self.trainer.config.steps:
+            raise SoftREPAError(
+                f"steps is {self.trainer.config.steps}, expected at least the {saved.step} that "
+                f"{self.files.checkpoint.name} has behind it, or resume off."
+            )
         training_state.restore(self.trainer, saved)
         self.dataset.restore(saved.position)
         self.records, self.position = list(saved.records), saved.position
@@ -256,11 +271,13 @@ class Session:
             for report in reports:
                 self._try(partial(report.after, record, self), f"reported by {type(report).__name__}")
 
-    def _try(self, write: Callable[[], None], done: str) -> None:
-        """A run of hours can outlive a full disk."""
+    def _try(self, action: Callable[[], None], done: str) -> None:
+        """A run of hours can outlive a full disk, a log that another program holds, a preview without memory."""
         try:
-            write()
-        except OSError as error:
+            action()
+        except memory.InterruptProcessingException:
+            raise
+        except Exception as error:
             text = f"step {len(self.records)} could not be {done} ({error}); training goes on"
             logging.warning("SoftREPA: %s", text)
             self.say(text)
@@ -282,7 +299,7 @@ class Session:
 
     def write(self) -> None:
         """Checkpoint first: what is in the token file can always be gone on from."""
-        if len(self.records) == self.written:
+        if len(self.records) == self.written and (self.files.tokens.exists() or not self.records):
             return
         state = training_state.capture(self.trainer, self.records, self.position, self.identity)
         training_state.save(state, self.files.checkpoint)
@@ -328,6 +345,15 @@ def progress_line(records: list[StepRecord], steps: int, done: int, seconds: flo
         f"step {len(records)}/{steps}, loss {loss:.4f}, retrieval {accuracy:.0%}, {rate:.2f} steps/s, "
         f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
     )
+
+
+@contextmanager
+def cleaned_up(patcher: ModelPatcher):
+    """Nothing of a run stays on the model that others share, however it ends."""
+    try:
+        yield
+    finally:
+        patcher.cleanup()
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import pytest
 import torch
 from comfyui_softrepa.softrepa import checkpoint, training_state
 from comfyui_softrepa.softrepa.comfy import folders
+from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.reports import LogFile
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES
 from comfyui_softrepa.softrepa.trainer import Trainer, new_tokens
@@ -45,34 +47,32 @@ def test_resumed_at_half(models, token_folder, family, optimizer):
     assert same(checkpoint.load(rest[3]), whole[0])
 
 
-def test_interrupted_at_any_step(models, token_folder, monkeypatch):
+def test_interrupted_in_the_middle_of_twenty_steps(models, token_folder, monkeypatch):
     import comfy.model_management as memory
 
-    moments = random.Random(3)
-    fuse = None
+    whole = train(models, "sd3", steps=25, filename_prefix="whole", **OPTIONS)
+    gradients, moments, fuse, reached = PairNetwork.gradients, random.Random(3), [0], []
 
-    def interrupt():
-        nonlocal fuse
-        if fuse is not None:
-            fuse -= 1
-            if fuse < 0:
-                fuse = None
-                raise memory.InterruptProcessingException
+    def interrupted(self, *args):
+        found = gradients(self, *args)
+        fuse[0] -= 1
+        if fuse[0] == 0:
+            raise memory.InterruptProcessingException
+        return found
 
-    monkeypatch.setattr(memory, "throw_exception_if_processing_interrupted", interrupt)
-    stops = 0
-    while stops < 20:
-        fuse = moments.randrange(1, 25)  # asked once before each step and once before each of its four pairs
-        try:
-            rest = train(models, "sd3", steps=10, filename_prefix="broken", resume=True, micro_batch=1, **OPTIONS)
-            break
-        except memory.InterruptProcessingException:
-            stops += 1
-    fuse = None
-    rest = train(models, "sd3", steps=10, filename_prefix="broken", resume=True, micro_batch=1, **OPTIONS)
-    single = train(models, "sd3", steps=10, filename_prefix="single", micro_batch=1, **OPTIONS)
-    assert stops >= 3
-    assert same(rest[0], single[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(PairNetwork, "gradients", interrupted)
+        for _ in range(20):
+            fuse[0] = moments.choice([2, 3, 3])  # the first is the pre-flight's: one step, or none, is finished
+            with pytest.raises(memory.InterruptProcessingException):
+                train(models, "sd3", steps=25, filename_prefix="broken", resume=True, **OPTIONS)
+            path = token_folder / "broken_00001.safetensors"
+            reached.append(int(checkpoint.load(path).metadata["steps"]) if path.exists() else 0)
+    rest = train(models, "sd3", steps=25, filename_prefix="broken", resume=True, **OPTIONS)
+    assert reached == sorted(reached)
+    assert 5 <= reached[-1] < 25
+    assert same(rest[0], whole[0])
+    assert rest[1] == whole[1]
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,6 @@ def test_a_full_disk_is_said_and_training_goes_on(models, token_folder, monkeypa
 
 
 def test_a_loss_that_is_no_number_keeps_what_was_learned(models, token_folder, monkeypatch):
-    from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
-
     gradients = PairNetwork.gradients
     calls = []
 
@@ -155,3 +153,32 @@ def test_a_loss_that_is_no_number_keeps_what_was_learned(models, token_folder, m
     with pytest.raises(SoftREPAError, match="The loss is nan at step 3, expected a number"):
         train(models, "sd3", steps=9, filename_prefix="run")
     assert checkpoint.load(token_folder / "run_00001.safetensors").metadata["steps"] == "2"
+
+
+def test_fewer_steps_than_are_done_are_refused(models, token_folder):
+    train(models, "sd3", steps=3, filename_prefix="run")
+    with pytest.raises(SoftREPAError, match="steps is 2, expected at least the 3 that run_00001"):
+        train(models, "sd3", steps=2, filename_prefix="run", resume=True)
+
+
+def test_a_lost_token_file_is_written_again(models, token_folder):
+    first = train(models, "sd3", steps=2, filename_prefix="run")
+    Path(first[3]).unlink()
+    again = train(models, "sd3", steps=2, filename_prefix="run", resume=True)
+    assert same(checkpoint.load(again[3]), first[0])
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_a_run(models, token_folder, monkeypatch, caplog):
+    def held(self, record, session):
+        raise PermissionError("steps.csv is held by another program")
+
+    monkeypatch.setattr(LogFile, "after", held)
+    assert train(models, "sd3", steps=2)[2] == 2
+    assert "step 2 could not be reported by LogFile (steps.csv is held by another program)" in caplog.text
+
+
+def test_a_refused_run_leaves_the_shared_model_alone(models, token_folder):
+    train(models, "sd3", steps=1, filename_prefix="run")
+    with pytest.raises(SoftREPAError, match="of another run"):
+        train(models, "sd3", steps=2, filename_prefix="run", resume=True, temperature=3.0)
+    assert models["sd3"].model.current_patcher is None

@@ -1,18 +1,20 @@
 """The score of a model on a dataset: what it measures, and that only the model can change it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comfyui_softrepa.nodes.score import AlignmentScore
-from comfyui_softrepa.softrepa.comfy.pairs import pair_errors
+from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork, pair_errors
 from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
-from comfyui_softrepa.softrepa.comfy.score import held_out, parse_timesteps, score
+from comfyui_softrepa.softrepa.comfy.score import HeldOut, parse_timesteps, score
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.loss import contrastive_loss, mutual_information, retrieval_accuracy
 from softrepa_tests.learning import dataset, train
 
 
 def batches(family):
-    return held_out(dataset(family), 3, 2, seed=1)
+    return HeldOut(dataset(family), 3, 2, seed=1)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
@@ -59,6 +61,35 @@ def test_the_node(models):
 def test_timesteps_that_are_none(text):
     with pytest.raises(SoftREPAError, match=r"expected numbers from 0 to 999 with commas"):
         parse_timesteps(text)
+
+
+def test_chance_is_that_of_the_batches_there_are(models):
+    measured = score(models["sd3"], HeldOut(dataset("sd3"), 32, 9, seed=0), (500,))
+    assert measured.losses.shape == (1, 6)
+    assert measured.chance == pytest.approx(1 / 6)
+
+
+def test_validation_images_that_never_meet():
+    data = dataset("sd3")
+    one, other = dataset("sd3", 8).train[6:]
+    data.validation = [one, replace(other, size=(64, 128))]
+    with pytest.raises(SoftREPAError, match="has 2 validation images and no two of one size"):
+        HeldOut(data, 2, 4, seed=0)
+
+
+def test_memory_that_runs_out_halves_the_pairs(models, monkeypatch):
+    whole, sizes, errors = score(models["sd3"], batches("sd3"), (500,)), [], PairNetwork.errors
+
+    def small_memory(self, latents, noise, conds, t, micro_batch):
+        sizes.append(micro_batch)
+        if micro_batch > 1:
+            raise RuntimeError("MPS backend out of memory")
+        return errors(self, latents, noise, conds, t, micro_batch)
+
+    monkeypatch.setattr(PairNetwork, "errors", small_memory)
+    halved = score(models["sd3"], batches("sd3"), (500,))
+    assert sizes == [3, 1, 1]
+    assert torch.equal(halved.retrieved, whole.retrieved)
 
 
 def test_timesteps_are_sorted_and_different():

@@ -1,12 +1,15 @@
 """The training run on the tiny models: what it learns, leaves and refuses."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from comfyui_softrepa.softrepa import checkpoint
 from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
 from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
+from comfyui_softrepa.softrepa.comfy.training import AdaptivePairs
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.trainer import Trainer
 from PIL import Image
@@ -123,6 +126,42 @@ def test_going_on_from_tokens(models, token_folder):
     first = train(models, "sd3", steps=1)[0]
     again = train(models, "sd3", steps=1, learning_rate=0.0, init_tokens=first)[0]
     assert torch.equal(first.tokens, again.tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_tokens": 8}, "n_tokens is 8, expected 4 as in init_tokens"),
+        ({"blocks": "3"}, "blocks is 3, expected 5 as in init_tokens"),
+        ({"time_table": "off"}, "time_table is False, expected True as in init_tokens"),
+    ],
+)
+def test_what_init_tokens_are_not_is_refused(models, token_folder, options, message):
+    first = train(models, "sd3", steps=1)[0]
+    with pytest.raises(SoftREPAError, match=message):
+        train(models, "sd3", steps=1, init_tokens=first, **options)
+
+
+def test_a_second_bank_is_not_left_behind_silently(models, token_folder):
+    first = train(models, "sd3", steps=1)[0]
+    banks = replace(first, negative_tokens=first.tokens)
+    with pytest.raises(SoftREPAError, match="have a second bank, expected one"):
+        train(models, "sd3", steps=1, init_tokens=banks)
+
+
+def test_a_small_bucket_does_not_slow_the_rest(models):
+    sizes = []
+    pairs = AdaptivePairs(SimpleNamespace(gradients=lambda *args: sizes.append(args[-1])), torch.device("cpu"))
+    for images in (4, 2, 4):
+        pairs.gradients(None, torch.zeros(images, 1), None, [], 0, 64)
+    assert sizes == [16, 4, 16]
+
+
+def test_previews_that_cannot_work_are_refused_early(models, token_folder):
+    narrow = [[torch.zeros(1, 77, 768), {}]]
+    previews = {"preview_positive": narrow, "preview_negative": narrow, "vae": ToyVAE()}
+    with pytest.raises(SoftREPAError, match="preview_positive holds text of width 768, expected width 4096 for SD3"):
+        train(models, "sd3", **previews)
 
 
 def test_a_dead_contrast_is_said(models, token_folder, caplog):
