@@ -138,7 +138,7 @@ def table(cells: dict, count: int) -> str:
 def picture(editor: Editor, cells: dict, examples: tuple[int, ...]) -> Image.Image:
     """For each example its source, then a grid: n_max across, target_cfg down, a block for each model."""
     names = list(dict.fromkeys(name for name, *_ in cells))
-    side, head, gap = 72, 26, 8
+    side, head, gap = 72, 34, 8
     block = len(N_MAX) * side
     width = side + gap + len(names) * (block + gap)
     height = head + len(TARGET_CFG) * side + gap
@@ -152,11 +152,12 @@ def picture(editor: Editor, cells: dict, examples: tuple[int, ...]) -> Image.Ima
     for row, example in enumerate(examples):
         top = row * height
         source, target = editor.edits[example].prompts
-        pen.text((2, top + 12), f"{source}  \N{RIGHTWARDS ARROW}  {target}", "black", font_size=11)
+        pen.text((2, top + 2), f"{source}  ->  {target}", "black", font_size=11)
         paste(editor.pictures[example], 0, top + head)
         for column, name in enumerate(names):
             left = side + gap + column * (block + gap)
-            pen.text((left, top), f"{name}: n_max {', '.join(map(str, N_MAX))} across", "black", font_size=10)
+            across, down = (", ".join(f"{value:g}" for value in values) for values in (N_MAX, TARGET_CFG))
+            pen.text((left, top + 18), f"{name}: n_max {across} across, target_cfg {down} down", "black", font_size=10)
             for x, n_max in enumerate(N_MAX):
                 for y, cfg in enumerate(TARGET_CFG):
                     paste(cells[name, n_max, cfg][0][example], left + x * side, top + head + y * side)

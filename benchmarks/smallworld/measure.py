@@ -186,10 +186,10 @@ def write_report(folder: Path, report: dict, sheet: Image.Image | None) -> None:
 
 
 def replace_picture(path: Path, picture: Image.Image) -> None:
-    """Write a PNG of 128 colours so that an interrupted write leaves the old one."""
+    """Write a PNG so that an interrupted write leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    picture.quantize(128).save(temporary, "PNG", optimize=True)
+    picture.save(temporary, "PNG", optimize=True)
     temporary.replace(path)
 
 

@@ -208,7 +208,8 @@ def report(changes: dict, pictures: int, steps: int, seeds: int) -> str:
         "# Soft tokens on the small world",
         "",
         f"{steps} updates of {BATCH_SIZE} x {BATCH_SIZE} pairs on {pictures} drawn pictures, {seeds} seeds, by the "
-        "training node; held-out pictures, the same noise for all. Intervals are of the difference, at 95%.",
+        f"training node; held-out pictures at timesteps {', '.join(map(str, TIMESTEPS))}, the same noise for all. "
+        "Intervals are of the difference, at 95%.",
         "",
         "| temperature | measure | without | with | over seeds | over pictures |",
         "|---|---|---|---|---|---|",
