@@ -1,5 +1,7 @@
 """What training is for: tokens from a folder of pictures, made on a real server, align better on held-out pictures."""
 
+import os
+
 import pytest
 import torch
 
@@ -34,13 +36,16 @@ def trained(tmp_path_factory):
 def alignment(trained):
     """Of the plain model, of each seed's tokens, and of each seed's tokens without training."""
     files, still, checkpoints = trained
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # the server has ended: nobody else computes
     stock = StockModel(checkpoints)
     held_out = tokens.HeldOut(stock)
 
     def measured(file):
         return held_out.measure(apply_tokens(stock.model, load(file)), TEMPERATURE)
 
-    return held_out.measure(stock.model, TEMPERATURE), [measured(f) for f in files], [measured(f) for f in still]
+    yield held_out.measure(stock.model, TEMPERATURE), [measured(f) for f in files], [measured(f) for f in still]
+    torch.set_num_threads(threads)
 
 
 def changes(before, after) -> dict:
