@@ -149,7 +149,11 @@ def our_step(pairs, tokens, latents, noise, conds, micro_batch: int) -> None:
     )
 
 
-def measure(case: Case, dtype_name: str, rounds: int, device) -> None:
+def sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def measure(case: Case, dtype_name: str, batches: tuple[int, ...], rounds: int, device) -> None:
     import torch
 
     from softrepa.comfy.pairs import PairNetwork
@@ -164,7 +168,7 @@ def measure(case: Case, dtype_name: str, rounds: int, device) -> None:
     with outside_inference():
         for way in WAYS:
             network = PairNetwork(model, tokens.blocks, way.checkpointing)
-            row = [figures(case, way, network, tokens, count, rounds, device) for count in BATCHES]
+            row = [figures(case, way, network, tokens, count, rounds, device) for count in batches]
             print(f"{way.title:30}" + "".join(f"{cell:>24}" for cell in row), flush=True)
 
 
@@ -196,6 +200,7 @@ def figures(case: Case, way: Way, network, tokens, count: int, rounds: int, devi
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.training", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2, help="how often each step is timed (2)")
+    parser.add_argument("--batches", default=BATCHES, metavar="4,8,16", help="batch sizes", type=sizes)
     parser.add_argument("--only", default="", metavar="TEXT", help="the cases whose title contains this")
     environment.add_arguments(parser)
     arguments = parser.parse_args()
@@ -212,11 +217,11 @@ def main() -> None:
     print(f"Peak memory above the weights, and pairs a second: {machine()}")
     if not has_gpu:
         print("Small models; the real sizes need a GPU and were not measured here.")
-    print(f"{'':30}" + "".join(f"{f'B = {count} ({count**2} pairs)':>24}" for count in BATCHES))
+    print(f"{'':30}" + "".join(f"{f'B = {count} ({count**2} pairs)':>24}" for count in arguments.batches))
     for case, dtypes in GPU_CASES if has_gpu else CPU_CASES:
         for dtype in dtypes:
             if arguments.only in case.title:
-                measure(case, dtype, arguments.rounds, device)
+                measure(case, dtype, arguments.batches, arguments.rounds, device)
 
 
 if __name__ == "__main__":
