@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..softrepa.charts import INK, MUTED, PAPER, as_image
 from ..softrepa.tokens import BUCKETS, SoftTokens
 
-INK, PAPER, MUTED = (32, 32, 36), (250, 250, 248), (110, 110, 118)
 MARGIN, PANEL, GAP = 64, 360, 110
 # Viridis (matplotlib, CC0) at five points; linear in between.
 RAMP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
@@ -26,7 +26,7 @@ def draw(tokens: SoftTokens) -> torch.Tensor:
     similarity = (unit @ unit.T).numpy()
     corner = (MARGIN + PANEL + GAP, MARGIN + 14)
     heatmap(image, corner, similarity, "cosine similarity", "row (layer-major)", "row", bounds=(-1.0, 1.0))
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).unsqueeze(0)
+    return as_image(image)
 
 
 def norm_map(tokens: SoftTokens) -> tuple[np.ndarray, bool]:
