@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from softrepa.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,8 @@ class Schedule:
 
 def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file so that an interrupted write leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    contiguous = {key: value.contiguous() for key, value in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
 
 
 def fit(

@@ -2,13 +2,14 @@
 
 import json
 import math
-import os
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+
+from softrepa.files import write_atomically
 
 from . import checker
 from .autoencoder import encode
@@ -178,7 +179,6 @@ def write_report(folder: Path, report: dict, sheet: Image.Image | None) -> None:
             cells = (name + note, row["right"], row["of"], f"{row['share']:.1%}", f"{low:.1%} to {high:.1%}")
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
-    folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "results.json", json.dumps(report, indent=1) + "\n")
     replace_text(folder / "results.md", "\n".join(lines))
     if sheet is not None:
@@ -187,15 +187,9 @@ def write_report(folder: Path, report: dict, sheet: Image.Image | None) -> None:
 
 def replace_picture(path: Path, picture: Image.Image) -> None:
     """Write a PNG so that an interrupted write leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    picture.save(temporary, "PNG", optimize=True)
-    temporary.replace(path)
+    write_atomically(path, lambda temporary: picture.save(temporary, "PNG", optimize=True))
 
 
 def replace_text(path: Path, content: str) -> None:
     """Write a text file so that an interrupted write leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
