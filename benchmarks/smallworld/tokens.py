@@ -43,9 +43,9 @@ def write_pictures(folder: Path, count: int, seed: int) -> None:
         (folder / f"{number:04}.txt").write_text(caption(rng, spec), encoding="utf-8")
 
 
-def graph(seed: int, **training) -> dict:
+def graph(seed: int, steps: int, **training) -> dict:
     """From the folder to a token file, in API format."""
-    options = {"steps": 150, "batch_size": BATCH_SIZE, "learning_rate": 1e-3, "seed": seed} | training
+    options = {"batch_size": BATCH_SIZE, "learning_rate": 1e-3, "seed": seed, "steps": steps} | training
     data = {"folder": PICTURES, "clip": ["load", 1], "vae": ["load", 2], "resolution": IMAGE_SIZE}
     return {
         "load": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": CHECKPOINT_NAME}},
@@ -54,15 +54,14 @@ def graph(seed: int, **training) -> dict:
             "class_type": "SoftREPATrain",
             "inputs": {"model": ["load", 0], "dataset": ["data", 0], "filename_prefix": f"seed{seed}"} | options,
         },
-        "save": {"class_type": "SoftREPASaveTokens", "inputs": {"tokens": ["train", 0], "filename_prefix": "copy"}},
     }
 
 
-def train(server: ComfyServer, seed: int, on_progress: Callable | None = None, **training) -> Path:
+def train(server: ComfyServer, seed: int, steps: int, **training) -> Path:
     """Run the training graph; returns the file of tokens that it wrote."""
     folder = server.work / "models" / "softrepa"
     before = set(folder.glob("seed*.safetensors"))
-    server.run(graph(seed, **training), on_progress, timeout=3600)
+    server.run(graph(seed, steps, **training), timeout=3600)
     (path,) = set(folder.glob("seed*.safetensors")) - before
     return path
 
