@@ -7,13 +7,12 @@ drifts slows all of them; each figure is the median of the ratios round by round
 """
 
 import argparse
-import os
 import statistics
-import sys
 import time
 
-from . import environment
-from .sampling import CPU_CASES, GPU_CASES, Case, build, machine, sd3, sd15
+from . import cases, environment
+from .cases import Case, build, machine, random_text, sd3, sd15
+from .sampling import CPU_CASES, GPU_CASES
 
 STEPS = 4
 SMALL_GPU_CASES = (
@@ -29,14 +28,6 @@ SMALL_CPU_CASES = (
 LARGEST_BATCH = {"one": 4, "two": 2, "four": 1}
 
 
-def prompt(case: Case) -> list:
-    import torch
-
-    pooled = {"sd15": None, "sdxl": 1280, "sd3": 2048}[case.family]
-    text = {"sd15": 768, "sdxl": 2048, "sd3": 4096}[case.family]
-    return [[torch.randn(1, case.text, text), {} if pooled is None else {"pooled_output": torch.randn(1, pooled)}]]
-
-
 def seconds_a_step(case: Case, model, forwards: str) -> float:
     """A guided edit of one image; ComfyUI's own memory estimate decides how the batch is split."""
     import torch
@@ -44,7 +35,7 @@ def seconds_a_step(case: Case, model, forwards: str) -> float:
     from softrepa.comfy.flowedit import FlowEditGuider, FlowEditSampler, edit_sigmas
 
     guider = FlowEditGuider(model)
-    guider.set_conds(*(prompt(case) for _ in range(4)))
+    guider.set_conds(*([random_text(case)] for _ in range(4)))
     guider.set_cfg(3.5, 13.5)
     image = torch.randn(1, case.model["in_channels"], case.size, case.size)
     sigmas = edit_sigmas(model, "normal", 2 * STEPS, STEPS)
@@ -89,15 +80,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="how often each way is timed (9)")
     environment.add_arguments(parser)
     arguments = parser.parse_args()
-    environment.enter("benchmarks.flowedit", arguments.comfyui, arguments.python)
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    device = cases.enter("benchmarks.flowedit", arguments)
 
     import torch
     from comfy.cli_args import args
 
-    has_gpu = torch.cuda.is_available()
-    args.cpu = args.use_pytorch_cross_attention = not has_gpu  # the default attention takes twice as long on a CPU
-    device, dtype = (torch.device("cuda"), torch.float16) if has_gpu else (torch.device("cpu"), torch.float32)
+    has_gpu = device.type == "cuda"
+    args.use_pytorch_cross_attention = not has_gpu  # the default attention takes twice as long on a CPU
+    dtype = torch.float16 if has_gpu else torch.float32
     print(f"Time per FlowEdit step, and that of two and of four separate forwards over it: {machine()}, {dtype}")
     print(f"{'':30}{'one forward':>13}{'two':>14}{'four':>14}")
     for case in (*SMALL_GPU_CASES, *GPU_CASES) if has_gpu else (*SMALL_CPU_CASES, *CPU_CASES):

@@ -9,7 +9,6 @@ micro-batches; the plain graph holds every pair until the loss is known. Both co
 import argparse
 import ctypes
 import gc
-import os
 import statistics
 import sys
 import threading
@@ -17,8 +16,8 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-from . import environment
-from .sampling import Case, build, machine, sd3, sd15, sdxl, soft_tokens
+from . import cases, environment
+from .cases import Case, build, machine, random_text, sd3, sd15, sdxl, soft_tokens
 
 BATCHES = (4, 8, 16)
 TIMESTEP = 500
@@ -110,13 +109,8 @@ def batch(case: Case, count: int) -> tuple:
     channels, size = case.model["in_channels"], case.size
     latents = torch.randn(count, channels, size, size, generator=generator)
     noise = torch.randn(1, channels, size, size, generator=generator)
-    text = {"sd15": 768, "sdxl": 2048, "sd3": 4096}[case.family]
-    pooled = {"sd15": None, "sdxl": 1280, "sd3": 2048}[case.family]
-    conds = []
-    for _ in range(count):
-        conds.append({"cross_attn": torch.randn(1, case.text, text, generator=generator)})
-        if pooled:
-            conds[-1]["pooled_output"] = torch.randn(1, pooled, generator=generator)
+    texts = [random_text(case, generator) for _ in range(count)]
+    conds = [{"cross_attn": context, **extra} for context, extra in texts]
     return latents, noise, conds
 
 
@@ -204,16 +198,9 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="the cases whose title contains this")
     environment.add_arguments(parser)
     arguments = parser.parse_args()
-    environment.enter("benchmarks.training", arguments.comfyui, arguments.python)
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
-
-    import torch
-    from comfy.cli_args import args
-
-    has_gpu = torch.cuda.is_available()
-    args.cpu = not has_gpu
+    device = cases.enter("benchmarks.training", arguments)
+    has_gpu = device.type == "cuda"
     return_freed_memory()
-    device = torch.device("cuda" if has_gpu else "cpu")
     print(f"Peak memory above the weights, and pairs a second: {machine()}")
     if not has_gpu:
         print("Small models; the real sizes need a GPU and were not measured here.")
