@@ -21,18 +21,25 @@ VERSION = "1"
 class TrainingState:
     """Everything that changes while a run goes on, and `identity`: what decides its result, by name.
 
-    `position` is the dataset's.
+    `held_out` are (step, retrieval accuracy, loss) where they were measured; `position` is the dataset's.
     """
 
     tensors: dict[str, Tensor]
     optimizer: dict
     step: int
     records: list[StepRecord]
+    held_out: list[tuple[int, float, float]]
     position: dict
     identity: dict
 
 
-def capture(trainer: Trainer, records: list[StepRecord], position: dict, identity: dict) -> TrainingState:
+def capture(
+    trainer: Trainer,
+    records: list[StepRecord],
+    held_out: list[tuple[int, float, float]],
+    position: dict,
+    identity: dict,
+) -> TrainingState:
     """The state after the last finished step."""
     tensors = {"generator": trainer.generator.get_state()}
     tensors |= {f"parameter/{key}": value.detach() for key, value in trainer.tokens.named_parameters()}
@@ -48,7 +55,7 @@ def capture(trainer: Trainer, records: list[StepRecord], position: dict, identit
     groups = [{key: value for key, value in group.items() if key != "params"} for group in held["param_groups"]]
     optimizer = {"groups": groups, "numbers": numbers}
     copies = {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    return TrainingState(copies, optimizer, trainer.step_index, list(records), position, identity)
+    return TrainingState(copies, optimizer, trainer.step_index, list(records), list(held_out), position, identity)
 
 
 def restore(trainer: Trainer, state: TrainingState) -> None:
@@ -77,7 +84,8 @@ def save(state: TrainingState, path: Path) -> None:
     fields = {"optimizer": state.optimizer, "step": state.step, "position": state.position, "identity": state.identity}
     metadata = {"format": FORMAT, "format_version": VERSION}
     metadata |= {key: json.dumps(value, sort_keys=True) for key, value in fields.items()}
-    tensors = state.tensors | {"records": _table(state.records)}
+    records = [astuple(record) for record in state.records]
+    tensors = state.tensors | {"records": _table(records, 6), "held_out": _table(state.held_out, 3)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
@@ -93,7 +101,8 @@ def load(path: Path) -> TrainingState:
         raise SoftREPAError(f'Checkpoint "{path.name}" cannot be read ({error}), expected a whole file.') from None
     fields = {key: json.loads(metadata[key]) for key in ("optimizer", "step", "position", "identity")}
     records = [StepRecord(int(row[0]), int(row[1]), *row[2:]) for row in tensors.pop("records").tolist()]
-    return TrainingState(tensors=tensors, records=records, **fields)
+    held_out = [(int(step), accuracy, loss) for step, accuracy, loss in tensors.pop("held_out").tolist()]
+    return TrainingState(tensors=tensors, records=records, held_out=held_out, **fields)
 
 
 def differences(saved: dict, now: dict) -> list[str]:
@@ -102,6 +111,5 @@ def differences(saved: dict, now: dict) -> list[str]:
     return [f"{name} was {saved.get(name)}, is {now.get(name)}" for name in names if saved.get(name) != now.get(name)]
 
 
-def _table(records: list[StepRecord]) -> Tensor:
-    rows = [astuple(record) for record in records]
-    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 6)
+def _table(rows: list[tuple], columns: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), columns)

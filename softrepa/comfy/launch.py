@@ -12,7 +12,8 @@ from . import folders
 from .models import model_shape
 from .reports import Curves, LogFile, Measured, Samples
 from .score import HeldOut
-from .training import Files, Run, TokenPlan, train
+from .session import Files
+from .training import Run, TokenPlan, train
 
 TIME_TABLE = {"auto": None, "on": True, "off": False}
 VALIDATION_BATCHES = 16

@@ -1,7 +1,10 @@
 """Denoising errors of image-caption pairs by a MODEL's own network, and their gradients by the soft rows."""
 
+import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import comfy.model_management as memory
 import torch
@@ -20,12 +23,26 @@ from .models import model_shape
 from .patching import apply_tokens, compute_dtype
 from .state import KEY, CallState
 
+Found = TypeVar("Found")
 NOISING = {ModelType.FLOW: noised_flow, ModelType.EPS: noised_eps}
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """MPS has no exception of its own for it."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def halving(call: Callable[[int], Found], size: int) -> tuple[Found, int]:
+    """`call(size)`, `size` pairs at once, halved while memory runs out; what it found and the size that fitted."""
+    while True:
+        try:
+            return call(size), size
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        size //= 2
+        memory.soft_empty_cache()
+        logging.warning("SoftREPA: out of memory, going on with %d pairs at once.", size)
 
 
 def pair_errors(

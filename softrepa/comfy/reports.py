@@ -15,7 +15,7 @@ from ..files import write_atomically
 from ..trainer import StepRecord
 from .patching import apply_tokens
 from .score import HeldOut, score
-from .training import Session
+from .session import Report, Session
 
 COLUMNS = ("step", "timestep", "loss", "accuracy", "matching_error", "gradient_norm")
 HELD_OUT = ("held_out_accuracy", "held_out_loss")
@@ -24,7 +24,7 @@ SMOOTHED = 50
 SAMPLER = {"sampler_name": "euler", "scheduler": "normal"}
 
 
-class LogFile:
+class LogFile(Report):
     """A line of numbers for each step in a .csv, and TensorBoard's event files where that package is installed."""
 
     def __init__(self, path: Path):
@@ -48,6 +48,10 @@ class LogFile:
                     self.board.add_scalar(f"held out/{name.removeprefix('held_out_')}", value, record.step)
             self.board.flush()
 
+    def ended(self, session: Session) -> None:
+        if self.board is not None:
+            self.board.close()
+
     @staticmethod
     def _held_out(record: StepRecord, session: Session) -> tuple:
         """Accuracy and loss, if this step was followed by a measurement."""
@@ -64,7 +68,7 @@ class LogFile:
             csv.writer(file).writerows([(*COLUMNS, *HELD_OUT), *kept])
 
 
-class Measured:
+class Measured(Report):
     """Loss and retrieval on batches that are not trained on, with the same noise each time."""
 
     def __init__(self, batches: HeldOut, every: int):
@@ -82,21 +86,25 @@ class Measured:
         session.say(f"step {record.step}, held out: loss {measured.loss:.4f}, retrieval {measured.accuracy:.0%}")
 
 
-class Curves:
-    """A picture of loss and retrieval, drawn again every few seconds and kept as a file at the end."""
+class Curves(Report):
+    """A picture of loss and retrieval, drawn again every few seconds and kept as a file when the run ends."""
 
     def __init__(self, path: Path, is_shown: bool, seconds: float = 5.0):
         self.path, self.is_shown, self.seconds, self.drawn = path, is_shown, seconds, 0.0
 
     def after(self, record: StepRecord, session: Session) -> None:
-        now, is_last = time.monotonic(), record.step == session.trainer.config.steps
-        if not is_last and (not self.is_shown or now - self.drawn < self.seconds):
+        now = time.monotonic()
+        if self.is_shown and now - self.drawn >= self.seconds:
+            self.drawn = now
+            session.show(curves(session))
+
+    def ended(self, session: Session) -> None:
+        if not session.records:
             return
-        self.drawn, picture = now, curves(session)
+        picture = curves(session)
+        write_atomically(self.path, lambda temporary: picture.save(temporary, "PNG"))
         if self.is_shown:
             session.show(picture)
-        if is_last:
-            write_atomically(self.path, lambda temporary: picture.save(temporary, "PNG"))
 
 
 def curves(session: Session) -> Image.Image:
@@ -115,7 +123,7 @@ def curves(session: Session) -> Image.Image:
     return draw(panels)
 
 
-class Samples:
+class Samples(Report):
     """One prompt sampled without and with the tokens, same seed, every so many steps; kept as files too."""
 
     def __init__(self, positive, negative, vae, size: torch.Size, cfg: float, steps: int, every: int, folder: Path):

@@ -1,31 +1,27 @@
 """A training run on a MODEL: checks first, then steps with progress, memory that adapts, and a file at the end."""
 
-import hashlib
-import json
 import logging
-import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import comfy.model_management as memory
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.utils import ProgressBar
-from PIL import Image
 
-from .. import checkpoint, training_state
+from .. import training_state
 from ..dataset import Dataset
 from ..errors import SoftREPAError
 from ..families import TEXT_WIDTH, Blocks, format_blocks, parse_blocks
 from ..loss import contrastive_loss
 from ..tokens import SoftTokens
 from ..trainer import StepRecord, Trainer, TrainingConfig, new_tokens
+from .identity import base_model, description, identity
 from .models import ModelShape, check_fit, model_shape
-from .pairs import PairNetwork, is_out_of_memory
+from .pairs import PairNetwork, halving, is_out_of_memory
+from .session import Files, Report, Session
 from .state import KEY
 
 VANISHING = 1e-6
@@ -77,21 +73,6 @@ class TokenPlan:
 
 
 @dataclass(frozen=True)
-class Files:
-    """Where a run writes its tokens and its checkpoint, and after how many steps; 0 is only at the end."""
-
-    tokens: Path
-    checkpoint: Path
-    every: int = 500
-
-
-class Report(Protocol):
-    """Somebody who looks at a run after each step."""
-
-    def after(self, record: StepRecord, session: "Session") -> None: ...
-
-
-@dataclass(frozen=True)
 class Run:
     """What a finished run gives."""
 
@@ -115,16 +96,11 @@ class AdaptivePairs:
         """As `PairNetwork.gradients`; `micro_batch` 0 fills the memory."""
         if not self.at_once:
             self.at_once = micro_batch or self.fitting(rows, latents, noise, conds, t)
-        while True:
-            size = min(self.at_once, len(latents) ** 2)
-            try:
-                return self.network.gradients(rows, latents, noise, conds, t, size)
-            except RuntimeError as error:
-                if size == 1 or not is_out_of_memory(error):
-                    raise
-                self.at_once = size // 2
-                memory.soft_empty_cache()
-                logging.warning("SoftREPA: out of memory, going on with %d pairs at once.", self.at_once)
+        size = min(self.at_once, len(latents) ** 2)
+        found, fitted = halving(partial(self.network.gradients, rows, latents, noise, conds, t), size)
+        if fitted < size:
+            self.at_once = fitted
+        return found
 
     def one_by_one(self, rows, latents, noise, conds, t):
         """As `gradients`, a pair at a time; measures what a pair takes. Raises SoftREPAError where none fits."""
@@ -194,8 +170,9 @@ def train(
             return patcher.model.process_latent_in(batch.latents.clone()), batch.conds
 
         trainer = Trainer(config, start, pairs, next_batch, dataset.empty)
-        described = description(model, dataset, trainer.config) | (metadata or {})
-        settings = identity(trainer.config, start, init_tokens is not None, model, dataset)
+        trained_on = base_model(model)
+        described = description(trained_on, dataset, trainer.config) | (metadata or {})
+        settings = identity(trainer.config, start, init_tokens is not None, trained_on, dataset)
         session = Session(trainer, dataset, model, files, settings, described, on_progress)
         if saved is not None:
             session.go_on_from(saved)
@@ -206,145 +183,8 @@ def train(
             on_progress(f"stopped after step {len(session.records)}, saved as {files.tokens.name}")
             raise
         finally:
-            session.finish()
+            session.finish(reports)
     return Run(session.tokens(), files.tokens, session.records)
-
-
-class Session:
-    """The steps of one run and what it leaves on disk."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        dataset: Dataset,
-        model: ModelPatcher,
-        files: Files,
-        identity: dict,
-        metadata: dict[str, str],
-        say: Callable[[str], None],
-    ):
-        self.trainer, self.dataset, self.model, self.files = trainer, dataset, model, files
-        self.identity, self.metadata, self.say = identity, metadata, say
-        self.records: list[StepRecord] = []
-        self.held_out: list[tuple[int, float, float]] = []
-        """(step, retrieval accuracy, loss) on images that are not trained on, where somebody measured them."""
-        self.position = dataset.state()
-        self.written = 0
-        self.bar = ProgressBar(trainer.config.steps)
-
-    def go_on_from(self, saved: training_state.TrainingState) -> None:
-        changes = training_state.differences(saved.identity, self.identity)
-        if changes:
-            raise SoftREPAError(
-                f"resume: {self.files.checkpoint.name} is of another run ({'; '.join(changes)}), "
-                "expected the same settings, or resume off."
-            )
-        if saved.step > self.trainer.config.steps:
-            raise SoftREPAError(
-                f"steps is {self.trainer.config.steps}, expected at least the {saved.step} that "
-                f"{self.files.checkpoint.name} has behind it, or resume off."
-            )
-        training_state.restore(self.trainer, saved)
-        self.dataset.restore(saved.position)
-        self.records, self.position = list(saved.records), saved.position
-        self.written = saved.step
-
-    def show(self, image: Image.Image) -> None:
-        """A picture in the node."""
-        self.bar.update_absolute(len(self.records), preview=("JPEG", image, None))
-
-    def run(self, micro_batch: int, reports: Sequence[Report]) -> None:
-        steps, first = self.trainer.config.steps, len(self.records)
-        started, said = time.monotonic(), 0.0
-        while len(self.records) < steps:
-            memory.throw_exception_if_processing_interrupted()
-            record = self.trainer.step(micro_batch)
-            self.records.append(record)
-            self.position = self.dataset.state()
-            self.bar.update_absolute(record.step)
-            now = time.monotonic()
-            if now - said >= 1 or record.step == steps:
-                said = now
-                self.say(progress_line(self.records, steps, len(self.records) - first, now - started))
-            if self.files.every and record.step % self.files.every == 0:
-                self._try(self.write, "saved")
-            for report in reports:
-                self._try(partial(report.after, record, self), f"reported by {type(report).__name__}")
-
-    def _try(self, action: Callable[[], None], done: str) -> None:
-        """A run of hours can outlive a full disk, a log that another program holds, a preview without memory."""
-        try:
-            action()
-        except memory.InterruptProcessingException:
-            raise
-        except Exception as error:
-            text = f"step {len(self.records)} could not be {done} ({error}); training goes on"
-            logging.warning("SoftREPA: %s", text)
-            self.say(text)
-
-    def tokens(self) -> SoftTokens:
-        """As they are after the last finished step."""
-        metadata = self.metadata | {"steps": str(len(self.records))}
-        return self.trainer.finished(self.files.tokens.stem, metadata)
-
-    def finish(self) -> None:
-        """Write what is not written yet. Raises SoftREPAError where that fails."""
-        try:
-            self.write()
-        except OSError as error:
-            raise SoftREPAError(
-                f"{self.files.tokens} could not be written ({error}), expected a folder with room; "
-                f"saved until now: step {self.written} of {len(self.records)}."
-            ) from error
-
-    def write(self) -> None:
-        """Checkpoint first: what is in the token file can always be gone on from."""
-        if len(self.records) == self.written and (self.files.tokens.exists() or not self.records):
-            return
-        state = training_state.capture(self.trainer, self.records, self.position, self.identity)
-        training_state.save(state, self.files.checkpoint)
-        checkpoint.save(self.tokens(), self.files.tokens)
-        self.written = len(self.records)
-
-
-def identity(
-    config: TrainingConfig, start: SoftTokens, was_given: bool, model: ModelPatcher, dataset: Dataset
-) -> dict[str, object]:
-    """What decides a run's result, by input name; `steps` only says where it ends.
-
-    Tokens that the run starts by itself follow from the rest.
-    """
-    settings = asdict(config)
-    del settings["steps"]
-    return settings | {
-        "model": f"{type(model.model).__name__} {weights_hash(model)}",
-        "dataset": dataset.fingerprint,
-        "blocks": format_blocks(start.blocks),
-        "n_tokens": start.count,
-        "time_table": start.time_table is not None,
-        "init_tokens": tokens_hash(start) if was_given else None,
-    }
-
-
-def tokens_hash(tokens: SoftTokens) -> str:
-    digest = hashlib.sha256()
-    for tensor in (tokens.tokens, tokens.time_table):
-        if tensor is not None:
-            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def progress_line(records: list[StepRecord], steps: int, done: int, seconds: float) -> str:
-    """Step, loss and in-batch retrieval over the last steps; speed and time left by the `done` steps of this run."""
-    recent = records[-50:]
-    loss = sum(record.loss for record in recent) / len(recent)
-    accuracy = sum(record.accuracy for record in recent) / len(recent)
-    rate = done / max(seconds, 1e-9)
-    left = int((steps - len(records)) / rate)
-    return (
-        f"step {len(records)}/{steps}, loss {loss:.4f}, retrieval {accuracy:.0%}, {rate:.2f} steps/s, "
-        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-    )
 
 
 @contextmanager
@@ -419,23 +259,3 @@ def check_gradients(trainer: Trainer, pairs: AdaptivePairs, dataset: Dataset, on
         )
         logging.warning("SoftREPA: %s", text)
         on_progress(text)
-
-
-def description(model: ModelPatcher, dataset: Dataset, config: TrainingConfig) -> dict[str, str]:
-    """The metadata of a trained file."""
-    return {
-        "training": json.dumps(asdict(config), sort_keys=True),
-        "base_model": f"{type(model.model).__name__} {weights_hash(model)}",
-        "dataset": dataset.description,
-        "dataset_fingerprint": dataset.fingerprint,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def weights_hash(model: ModelPatcher) -> str:
-    """Of a few values of every weight: enough to tell models apart, quick for large ones."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.model.diffusion_model.state_dict().items()):
-        sample = weight.flatten()[:: max(1, weight.numel() // 16)][:16].float().cpu()
-        digest.update(name.encode() + sample.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa import checkpoint
+from comfy.model_base import BaseModel
+from comfyui_softrepa.softrepa import checkpoint, training_state
+from comfyui_softrepa.softrepa.comfy.launch import PREVIEW_STEPS
 from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
 from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
 from comfyui_softrepa.softrepa.comfy.training import AdaptivePairs
@@ -236,7 +238,9 @@ def test_what_a_person_sees_while_it_runs(models, comfy_folders, token_folder):
     for name in ("step_000002.png", "step_000004.png", "curves.png"):
         with Image.open(logs / name) as picture:
             assert picture.width > picture.height
+    curves = (logs / "curves.png").read_bytes()
     train(models, "sd3", dataset=data, steps=5, filename_prefix="seen", resume=True, **previews)
+    assert (logs / "curves.png").read_bytes() != curves
     assert [line.split(",")[0] for line in (logs / "steps.csv").read_text().splitlines()[1:]] == [
         "1",
         "2",
@@ -244,6 +248,32 @@ def test_what_a_person_sees_while_it_runs(models, comfy_folders, token_folder):
         "4",
         "5",
     ]
+
+
+def test_previews_cost_their_own_sampling(models, token_folder, monkeypatch):
+    calls, apply_model = [], BaseModel.apply_model
+    monkeypatch.setattr(
+        BaseModel, "apply_model", lambda *args, **options: calls.append(1) or apply_model(*args, **options)
+    )
+    cond = [[torch.zeros(1, 77, 4096), {"pooled_output": torch.zeros(1, 2048)}]]
+    previews = {"preview_positive": cond, "preview_negative": cond, "vae": ToyVAE(), "preview_every": 2}
+    train(models, "sd3", steps=6, **previews)
+    assert len(calls) == PREVIEW_STEPS * (1 + 3)  # the picture without tokens is made once
+
+
+def test_held_out_figures_outlive_a_resume(models, comfy_folders, token_folder):
+    data = dataset("sd3")
+    data.validation = dataset("sd3", 9).train[6:]
+    checkpoints = []
+    for prefix, stops in (("whole", (4,)), ("parts", (3, 4))):
+        for steps in stops:
+            options = {"resume": True, "preview_every": 1, "checkpoint_every": 1}
+            train(models, "sd3", dataset=data, steps=steps, filename_prefix=prefix, **options)
+        path = comfy_folders / "output" / "softrepa_training" / f"{prefix}_00001.checkpoint.safetensors"
+        checkpoints.append(training_state.load(path).held_out)
+    whole, parts = checkpoints
+    assert [step for step, *_ in whole] == [1, 2, 3, 4]
+    assert parts == whole
 
 
 def test_previews_need_all_their_inputs(models, token_folder):

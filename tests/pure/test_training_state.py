@@ -27,7 +27,7 @@ def run(path: Path, steps: int) -> None:
             one.next_batch(one.config.batch_size)
     while len(records) < steps:
         records.append(one.step(1))
-        training_state.save(training_state.capture(one, records, {"drawn": len(records)}, {"seed": 0}), path)
+        training_state.save(training_state.capture(one, records, [], {"drawn": len(records)}, {"seed": 0}), path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL and no fork on Windows")

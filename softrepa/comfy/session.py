@@ -1,0 +1,156 @@
+"""The steps of one training run, who looks at them, and what the run leaves on disk."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import comfy.model_management as memory
+from comfy.model_patcher import ModelPatcher
+from comfy.utils import ProgressBar
+from PIL import Image
+
+from .. import checkpoint, training_state
+from ..dataset import Dataset
+from ..errors import SoftREPAError
+from ..tokens import SoftTokens
+from ..trainer import StepRecord, Trainer
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a run writes its tokens and its checkpoint, and after how many steps; 0 is only at the end."""
+
+    tokens: Path
+    checkpoint: Path
+    every: int = 500
+
+
+class Report:
+    """Somebody who looks at a run after each step, and once when it ends, however it does."""
+
+    def after(self, record: StepRecord, session: "Session") -> None: ...
+
+    def ended(self, session: "Session") -> None: ...
+
+
+class Session:
+    """The steps of one run and what it leaves on disk."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        dataset: Dataset,
+        model: ModelPatcher,
+        files: Files,
+        identity: dict,
+        metadata: dict[str, str],
+        say: Callable[[str], None],
+    ):
+        self.trainer, self.dataset, self.model, self.files = trainer, dataset, model, files
+        self.identity, self.metadata, self.say = identity, metadata, say
+        self.records: list[StepRecord] = []
+        self.held_out: list[tuple[int, float, float]] = []
+        """(step, retrieval accuracy, loss) on images that are not trained on, where somebody measured them."""
+        self.position = dataset.state()
+        self.written = (0, 0)
+        self.bar = ProgressBar(trainer.config.steps)
+
+    def go_on_from(self, saved: training_state.TrainingState) -> None:
+        changes = training_state.differences(saved.identity, self.identity)
+        if changes:
+            raise SoftREPAError(
+                f"resume: {self.files.checkpoint.name} is of another run ({'; '.join(changes)}), "
+                "expected the same settings, or resume off."
+            )
+        if saved.step > self.trainer.config.steps:
+            raise SoftREPAError(
+                f"steps is {self.trainer.config.steps}, expected at least the {saved.step} that "
+                f"{self.files.checkpoint.name} has behind it, or resume off."
+            )
+        training_state.restore(self.trainer, saved)
+        self.dataset.restore(saved.position)
+        self.records, self.held_out, self.position = list(saved.records), list(saved.held_out), saved.position
+        self.written = self._measure()
+
+    def show(self, image: Image.Image) -> None:
+        """A picture in the node."""
+        self.bar.update_absolute(len(self.records), preview=("JPEG", image, None))
+
+    def run(self, micro_batch: int, reports: Sequence[Report]) -> None:
+        steps, first = self.trainer.config.steps, len(self.records)
+        started, said = time.monotonic(), 0.0
+        while len(self.records) < steps:
+            memory.throw_exception_if_processing_interrupted()
+            record = self.trainer.step(micro_batch)
+            self.records.append(record)
+            self.position = self.dataset.state()
+            self.bar.update_absolute(record.step)
+            now = time.monotonic()
+            if now - said >= 1 or record.step == steps:
+                said = now
+                self.say(progress_line(self.records, steps, len(self.records) - first, now - started))
+            is_due = self.files.every and record.step % self.files.every == 0
+            if is_due:  # before the reports, which may take minutes
+                self._try(self.write, "saved")
+            for report in reports:
+                self._try(partial(report.after, record, self), f"reported by {type(report).__name__}")
+            if is_due:  # with what they measured
+                self._try(self.write, "saved")
+
+    def _try(self, action: Callable[[], None], done: str) -> None:
+        """A run of hours can outlive a full disk, a log that another program holds, a preview without memory."""
+        try:
+            action()
+        except memory.InterruptProcessingException:
+            raise
+        except Exception as error:
+            text = f"step {len(self.records)} could not be {done} ({error}); training goes on"
+            logging.warning("SoftREPA: %s", text)
+            self.say(text)
+
+    def tokens(self) -> SoftTokens:
+        """As they are after the last finished step."""
+        metadata = self.metadata | {"steps": str(len(self.records))}
+        return self.trainer.finished(self.files.tokens.stem, metadata)
+
+    def finish(self, reports: Sequence[Report]) -> None:
+        """Write what is not written yet. Raises SoftREPAError where that fails."""
+        try:
+            self.write()
+        except OSError as error:
+            raise SoftREPAError(
+                f"{self.files.tokens} could not be written ({error}), expected a folder with room; "
+                f"saved until now: step {self.written[0]} of {len(self.records)}."
+            ) from error
+        finally:
+            for report in reports:
+                self._try(partial(report.ended, self), f"reported by {type(report).__name__}")
+
+    def write(self) -> None:
+        """Checkpoint first: what is in the token file can always be gone on from."""
+        if self._measure() == self.written and (self.files.tokens.exists() or not self.records):
+            return
+        state = training_state.capture(self.trainer, self.records, self.held_out, self.position, self.identity)
+        training_state.save(state, self.files.checkpoint)
+        checkpoint.save(self.tokens(), self.files.tokens)
+        self.written = self._measure()
+
+    def _measure(self) -> tuple[int, int]:
+        """How much there is to write."""
+        return len(self.records), len(self.held_out)
+
+
+def progress_line(records: list[StepRecord], steps: int, done: int, seconds: float) -> str:
+    """Step, loss and in-batch retrieval over the last steps; speed and time left by the `done` steps of this run."""
+    recent = records[-50:]
+    loss = sum(record.loss for record in recent) / len(recent)
+    accuracy = sum(record.accuracy for record in recent) / len(recent)
+    rate = done / max(seconds, 1e-9)
+    left = int((steps - len(records)) / rate)
+    return (
+        f"step {len(records)}/{steps}, loss {loss:.4f}, retrieval {accuracy:.0%}, {rate:.2f} steps/s, "
+        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+    )
