@@ -6,7 +6,8 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..softrepa import charts
-from ..softrepa.comfy.score import HeldOut, Score, parse_timesteps, score
+from ..softrepa.comfy.score import HeldOut, Score, score
+from ..softrepa.timesteps import SCORED, parse_timesteps
 from .schema import ADVANCED, Dataset, schema, show_on_node
 
 
@@ -36,7 +37,7 @@ class AlignmentScore(io.ComfyNode):
                 io.String.Input(
                     "timesteps",
                     optional=True,
-                    default="100,300,500,700,900",
+                    default=SCORED,
                     tooltip="Where to measure, 0 to 999: high is much noise.",
                     **ADVANCED,
                 ),
@@ -60,9 +61,7 @@ class AlignmentScore(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, model, dataset, batch_size=8, batches=16, timesteps="100,300,500,700,900", seed=0
-    ) -> io.NodeOutput:
+    def execute(cls, model, dataset, batch_size=8, batches=16, timesteps=SCORED, seed=0) -> io.NodeOutput:
         chosen = parse_timesteps(timesteps)
         bar = ProgressBar(1)
         measured = score(model, HeldOut(dataset, batch_size, batches, seed), chosen, seed, tick=bar.update_absolute)

@@ -8,6 +8,7 @@ from pathlib import Path
 from . import checkpoint, headless
 from .errors import SoftREPAError
 from .families import FAMILIES
+from .timesteps import SCORED
 
 EPILOG = "What stands behind -- goes to ComfyUI as its own options, for example: -- --lowvram"
 
@@ -96,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--tokens", help="a token file, or its name in ComfyUI; without, the plain model")
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--batches", type=int, default=16)
-    command.add_argument("--timesteps", default="100,300,500,700,900")
+    command.add_argument("--timesteps", default=SCORED)
     command.add_argument("--seed", type=int, default=0)
     add_place(command)
     command.set_defaults(run=score)

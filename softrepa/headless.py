@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import checkpoint
 from .errors import SoftREPAError
+from .timesteps import parse_timesteps
 from .tokens import SoftTokens
 from .trainer import TrainingConfig
 
@@ -154,7 +155,7 @@ def score(config: dict, tokens_name: str | None, **options) -> dict:
     import torch
 
     from .comfy.patching import apply_tokens
-    from .comfy.score import HeldOut, parse_timesteps
+    from .comfy.score import HeldOut
     from .comfy.score import score as measure
 
     inputs = dict(config)

@@ -12,9 +12,10 @@ from torch import Tensor
 from .. import loss
 from ..dataset import Batch, Dataset
 from ..errors import SoftREPAError
+from ..timesteps import SCORED, parse_timesteps
 from .pairs import PairNetwork, is_out_of_memory
 
-TIMESTEPS = (100, 300, 500, 700, 900)
+TIMESTEPS = parse_timesteps(SCORED)
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,3 @@ def _noise(latents: Tensor, seed: int, batch: int, t: int) -> Tensor:
     """One noise for a batch at a timestep, the same whatever else is scored."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + batch) * 1000 + t)
     return torch.randn((1, *latents.shape[1:]), generator=generator)
-
-
-def parse_timesteps(text: str) -> tuple[int, ...]:
-    """ "100,300" -> (100, 300); different ones, in order. Raises SoftREPAError."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) <= 999 for part in parts):
-        raise SoftREPAError(f'timesteps is "{text}", expected numbers from 0 to 999 with commas between them.')
-    return tuple(sorted({int(part) for part in parts}))
