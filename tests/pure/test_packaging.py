@@ -15,7 +15,7 @@ from comfyui_softrepa.softrepa import __version__, checkpoint
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from PIL import Image
 from softrepa_tests.conftest import ROOT
-from softrepa_tests.repository import shipped, tracked
+from softrepa_tests.repository import files, shipped
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, COMFY = PYPROJECT["project"], PYPROJECT["tool"]["comfy"]
@@ -80,8 +80,8 @@ class TestMetadata:
 
 class TestArchive:
     def test_holds_the_pack_and_nothing_else(self):
-        files = shipped()
-        assert {path.parts[0] for path in files} == {
+        found = shipped()
+        assert {path.parts[0] for path in found} == {
             "CHANGELOG.md",
             "LICENSE",
             "README.md",
@@ -93,7 +93,7 @@ class TestArchive:
             "workflows",
         }
         whole = {"nodes", "softrepa", "workflows"}
-        assert [path for path in files if path.parts[0] in whole] == tracked(*sorted(whole))
+        assert [path for path in found if path.parts[0] in whole] == files(*whole)
 
     def test_is_small(self):
         assert sum((ROOT / path).stat().st_size for path in shipped()) < 5_000_000
