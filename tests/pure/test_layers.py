@@ -1,0 +1,136 @@
+"""Which part of the pack may import what, at any depth of its code."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from softrepa_tests.conftest import ROOT
+from softrepa_tests.repository import files
+
+COMFYUI = {
+    "alembic_db",
+    "api_server",
+    "app",
+    "comfy",
+    "comfy_aimdo",
+    "comfy_api",
+    "comfy_api_nodes",
+    "comfy_config",
+    "comfy_execution",
+    "comfy_extras",
+    "comfy_kitchen",
+    "comfyui_version",
+    "execution",
+    "folder_paths",
+    "latent_preview",
+    "main",
+    "middleware",
+    "node_helpers",
+    "nodes",
+    "protocol",
+    "server",
+    "utils",
+}
+"""Its top-level modules, and its own packages on the package index."""
+
+FOR_COMFYUI = ("softrepa/comfy", "nodes")
+STARTS_COMFYUI = Path("softrepa/headless.py")
+"""Makes ComfyUI importable for the command line: its folder is only known when a command runs."""
+
+NEVER = {
+    "aiohttp": "network",
+    "ftplib": "network",
+    "http": "network",
+    "httpx": "network",
+    "huggingface_hub": "network",
+    "requests": "network",
+    "socket": "network",
+    "urllib": "network",
+    "urllib3": "network",
+    "websocket": "network",
+    "websockets": "network",
+    "dill": "runs code of the files it reads",
+    "joblib": "runs code of the files it reads",
+    "marshal": "runs code of the files it reads",
+    "pickle": "runs code of the files it reads",
+    "shelve": "runs code of the files it reads",
+    "matplotlib": "not in every ComfyUI",
+    "pandas": "not in every ComfyUI",
+    "torchaudio": "slow to import, broken in some installations",
+    "torchvision": "slow to import, broken in some installations",
+    "benchmarks": "not shipped",
+    "tests": "not shipped",
+    "softrepa_tests": "not shipped",
+    "softrepa": "the pack's folder has any name: relative imports only",
+    "comfyui_softrepa": "the pack's folder has any name: relative imports only",
+}
+DYNAMIC = {"__import__", "import_module", "exec", "eval"}
+OPTIONAL_PACKAGES = Path("softrepa/optimizers.py")
+"""Imports the optimizers that may be installed by the name that its table gives."""
+
+SHIPPED = [path for path in files("*.py") if path.parts[0] in ("softrepa", "nodes", "__init__.py")]
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path))
+
+
+def foreign_imports(path: Path) -> set[str]:
+    """Top-level names of the absolute imports, those inside functions too."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def own_imports(path: Path) -> set[Path]:
+    """Files and folders of the repository that the relative imports name."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            found |= {folder / alias.name for alias in node.names} | {folder}
+    return found
+
+
+def called(path: Path) -> set[str]:
+    functions = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    return {
+        function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "") for function in functions
+    }
+
+
+def is_inside(path: Path, *folders: str) -> bool:
+    return any(path.is_relative_to(folder) for folder in folders)
+
+
+def test_the_lists_are_of_this_pack():
+    assert {path.parts[0] for path in SHIPPED} == {"softrepa", "nodes", "__init__.py"}
+    assert STARTS_COMFYUI in SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_imports(path):
+    found = foreign_imports(path)
+    assert {name: NEVER[name] for name in found & NEVER.keys()} == {}
+    if not is_inside(path, *FOR_COMFYUI) and path != STARTS_COMFYUI:
+        assert found & COMFYUI == set(), "only softrepa/comfy and nodes talk to ComfyUI"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_no_import_is_hidden(path):
+    """Nothing runs text as code, or imports what no reader of its imports sees."""
+    allowed = {"import_module"} if path == OPTIONAL_PACKAGES else set()
+    assert called(path) & DYNAMIC <= allowed
+
+
+def test_the_method_knows_neither_nodes_nor_comfyui():
+    """Data flows one way: nodes -> softrepa/comfy -> softrepa."""
+    for path in SHIPPED:
+        if is_inside(path, "softrepa"):
+            assert not [one for one in own_imports(path) if is_inside(one, "nodes")], path
+        if is_inside(path, "softrepa") and not is_inside(path, "softrepa/comfy") and path != STARTS_COMFYUI:
+            assert not [one for one in own_imports(path) if is_inside(one, "softrepa/comfy")], path
