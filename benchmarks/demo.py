@@ -104,7 +104,7 @@ def jobs(arguments: argparse.Namespace) -> list[Job]:
 
 def small_world() -> Job:
     """The small world's model as a checkpoint, written once into the cache folder."""
-    from .smallworld.checkpoint import TOKENS, cached_checkpoint
+    from softrepa.smallworld.checkpoint import TOKENS, cached_checkpoint
 
     checkpoint = cached_checkpoint(environment.cache_folder())
     return Job("sd3", "Small world", checkpoint, TOKENS, SMALL_WORLD_PROMPTS, steps=20, size=96, cfg=2.0)

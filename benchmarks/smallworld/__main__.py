@@ -17,7 +17,8 @@ from pathlib import Path
 
 from benchmarks import environment
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).absolute().parent
+SHIPPED = FOLDER.parents[1] / "softrepa" / "smallworld"
 SEEDS = 5
 
 
@@ -27,7 +28,7 @@ def arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train everything and write the shipped file; resumes")
     train.add_argument("--state", type=Path, default=environment.cache_folder() / "smallworld", help="where it resumes")
-    train.add_argument("--into", type=Path, default=FOLDER, help="folder of the finished file and the logs")
+    train.add_argument("--into", type=Path, default=SHIPPED, help="folder of the finished file")
     measure = commands.add_parser("measure", help="draw, check and count")
     measure.add_argument("--images", type=int, default=1000, help="pictures to draw (1000)")
     measure.add_argument("--into", type=Path, default=FOLDER / "results", help="folder of the report")
@@ -36,7 +37,7 @@ def arguments() -> argparse.Namespace:
     tokens = commands.add_parser("tokens", help="train soft tokens in ComfyUI and measure them")
     tokens.add_argument("--steps", type=int, default=150, help="updates of each run (150)")
     tokens.add_argument("--pictures", type=int, default=240, help="pictures in the training folder (240)")
-    tokens.add_argument("--into", type=Path, default=FOLDER, help="folder of tokens.safetensors and results/tokens.md")
+    tokens.add_argument("--into", type=Path, default=SHIPPED, help="folder of tokens.safetensors")
     edit = commands.add_parser("edit", help="FlowEdit over n_max and target_cfg, without and with tokens")
     edit.add_argument("--edits", type=int, default=48, help="edits a setting (48)")
     edit.add_argument("--into", type=Path, default=FOLDER / "results", help="folder of the report")
@@ -54,14 +55,16 @@ def use_comfyui() -> None:
 
 
 def train(state: Path, into: Path) -> None:
-    from . import autoencoder, checkpoint, train
+    from softrepa.smallworld import checkpoint
+
+    from . import autoencoder, train
 
     text = fast_encoder()
     encoder = autoencoder.fit_encoder()
     decoder = autoencoder.train_decoder(encoder, state)
     weights = train.train_model(encoder, text, state)
     for name in ("decoder", "decoder-2", "decoder-3", "model"):
-        shutil.copyfile(state / f"{name}.log.jsonl", into / f"{name}.log.jsonl")
+        shutil.copyfile(state / f"{name}.log.jsonl", FOLDER / f"{name}.log.jsonl")
     target = into / checkpoint.SHIPPED.name
     checkpoint.write_shipped(target, weights, decoder, encoder, {"training": json.dumps(train.settings())})
     print(f"wrote {target}")
@@ -70,7 +73,7 @@ def train(state: Path, into: Path) -> None:
 def fast_encoder():
     import comfy.sd1_clip
 
-    from .text import FastEncoder
+    from softrepa.smallworld.text import FastEncoder
 
     return FastEncoder(comfy.sd1_clip.SDTokenizer())
 
@@ -101,7 +104,7 @@ def tokens(steps: int, pictures: int, into: Path) -> None:
         changes, file = t.study(Path(work), pictures, steps, SEEDS)
         shutil.copyfile(file, into / "tokens.safetensors")
     text = t.report(changes, pictures, steps, SEEDS)
-    replace_text(into / "results" / "tokens.md", text)
+    replace_text(FOLDER / "results" / "tokens.md", text)
     print(text)
 
 
@@ -118,7 +121,7 @@ def edit(count: int, into: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         stock = StockModel(Path(folder))
         editor = editing.Editor(stock, editing.edits(count))
-        with_tokens = apply_tokens(stock.model, load(FOLDER / "tokens.safetensors"))
+        with_tokens = apply_tokens(stock.model, load(SHIPPED / "tokens.safetensors"))
         cells = editing.sweep(editor, {"without tokens": stock.model, "with tokens": with_tokens})
     replace_text(into / "editing.md", editing.table(cells, count))
     replace_picture(into / "editing.png", editing.picture(editor, cells, (0, 1, 2, 3)))
@@ -140,7 +143,7 @@ def main() -> None:
     elif chosen.command == "edit":
         edit(chosen.edits, chosen.into)
     else:
-        from .checkpoint import write_checkpoint
+        from softrepa.smallworld.checkpoint import write_checkpoint
 
         print(f"wrote {write_checkpoint(chosen.path)}")
 

@@ -10,12 +10,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from softrepa.files import write_atomically
+from softrepa.smallworld.autoencoder import encode
+from softrepa.smallworld.checkpoint import CHECKPOINT_NAME, read_shipped, write_checkpoint
+from softrepa.smallworld.text import FastEncoder
 
 from . import checker
-from .autoencoder import encode
-from .checkpoint import CHECKPOINT_NAME, read_shipped, write_checkpoint
 from .model import Velocity, make_model
-from .text import FastEncoder
 from .world import CATEGORIES, IMAGE_SIZE, Spec, draw, hard_negatives, plain_caption, random_scene, random_spec
 
 SAMPLING = {"steps": 20, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple"}

@@ -1,31 +1,17 @@
-"""The diffusion model: ComfyUI's own MMDiT, 192 wide, as training uses it and as a checkpoint stores it.
+"""The diffusion model: ComfyUI's own MMDiT, 192 wide, as training uses it.
 
 ComfyUI derives everything from the width: 192 means 3 heads and 3 joint blocks.
 """
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .autoencoder import CHANNELS
-from .text import WIDTH as TEXT_WIDTH
-from .text import FastEncoder
-
-HEADS = 3
-WIDTH = 64 * HEADS
-GRID = 8  # position embeddings reach to 128 pixels
-FULL_CONTEXT, FULL_POOLED = 4096, 2048  # what SD3's layers take; all but the first 768 inputs are CLIP-G's and T5's
-
-
-def position_embedding() -> torch.Tensor:
-    """SD3's fixed table: sine and cosine of the column, then of the row; (1, 64, 192)."""
-    omega = 10000.0 ** -(np.arange(WIDTH // 4) / (WIDTH / 4))
-    angles = np.arange(GRID)[:, None] * omega
-    line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    row, column = np.divmod(np.arange(GRID * GRID), GRID)
-    return torch.from_numpy(np.concatenate([line[column], line[row]], axis=1).astype(np.float32))[None]
+from softrepa.smallworld.autoencoder import CHANNELS
+from softrepa.smallworld.checkpoint import GRID, HEADS, WIDTH, position_embedding
+from softrepa.smallworld.text import WIDTH as TEXT_WIDTH
+from softrepa.smallworld.text import FastEncoder
 
 
 def make_model() -> torch.nn.Module:
@@ -87,11 +73,3 @@ class Velocity:
             y=pooled,
             transformer_options={"optimized_attention_override": attention},
         )
-
-
-def checkpoint_tensors(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The trained weights under SD3's names and shapes: zero columns for the text encoders that are not there."""
-    sd = dict(weights)
-    for key, full in (("context_embedder.weight", FULL_CONTEXT), ("y_embedder.mlp.0.weight", FULL_POOLED)):
-        sd[key] = F.pad(sd[key], (0, full - sd[key].shape[1]))
-    return sd | {"pos_embed": position_embedding()}

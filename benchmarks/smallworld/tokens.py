@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from benchmarks.server import ComfyServer
+from softrepa.smallworld.checkpoint import CHECKPOINT_NAME
+from softrepa.smallworld.text import FastEncoder
 
-from .checkpoint import CHECKPOINT_NAME
-from .text import FastEncoder
 from .world import IMAGE_SIZE, caption, draw, hard_negatives, plain_caption, random_scene, random_spec
 
 CATEGORIES = ("two_objects", "counting", "colours", "position", "colour_attribution", "mixed")
@@ -164,7 +164,7 @@ def change(before: torch.Tensor, after: list[torch.Tensor]) -> Change:
 
 def prepare(work: Path, pictures: int, seed: int = 5) -> None:
     """The checkpoint and the training folder below a ComfyUI base directory."""
-    from .checkpoint import write_checkpoint
+    from softrepa.smallworld.checkpoint import write_checkpoint
 
     write_checkpoint(work / "models" / "checkpoints" / CHECKPOINT_NAME)
     shutil.rmtree(work / "input" / PICTURES, ignore_errors=True)

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .autoencoder import DECODER_STEPS, encode
+from softrepa.smallworld.autoencoder import encode
+from softrepa.smallworld.text import FastEncoder
+
+from .autoencoder import DECODER_STEPS
 from .fitting import Schedule, fit
 from .model import Velocity, make_model
-from .text import FastEncoder
 from .world import CATEGORIES, caption, draw, hard_negatives, random_scene, random_spec
 
 # shares of single_object, two_objects, counting, colours, position, colour_attribution, mixed

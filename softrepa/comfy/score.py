@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import comfy.model_management as memory
@@ -13,7 +14,7 @@ from .. import loss
 from ..dataset import Batch, Dataset
 from ..errors import SoftREPAError
 from ..timesteps import SCORED, parse_timesteps
-from .pairs import PairNetwork, is_out_of_memory
+from .pairs import PairNetwork, halving
 
 TIMESTEPS = parse_timesteps(SCORED)
 
@@ -103,8 +104,9 @@ def score(
             for t in timesteps:
                 memory.throw_exception_if_processing_interrupted()
                 noise, size = _noise(latents, seed, index, t), micro_batch or len(latents)
-                errors, fitted = fitting_errors(network, latents, noise, batch.conds, t, size)
+                errors, fitted = halving(partial(network.errors, latents, noise, batch.conds, t), size)
                 micro_batch = micro_batch if fitted == size else fitted
+                errors = errors.cpu()
                 column["retrieved"].append(loss.retrieved(errors))
                 column["losses"].append(loss.contrast(errors, temperature, logit_scale))
                 column["information"].append(loss.information(errors, latents[0].numel()))
@@ -115,18 +117,6 @@ def score(
     return Score(
         tuple(timesteps), torch.tensor(captions), **{name: torch.cat(parts, dim=1) for name, parts in columns.items()}
     )
-
-
-def fitting_errors(network: PairNetwork, latents, noise, conds, t: int, size: int) -> tuple[Tensor, int]:
-    """Errors on the CPU by `size` pairs at once, halved when memory runs out; and the size that fitted."""
-    while True:
-        try:
-            return network.errors(latents, noise, conds, t, size).cpu(), size
-        except RuntimeError as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-            size //= 2
-            memory.soft_empty_cache()
 
 
 def _noise(latents: Tensor, seed: int, batch: int, t: int) -> Tensor:

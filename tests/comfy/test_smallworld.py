@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.smallworld import autoencoder, checker, checkpoint, world
+from benchmarks.smallworld import checker, world
+from benchmarks.smallworld.autoencoder import random_images
 from benchmarks.smallworld.measure import StockModel
 from benchmarks.smallworld.model import Velocity, make_model
-from benchmarks.smallworld.text import FastEncoder
 from benchmarks.smallworld.world import Group, Spec
+from softrepa.smallworld import autoencoder, checkpoint
+from softrepa.smallworld.text import FastEncoder
 
 CAPTIONS = (
     "",
@@ -65,7 +67,7 @@ def test_training_runs_the_model_that_comfyui_runs(stock, fast):
 
 
 def test_autoencoder_is_the_linear_map_and_its_decoder(stock):
-    images = torch.from_numpy(autoencoder.random_images(np.random.default_rng(3), 8))
+    images = torch.from_numpy(random_images(np.random.default_rng(3), 8))
     latents = stock.vae.encode(images)
     ours = autoencoder.encode(checkpoint.read_shipped()["encoder"], images)
     assert ((latents - autoencoder.SHIFT) * autoencoder.SCALE - ours).abs().max() < 1e-3

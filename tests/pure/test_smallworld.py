@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.smallworld import checker, checkpoint, fitting, text, world
+from benchmarks.smallworld import checker, fitting, world
 from benchmarks.smallworld.measure import measure_checker, wilson
 from benchmarks.smallworld.world import Group, Scene, Spec, Thing
+from softrepa.smallworld import checkpoint, text
 
 TOKENS = [1.12109375, -1.0654296875, 1.3486328125]
 POSITIONS = [0.389892578125, -0.156982421875]

@@ -7,17 +7,23 @@ The checkpoint adds the seeded text encoder (123M parameters) and is written whe
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from . import autoencoder, model, text
-from .fitting import save_atomically
+from ..files import write_atomically
+from . import autoencoder, text
 
 SHIPPED = Path(__file__).with_name("smallworld.safetensors")
 CHECKPOINT_NAME = "smallworld.safetensors"
 TOKENS = Path(__file__).with_name("tokens.safetensors")
 FORMAT = "smallworld-1"
+HEADS = 3
+WIDTH = 64 * HEADS
+GRID = 8  # position embeddings reach to 128 pixels
+FULL_CONTEXT, FULL_POOLED = 4096, 2048  # what SD3's layers take; all but the first 768 inputs are CLIP-G's and T5's
 
 
 def quantise(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -56,7 +62,24 @@ def write_shipped(
     parts = {"model": quantise(weights), "encoder": encoder}
     parts["decoder"] = {key: value.half() for key, value in decoder.items()}
     tensors = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
-    save_atomically(tensors, path, {"format": FORMAT, **metadata})
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"format": FORMAT, **metadata}))
+
+
+def position_embedding() -> torch.Tensor:
+    """SD3's fixed table: sine and cosine of the column, then of the row; (1, 64, 192)."""
+    omega = 10000.0 ** -(np.arange(WIDTH // 4) / (WIDTH / 4))
+    angles = np.arange(GRID)[:, None] * omega
+    line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    row, column = np.divmod(np.arange(GRID * GRID), GRID)
+    return torch.from_numpy(np.concatenate([line[column], line[row]], axis=1).astype(np.float32))[None]
+
+
+def diffusion_tensors(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The trained weights under SD3's names and shapes: zero columns for the text encoders that are not there."""
+    sd = dict(weights)
+    for key, full in (("context_embedder.weight", FULL_CONTEXT), ("y_embedder.mlp.0.weight", FULL_POOLED)):
+        sd[key] = F.pad(sd[key], (0, full - sd[key].shape[1]))
+    return sd | {"pos_embed": position_embedding()}
 
 
 def read_shipped(path: Path = SHIPPED) -> dict[str, dict[str, torch.Tensor]]:
@@ -75,7 +98,7 @@ def read_shipped(path: Path = SHIPPED) -> dict[str, dict[str, torch.Tensor]]:
 
 def cached_checkpoint(cache: Path) -> Path:
     """The full checkpoint below `cache`, written when it is not there; its folder's name follows the shipped file."""
-    sources = (SHIPPED, __file__, *(module.__file__ for module in (autoencoder, model, text)))
+    sources = (SHIPPED, __file__, *(module.__file__ for module in (autoencoder, text)))
     made_of = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()[:12]
     path = cache / f"smallworld-{made_of}" / CHECKPOINT_NAME
     return path if path.exists() else write_checkpoint(path)
@@ -85,10 +108,10 @@ def write_checkpoint(path: str | Path, shipped: str | Path = SHIPPED) -> Path:
     """Write the full checkpoint (about 270 MB) for `CheckpointLoaderSimple`; a broken write leaves no file."""
     parts, path = read_shipped(Path(shipped)), Path(path)
     groups = {
-        "model.diffusion_model.": model.checkpoint_tensors(parts["model"]),
+        "model.diffusion_model.": diffusion_tensors(parts["model"]),
         "first_stage_model.": autoencoder.checkpoint_tensors(parts["encoder"], parts["decoder"]),
         "text_encoders.clip_l.transformer.": text.checkpoint_tensors(),
     }
-    tensors = {prefix + key: value for prefix, values in groups.items() for key, value in values.items()}
-    save_atomically(tensors, path, {"format": FORMAT})
+    tensors = {prefix + key: value.contiguous() for prefix, values in groups.items() for key, value in values.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"format": FORMAT}))
     return path
