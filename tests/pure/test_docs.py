@@ -1,0 +1,127 @@
+"""What the documents say can be followed: links, examples, files and commands."""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from comfyui_softrepa.softrepa.__main__ import parser
+from softrepa_tests.conftest import ROOT
+from softrepa_tests.repository import files
+
+KNOWN = set(files())
+FOLDERS = {folder for path in KNOWN for folder in path.parents}
+PAGES = {path: (ROOT / path).read_text(encoding="utf-8") for path in files("*.md")}
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=str)
+
+LINK = re.compile(r"\]\(\s*([^)\s]+)\s*\)")
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`]+)`")
+COMMAND = re.compile(r"python3? -m ([\w.]+)(.*)")
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+OUR_PATH = re.compile(r"(?:benchmarks|nodes|softrepa|tests|workflows)/[\w./-]*")
+HANDS_ITS_OPTIONS_ON = {"tests.run"}  # to pytest
+
+
+def inline_code(text: str) -> list[str]:
+    """What stands between backticks, also where it goes on in the next line."""
+    return [" ".join(code.split()) for code in INLINE.findall(FENCE.sub("", text))]
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """Module and arguments of every `python -m`, in blocks and between backticks."""
+    blocks = [line for line in text.splitlines() if "`" not in line]
+    found = [match for line in blocks + inline_code(text) for match in COMMAND.findall(line)]
+    return [(module, shlex.split(arguments)) for module, arguments in found]
+
+
+def anchors(text: str) -> set[str]:
+    """The headings as GitHub names them in links."""
+    titles = re.findall(r"^#+ (.*?)\s*$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@cache
+def help_of(module: str, *command: str) -> str:
+    """What `--help` prints."""
+    if module != "softrepa":
+        run = [sys.executable, "-m", module, *command, "--help"]
+        return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        parser().parse_args([*command, "--help"])
+    return text.getvalue()
+
+
+def subcommand(module: str, arguments: list[str]) -> tuple[str, ...]:
+    """The first of the arguments that the module's help offers as a command."""
+    offered = re.search(r"\{([\w,]+)\} \.\.\.", help_of(module))
+    return tuple([word for word in arguments if offered and word in offered[1].split(",")][:1])
+
+
+def known_options(page: Path) -> set[str]:
+    """Of all commands that the page names."""
+    named = [one for one in commands(PAGES[page]) if one[0] not in HANDS_ITS_OPTIONS_ON]
+    texts = [help_of(module) + help_of(module, *subcommand(module, arguments)) for module, arguments in named]
+    return set(OPTION.findall("\n".join(texts)))
+
+
+@EVERY_PAGE
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(FENCE.sub("", PAGES[page])):
+        if re.match(r"[a-z]+:", target):
+            assert target.startswith("https://"), target
+            continue
+        name, _, anchor = target.partition("#")
+        path = ((ROOT / page).parent / name).resolve() if name else ROOT / page
+        assert path.relative_to(ROOT) in KNOWN | FOLDERS, f"{target} is not in the repository"
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+@EVERY_PAGE
+def test_json_is_json(page):
+    blocks = [body for language, body in FENCE.findall(PAGES[page]) if language == "json"]
+    for text in blocks + [code for code in inline_code(PAGES[page]) if code.startswith(("{", "["))]:
+        json.loads(text)
+
+
+@EVERY_PAGE
+def test_files_exist(page):
+    modules = {path.name for path in KNOWN if path.suffix == ".py"}
+    for code in inline_code(PAGES[page]):
+        if OUR_PATH.fullmatch(code):
+            assert Path(code) in KNOWN | FOLDERS, code
+        if re.fullmatch(r"\w+\.py", code):
+            assert code in modules, code
+
+
+@EVERY_PAGE
+def test_commands_exist(page):
+    for module, arguments in commands(PAGES[page]):
+        path = Path(*module.split("."))
+        assert {path.with_suffix(".py"), path / "__main__.py"} & KNOWN, f"python -m {module}"
+        if module == "softrepa" and arguments:
+            parser().parse_args(arguments)  # exits where they do not fit
+        elif module not in HANDS_ITS_OPTIONS_ON:
+            text = help_of(module) + help_of(module, *subcommand(module, arguments))
+            assert {word for word in arguments if word.startswith("--")} <= set(OPTION.findall(text))
+            if "} ..." in help_of(module) and arguments:
+                assert subcommand(module, arguments), arguments
+
+
+@EVERY_PAGE
+def test_options_exist(page):
+    """Those that the text speaks of, apart from a command."""
+    named = {option for code in inline_code(PAGES[page]) if code.startswith("--") for option in OPTION.findall(code)}
+    assert named <= (known_options(page) if named else set())
+
+
+def test_there_is_something_to_check():
+    assert {Path("README.md"), Path("CHANGELOG.md")} <= PAGES.keys()
+    assert [module for module, _ in commands(PAGES[Path("README.md")])].count("softrepa") >= 4
