@@ -59,16 +59,18 @@ def help_of(module: str, *command: str) -> str:
 
 
 def subcommand(module: str, arguments: list[str]) -> tuple[str, ...]:
-    """The first of the arguments that the module's help offers as a command."""
-    offered = re.search(r"\{([\w,]+)\} \.\.\.", help_of(module))
-    return tuple([word for word in arguments if offered and word in offered[1].split(",")][:1])
+    """The first of the arguments that the module offers as a command."""
+    return tuple([word for word in arguments if word in subcommands(module)][:1])
 
 
-def known_options(page: Path) -> set[str]:
-    """Of all commands that the page names."""
-    named = [one for one in commands(PAGES[page]) if one[0] not in HANDS_ITS_OPTIONS_ON]
-    texts = [help_of(module) + help_of(module, *subcommand(module, arguments)) for module, arguments in named]
-    return set(OPTION.findall("\n".join(texts)))
+def subcommands(module: str) -> list[str]:
+    offered = re.search(r"\{([\w,]+)\}\s+\.\.\.", help_of(module))
+    return offered[1].split(",") if offered else []
+
+
+def options(module: str, arguments: list[str]) -> set[str]:
+    """Those that the module takes, with the subcommand that the arguments name."""
+    return set(OPTION.findall(help_of(module) + help_of(module, *subcommand(module, arguments))))
 
 
 @EVERY_PAGE
@@ -109,17 +111,18 @@ def test_commands_exist(page):
         if module == "softrepa" and arguments:
             parser().parse_args(arguments)  # exits where they do not fit
         elif module not in HANDS_ITS_OPTIONS_ON:
-            text = help_of(module) + help_of(module, *subcommand(module, arguments))
-            assert {word for word in arguments if word.startswith("--")} <= set(OPTION.findall(text))
-            if "} ..." in help_of(module) and arguments:
-                assert subcommand(module, arguments), arguments
+            assert {word for word in arguments if word.startswith("--")} <= options(module, arguments)
+            assert subcommand(module, arguments) or not (arguments and subcommands(module)), arguments
 
 
 @EVERY_PAGE
 def test_options_exist(page):
-    """Those that the text speaks of, apart from a command."""
-    named = {option for code in inline_code(PAGES[page]) if code.startswith("--") for option in OPTION.findall(code)}
-    assert named <= (known_options(page) if named else set())
+    """Those that the text speaks of apart from a command belong together to one of the page's commands."""
+    named = [one for one in commands(PAGES[page]) if one[0] not in HANDS_ITS_OPTIONS_ON]
+    for code in inline_code(PAGES[page]):
+        if code.startswith("--"):
+            wanted = set(OPTION.findall(code))
+            assert any(wanted <= options(module, arguments) for module, arguments in named), code
 
 
 def test_there_is_something_to_check():
