@@ -11,7 +11,10 @@ import tempfile
 import uuid
 from pathlib import Path
 
+from softrepa import __version__
+
 from . import environment
+from .workflows import WORKFLOWS, Workflow
 
 ROOT = Path(__file__).absolute().parents[1]
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
@@ -20,24 +23,43 @@ PROMPT_COLOURS = {
     "Positive prompt": {"color": "#232", "bgcolor": "#353"},
     "Negative prompt": {"color": "#322", "bgcolor": "#533"},
 }
+PACK, VERSION, CORE_VERSION = "comfyui-softrepa", __version__, environment.DEFAULT_VERSION
+# pixels of the frontend's canvas
+GAP, PADDING, GROUP_TITLE, NODE_TITLE = 40, 20, 50, 30
+SLOT_HEIGHT, WIDGET_HEIGHT = 20, 24
+NOTE_WIDTH, NOTE_HEIGHT = 420, 560
 
 
-def api_graph(workflow: dict) -> dict:
-    """ComfyUI's API format."""
+def api_graph(workflow: Workflow, info: dict) -> dict:
+    """ComfyUI's API format, with every widget's value."""
     return {
-        key: {"inputs": node["inputs"], "class_type": node["class"], "_meta": {"title": node["title"]}}
-        for key, node in workflow["nodes"].items()
+        key: {
+            "inputs": default_values(info[node.class_type]) | node.inputs,
+            "class_type": node.class_type,
+            "_meta": {"title": node.title},
+        }
+        for key, node in workflow.nodes.items()
     }
 
 
-def frontend_graph(workflow: dict, info: dict) -> dict:
+def default_values(info: dict) -> dict:
+    """What the frontend sends of widgets that nobody touched."""
+    return {
+        name: options["default"]
+        for name, kind, options in input_definitions(info)
+        if kind in WIDGET_TYPES and "default" in options
+    }
+
+
+def frontend_graph(workflow: Workflow, info: dict) -> dict:
     """The format that the frontend saves and opens."""
     links, nodes = [], []
-    outputs = {key: frontend_outputs(info[node["class"]]) for key, node in workflow["nodes"].items()}
-    for order, (key, node) in enumerate(workflow["nodes"].items()):
+    places, groups = layout(workflow, info)
+    outputs = {key: frontend_outputs(info[node.class_type]) for key, node in workflow.nodes.items()}
+    for order, (key, node) in enumerate(workflow.nodes.items()):
         inputs, values = [], []
-        for name, kind, options in input_definitions(info[node["class"]]):
-            value = node["inputs"].get(name, options.get("default"))
+        for name, kind, options in input_definitions(info[node.class_type]):
+            value = node.inputs.get(name, options.get("default"))
             is_widget = kind in WIDGET_TYPES
             if isinstance(value, list):
                 source, slot = value
@@ -52,58 +74,98 @@ def frontend_graph(workflow: dict, info: dict) -> dict:
                 values.append(options.get("default") if isinstance(value, list) else value)
                 if options.get("control_after_generate"):
                     values.append("fixed")
+                if options.get("image_upload"):
+                    values.append("image")  # the button below the list
+        is_ours = node.class_type.startswith("SoftREPA")
+        package = {"cnr_id": PACK, "ver": VERSION} if is_ours else {"cnr_id": "comfy-core", "ver": CORE_VERSION}
+        models = {"models": list(node.models)} if node.models else {}
         nodes.append(
             {
                 "id": int(key),
-                "type": node["class"],
-                "pos": node["pos"],
-                "size": node["size"],
+                "type": node.class_type,
+                **places[key],
                 "flags": {},
                 "order": order,
                 "mode": 0,
                 "inputs": inputs,
                 "outputs": outputs[key],
-                "title": node["title"],
-                "properties": {"Node name for S&R": node["class"]} | node.get("properties", {}),
+                "title": node.title,
+                "properties": {"Node name for S&R": node.class_type} | package | models,
                 "widgets_values": values,
-                **PROMPT_COLOURS.get(node["title"], {}),
+                **prompt_colours(node.title),
             }
         )
     last_node = max(node["id"] for node in nodes)
-    for number, note in enumerate(workflow["notes"], last_node + 1):
-        nodes.append(
-            {
-                "id": number,
-                "type": "MarkdownNote",
-                "pos": note["pos"],
-                "size": note["size"],
-                "flags": {},
-                "order": len(nodes),
-                "mode": 0,
-                "inputs": [],
-                "outputs": [],
-                "title": note["title"],
-                "properties": {},
-                "widgets_values": [note["text"]],
-                **NOTE_COLOURS,
-            }
-        )
-    groups = [
-        {"id": number, "title": title, "bounding": bounding, "color": GROUP_COLOUR, "font_size": 24, "flags": {}}
-        for number, (title, bounding) in enumerate(workflow["groups"].items(), 1)
-    ]
+    note = {
+        "id": last_node + 1,
+        "type": "MarkdownNote",
+        "pos": [-NOTE_WIDTH - GAP, 0],
+        "size": [NOTE_WIDTH, NOTE_HEIGHT],
+        "flags": {},
+        "order": len(nodes),
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "title": "What to change",
+        "properties": {},
+        "widgets_values": ["\n\n".join(part for part in workflow.note if part)],
+        **NOTE_COLOURS,
+    }
     return {
-        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, workflow["name"])),
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, workflow.name)),
         "revision": 0,
-        "last_node_id": max(node["id"] for node in nodes),
+        "last_node_id": note["id"],
         "last_link_id": len(links),
-        "nodes": nodes,
+        "nodes": [*nodes, note],
         "links": links,
         "groups": groups,
         "config": {},
         "extra": {},
         "version": 0.4,
     }
+
+
+def layout(workflow: Workflow, info: dict) -> tuple[dict[str, dict], list[dict]]:
+    """Place and size of each node by its key, and the groups: columns from left to right."""
+    places, groups, left = {}, [], 0
+    for column in workflow.columns:
+        top = 0
+        for group in column.groups:
+            y = top + GROUP_TITLE
+            for key in group.nodes:
+                node = workflow.nodes[key]
+                height = node_height(info[node.class_type], node.height)
+                places[key] = {"pos": [left + PADDING, y + NODE_TITLE], "size": [column.width, height]}
+                y += NODE_TITLE + height + PADDING
+            groups.append(
+                {
+                    "id": len(groups) + 1,
+                    "title": group.title,
+                    "bounding": [left, top, column.width + 2 * PADDING, y - top],
+                    "color": GROUP_COLOUR,
+                    "font_size": 24,
+                    "flags": {},
+                }
+            )
+            top = y + GAP
+        left += column.width + 2 * PADDING + GAP
+    return places, groups
+
+
+def node_height(info: dict, extra: int) -> int:
+    """What the frontend needs below the title, and `extra` for text or a picture."""
+    kinds = [(kind, options) for _, kind, options in input_definitions(info)]
+    widgets = [options for kind, options in kinds if kind in WIDGET_TYPES]
+    rows = len(widgets) + sum("control_after_generate" in options or "image_upload" in options for options in widgets)
+    slots = max(len(kinds) - len(widgets), len(info["output"]))
+    return SLOT_HEIGHT * slots + WIDGET_HEIGHT * rows + 14 + extra
+
+
+def prompt_colours(title: str) -> dict:
+    for word, colours in PROMPT_COLOURS.items():
+        if word in title:
+            return colours
+    return {}
 
 
 def input_definitions(info: dict) -> list[tuple[str, str, dict]]:
@@ -135,13 +197,12 @@ def main() -> None:
     environment.enter("benchmarks.workflow_files", arguments.comfyui, arguments.python)
 
     from .server import ComfyServer
-    from .workflows import WORKFLOWS
 
     with tempfile.TemporaryDirectory() as work, ComfyServer(work) as server:
         info = server.object_info()
     for workflow in WORKFLOWS:
-        write(ROOT / "workflows" / "api" / f"{workflow['name']}.json", api_graph(workflow))
-        write(ROOT / "workflows" / f"{workflow['name']}.json", frontend_graph(workflow, info))
+        write(ROOT / "workflows" / "api" / f"{workflow.name}.json", api_graph(workflow, info))
+        write(ROOT / "workflows" / f"{workflow.title}.json", frontend_graph(workflow, info))
 
 
 if __name__ == "__main__":
