@@ -33,7 +33,7 @@ class Example:
 
 
 def by_size(examples: list[Example]) -> dict[tuple[int, int], list[Example]]:
-    groups = {}
+    groups: dict[tuple[int, int], list[Example]] = {}
     for one in examples:
         groups.setdefault(one.size, []).append(one)
     return dict(sorted(groups.items()))
@@ -68,13 +68,14 @@ def compatible_batches(drawn: list[Drawn], batch_size: int) -> Iterator[list[Dra
 
     One queue a caption, and a heap of who stands first in each: a caption that most images share costs no long search.
     """
-    queues = {}
+    queues: dict[str, deque[tuple[int, Example, str]]] = {}
     for place, (example, caption) in enumerate(drawn):
         queues.setdefault(caption_key(caption), deque()).append((place, example, caption))
     first = [(queue[0][0], key) for key, queue in queues.items()]
     heapq.heapify(first)
     while first:
-        batch, members, looked_at = [], Members(), []
+        batch: list[Drawn] = []
+        members, looked_at = Members(), []
         while first and len(batch) < batch_size:
             _, key = heapq.heappop(first)
             looked_at.append(key)

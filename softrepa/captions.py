@@ -95,7 +95,7 @@ def name_in(root: Path, path: Path) -> str:
 
 
 def _read_sidecars(listing: Listing, sidecars: list[tuple[str, Path]]) -> None:
-    by_stem = {}
+    by_stem: dict[str, list[str]] = {}
     for image in listing.paths:
         by_stem.setdefault(posixpath.splitext(image)[0], []).append(image)
     for name, path in sidecars:
@@ -150,7 +150,8 @@ class _Lookup:
     """
 
     def __init__(self, names):
-        self.names, self.by_key = frozenset(names), {}
+        self.names = frozenset(names)
+        self.by_key: dict[str, list[str]] = {}
         for name in self.names:
             base = posixpath.basename(name)
             for key in {name, base, posixpath.splitext(name)[0], posixpath.splitext(base)[0]}:
@@ -195,7 +196,7 @@ def _rows_of_json(path: Path) -> Rows:
 def _rows_of_coco(content: dict) -> Rows:
     try:
         files = {image["id"]: image["file_name"] for image in content["images"]}
-        captions = {}
+        captions: dict[str, list[str]] = {}
         for note in content["annotations"]:
             captions.setdefault(files[note["image_id"]], []).append(note["caption"].strip())
     except (KeyError, TypeError, AttributeError) as error:

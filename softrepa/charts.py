@@ -87,8 +87,8 @@ def _panel(pen: ImageDraw.ImageDraw, left: int, top: int, chart: Chart) -> None:
     if chart.level:
         name, value = chart.level
         y = at(first, value)[1]
-        for x in range(left, left + WIDTH, 10):
-            pen.line((x, y, x + 5, y), MUTED)
+        for dash in range(left, left + WIDTH, 10):
+            pen.line((dash, y, dash + 5, y), MUTED)
         pen.text((left + WIDTH - 4, y - 2), name, MUTED, small, anchor="rs")
     for index, line in enumerate(chart.lines):
         colour = COLOURS[index % len(COLOURS)]

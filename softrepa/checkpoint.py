@@ -177,7 +177,7 @@ def _published_blocks(family: Family, shape: tuple[int, ...]) -> Blocks:
 
 def summary(tokens: SoftTokens) -> list[str]:
     """Lines that describe a file: what it is, where it acts, how large its vectors are."""
-    where = format_blocks(tokens.blocks) if tokens.family.is_unet else f"joint blocks 0..{tokens.blocks - 1}"
+    where = f"joint blocks 0..{tokens.blocks - 1}" if isinstance(tokens.blocks, int) else format_blocks(tokens.blocks)
     lines = [
         f"family      {tokens.family.name} ({tokens.family.title})",
         f"tokens      {list(tokens.tokens.shape)}, mean norm {tokens.tokens.norm(dim=-1).mean():.4g}",

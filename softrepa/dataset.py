@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,18 +14,23 @@ from torch import Tensor
 from .batches import Drawn, Example, Sampler, by_size, compatible_batches, variety
 from .errors import SoftREPAError
 
-Cond = dict[str, Tensor | None]
-"""One caption as the text encoder gave it: `cross_attn` (1, N, d) and `pooled_output`, (1, p) or None."""
-
 SHOWN = 3
 """Examples named in a line of the summary."""
+
+
+class Cond(TypedDict):
+    """One caption as the text encoder gave it: `cross_attn` (1, N, d) and `pooled_output`, (1, p) or None."""
+
+    cross_attn: Tensor
+    pooled_output: Tensor | None
 
 
 class Encodings(Protocol):
     """Where latents and conds come from. Latents are the VAE's own: the model's `process_latent_in` is not applied."""
 
-    empty: Cond
-    """The encoding of the empty caption."""
+    @property
+    def empty(self) -> Cond:
+        """The encoding of the empty caption."""
 
     def latent(self, example: Example) -> Tensor:
         """(C, h, w) float32 on the CPU."""
@@ -178,7 +183,8 @@ def _repeated(examples: list[Example]) -> list[str]:
     lines = []
     shared = [key for key, count in keys.items() if count > 1]
     if shared:
-        named = named_examples([f'"{key}" ({keys[key]} images)' for key in sorted(shared, key=keys.get, reverse=True)])
+        shared.sort(key=keys.__getitem__, reverse=True)
+        named = named_examples([f'"{key}" ({keys[key]} images)' for key in shared])
         lines.append(f"{len(shared)} captions of several images, which never meet in a batch: {named}")
     if copies:
         names = [" = ".join(one.name for one in examples if one.image == image) for image in copies[:SHOWN]]

@@ -23,7 +23,7 @@ class Recipe:
     """How the reference trains a family."""
 
     n_tokens: int
-    layers: int | None
+    layers: int
     has_time_table: bool
     starts_from_bos: bool
     denoising_weight: float
@@ -50,7 +50,7 @@ FAMILIES = {
             is_unet=True,
             context_width=768,
             published_blocks=("down",),
-            recipe=Recipe(4, None, has_time_table=True, starts_from_bos=True, denoising_weight=10.0),
+            recipe=Recipe(4, 1, has_time_table=True, starts_from_bos=True, denoising_weight=10.0),
         ),
         Family(
             "sdxl",
@@ -58,7 +58,7 @@ FAMILIES = {
             is_unet=True,
             context_width=2048,
             published_blocks=("down", "mid"),
-            recipe=Recipe(4, None, has_time_table=False, starts_from_bos=False, denoising_weight=10.0),
+            recipe=Recipe(4, 1, has_time_table=False, starts_from_bos=False, denoising_weight=10.0),
         ),
         Family(
             "sd3",

@@ -96,8 +96,10 @@ def _inspected(paths: dict[str, Path], index: Path, tick: Tick) -> dict[str, Ima
                 facts = path.stat()
                 stamp = [facts.st_size, facts.st_mtime_ns]
                 old = known.get(name)
-                same = old is not None and old[:2] == stamp
-                files[name] = ImageFile(old[2], tuple(old[3]), old[4]) if same else _inspect(path.read_bytes())
+                if old is not None and old[:2] == stamp:
+                    files[name] = ImageFile(old[2], tuple(old[3]), old[4])
+                else:
+                    files[name] = _inspect(path.read_bytes())
                 entries[name] = [*stamp, *astuple(files[name])]
             except OSError as error:
                 files[name] = ImageFile("", (0, 0), _reason(error))
@@ -145,7 +147,7 @@ def _notes(examples: list[Example], files: dict[str, ImageFile]) -> list[str]:
 
 def _rejections(rejected: list[Rejected]) -> str:
     """ " (reason: name, name; ...)", the most frequent reasons first."""
-    reasons = {}
+    reasons: dict[str, list[str]] = {}
     for one in rejected:
         reasons.setdefault(one.reason, []).append(one.name)
     told = [f"{reason}: {named_examples(names)}" for reason, names in sorted(reasons.items(), key=lambda r: -len(r[1]))]

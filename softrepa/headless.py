@@ -14,7 +14,7 @@ from .tokens import SoftTokens
 from .trainer import TrainingConfig
 
 DATA = {"resolution": 512, "bucketing": False, "validation_percent": 0.0, "cache_gb": 50.0}
-KINDS = {int: int, str: str, bool: bool}
+KINDS: dict[object, type] = {int: int, str: str, bool: bool}
 REQUIRED = ("checkpoint", "folder", "steps", "batch_size", "learning_rate", "seed")
 
 
@@ -135,7 +135,7 @@ def train(config: dict) -> Path:
 
 def check_inputs(config: dict, launch) -> None:
     """Every name and the kind of every value. Raises SoftREPAError."""
-    kinds = {"checkpoint": str, "folder": str, "preview_prompt": str, "init_tokens": str}
+    kinds: dict[str, type] = {"checkpoint": str, "folder": str, "preview_prompt": str, "init_tokens": str}
     kinds |= {name: type(value) for name, value in DATA.items()}
     kinds |= {field.name: KINDS.get(field.type, float) for field in fields(TrainingConfig)}
     for name, parameter in inspect.signature(launch).parameters.items():

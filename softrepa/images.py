@@ -3,6 +3,7 @@
 import struct
 import zlib
 from io import BytesIO
+from typing import cast
 
 import torch
 from PIL import Image, ImageCms, ImageOps
@@ -11,8 +12,8 @@ from torch import Tensor
 PREPARATION = 1
 """Counted up when the same file would give other pixels: cached encodings are keyed by it."""
 
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, zlib.error, TypeError, KeyError)
-UNREADABLE += (Image.DecompressionBombError,)
+UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, SyntaxError, EOFError, MemoryError, TypeError, KeyError)
+UNREADABLE += (struct.error, zlib.error, Image.DecompressionBombError)
 """What PIL raises on files that are cut, damaged, foreign or oversized."""
 
 ORIENTATION = 0x0112
@@ -69,7 +70,7 @@ def prepared(data: bytes, size: tuple[int, int]) -> Tensor:
 
 def _check(image: Image.Image) -> None:
     if getattr(image, "is_animated", False) and image.format != "MPO":  # an MPO is a photo with previews behind it
-        raise ValueError(f"{image.n_frames} frames or pages")
+        raise ValueError(f"{getattr(image, 'n_frames', 'several')} frames or pages")
     if image.mode == "F":
         raise ValueError("float pixels")
 
@@ -78,6 +79,7 @@ def _through_profile(image: Image.Image, profile: bytes) -> Image.Image:
     """CMYK by its own profile: the plain formula makes neon colours of print inks."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return cast(Image.Image, converted)  # None is only given for a change in place
     except (ImageCms.PyCMSError, OSError):
         return image.convert("RGB")

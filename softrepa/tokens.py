@@ -138,13 +138,13 @@ class SoftTokens:
             fits = len(table) == 2 and table[0] == BUCKETS and table[1] % self.layers == 0
             width = f"{self.layers} x the model's hidden width"
         else:
-            width = self.layers * self.width
-            fits = table == [BUCKETS, width]
+            width = str(self.layers * self.width)
+            fits = table == [BUCKETS, self.layers * self.width]
         if not fits:
             raise SoftREPAError(f"{self.label}: time_table has shape {table}, expected [{BUCKETS}, {width}].")
 
     def _check_blocks(self):
-        if not self.family.is_unet and self.blocks > self.layers:
+        if isinstance(self.blocks, int) and self.blocks > self.layers:
             raise SoftREPAError(
                 f"{self.label}: blocks is {self.blocks}, expected at most the file's {self.layers} layers."
             )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import loss, optimizers
+from .dataset import Cond
 from .errors import SoftREPAError
 from .families import INIT_STD, TEXT_WIDTH, Blocks, Family
 from .noising import draw_timestep
@@ -33,7 +34,7 @@ class TrainableTokens(nn.Module):
 
     def rows(self, t: int, embed: Callable[[Tensor], Tensor] | None = None) -> Rows:
         """As `SoftTokens.at` gives them for one timestep, with their graph."""
-        rows = self.tokens
+        rows: Tensor = self.tokens
         if not self.family.is_unet and rows.shape[-1] == TEXT_WIDTH and embed is not None:
             rows = embed(rows)
         if self.time_table is not None:
@@ -120,7 +121,7 @@ class Pairs(Protocol):
     """The frozen model on image-caption pairs (`softrepa.comfy.pairs.PairNetwork`)."""
 
     def gradients(
-        self, rows: Tensor, latents: Tensor, noise: Tensor, conds: list[dict], t: int, micro_batch: int
+        self, rows: Tensor, latents: Tensor, noise: Tensor, conds: list[Cond], t: int, micro_batch: int
     ) -> tuple[Tensor, Tensor]: ...
 
     def embed(self, rows: Tensor) -> Tensor: ...
@@ -132,9 +133,10 @@ class Trainer:
     `next_batch(batch_size)` gives latents (B, C, H, W) as the network sees them and B conds; `empty` is the cond of "".
     """
 
-    def __init__(self, config: TrainingConfig, start: SoftTokens, pairs: Pairs, next_batch, empty: dict | None = None):
-        if config.denoising_weight is None:
-            config = replace(config, denoising_weight=start.family.recipe.denoising_weight)
+    def __init__(self, config: TrainingConfig, start: SoftTokens, pairs: Pairs, next_batch, empty: Cond | None = None):
+        weight = config.denoising_weight
+        self.denoising_weight = start.family.recipe.denoising_weight if weight is None else weight
+        config = replace(config, denoising_weight=self.denoising_weight)
         self.config, self.pairs, self.next_batch, self.empty = config, pairs, next_batch, empty
         self.tokens = TrainableTokens(start)
         self.average = {key: value.detach().clone() for key, value in self.tokens.named_parameters()}
@@ -158,7 +160,8 @@ class Trainer:
             raise
         parameters = list(self.tokens.parameters())
         for parameter in parameters:
-            parameter.grad /= len(records)
+            if parameter.grad is not None:
+                parameter.grad /= len(records)
         limit = self.config.gradient_clip or math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit).item()
         for group in self.optimizer.param_groups:
@@ -167,8 +170,8 @@ class Trainer:
         self.optimizer.zero_grad()
         self._update_average()
         self.step_index += 1
-        t, *means = (sum(column) / len(records) for column in zip(*records, strict=True))
-        return StepRecord(self.step_index, int(t), *means, norm)
+        t, value, accuracy, error = (sum(column) / len(records) for column in zip(*records, strict=True))
+        return StepRecord(self.step_index, int(t), value, accuracy, error, norm)
 
     def finished(self, name: str, metadata: dict[str, str]) -> SoftTokens:
         """The tokens as they are now; their running average where `ema_decay` is set."""
@@ -190,7 +193,7 @@ class Trainer:
         value, errors = backward_through_pairs(
             self.tokens.rows(t, self.pairs.embed),
             lambda rows: self.pairs.gradients(rows, latents, noise, conds, t, micro_batch),
-            lambda e: loss.contrastive_loss(e, config.temperature, config.logit_scale, config.denoising_weight),
+            lambda e: loss.contrastive_loss(e, config.temperature, config.logit_scale, self.denoising_weight),
         )
         if not torch.isfinite(value):
             raise SoftREPAError(
@@ -210,11 +213,11 @@ class Trainer:
 def new_tokens(
     family: Family, width: int, n_tokens: int, blocks: Blocks, has_time_table: bool, seed: int, bos: Tensor | None
 ) -> SoftTokens:
-    """Tokens as the reference starts them: N(0, 0.02), or `bos` (d,) in every row where the family's recipe says so."""
+    """Tokens as the reference starts them: `bos` (d,) in every row where it is given, otherwise N(0, 0.02)."""
     generator = torch.Generator().manual_seed(seed)
-    layers = 1 if family.is_unet else blocks
+    layers = blocks if isinstance(blocks, int) else 1
     tokens = torch.randn(layers, n_tokens, width, generator=generator) * INIT_STD
-    if family.recipe.starts_from_bos:
+    if bos is not None:
         tokens = bos.float().expand_as(tokens).clone()
     table = torch.randn(BUCKETS, layers * width, generator=generator) * INIT_STD if has_time_table else None
     return SoftTokens(tokens[0] if family.is_unet else tokens, family, blocks, time_table=table)

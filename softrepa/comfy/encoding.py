@@ -82,7 +82,7 @@ class FolderEncodings:
     def __init__(self, images: ImageFolder, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, cache: Cache):
         self.images, self.clip, self.vae, self.cache = images, clip, vae, cache
         self.clip_name, self.vae_name = clip_identity(clip), vae_identity(vae)
-        self._empty = None
+        self._empty: Cond | None = None
 
     @property
     def empty(self) -> Cond:
@@ -165,7 +165,8 @@ class FolderEncodings:
         cond = encode_caption(self.clip, caption)
         half = cond["cross_attn"].half()
         stored = {"cross_attn": half if half.isfinite().all() else cond["cross_attn"]}
-        return stored if cond["pooled_output"] is None else stored | {"pooled_output": cond["pooled_output"]}
+        pooled = cond["pooled_output"]
+        return stored if pooled is None else stored | {"pooled_output": pooled}
 
     def _image_key(self, example: Example) -> str:
         width, height = example.size
@@ -183,7 +184,8 @@ def encode_caption(clip: comfy.sd.CLIP, caption: str) -> Cond:
     if len(entries) != 1:
         raise SoftREPAError(f"clip gives {len(entries)} encodings by a schedule, expected one; leave hooks out.")
     cond = cond_of(entries[0], "clip")
-    return {key: None if tensor is None else ordinary(tensor) for key, tensor in cond.items()}
+    pooled = cond["pooled_output"]
+    return {"cross_attn": ordinary(cond["cross_attn"]), "pooled_output": None if pooled is None else ordinary(pooled)}
 
 
 def ordinary(tensor: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class FlowEditGuider(CFGGuider):
     Raises SoftREPAError for models, latents, conds and sigmas that do not fit, before anything is loaded.
     """
 
+    conds: dict[str, list[dict]]
+
     def __init__(self, model: ModelPatcher, target_model: ModelPatcher | None = None):
         checks.check_model(model)
         super().__init__(model)

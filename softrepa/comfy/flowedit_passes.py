@@ -72,8 +72,9 @@ class Stack(Pass):
             return None
         if not has_plain_options(source):
             return None
-        conds = {role: stacked(source.conds[role], target.conds[role], batch) for role in ROLES}
-        return None if None in conds.values() else cls(source, target, conds)
+        found = {role: stacked(source.conds[role], target.conds[role], batch) for role in ROLES}
+        conds = {role: cond for role, cond in found.items() if cond is not None}
+        return cls(source, target, conds) if len(conds) == len(found) else None
 
     def both(self, zs: Tensor, zt: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         d_source, d_target = self.denoise(torch.cat([zs, zt]), sigma).chunk(2)

@@ -12,7 +12,7 @@ from . import folders
 from .models import model_shape
 from .reports import Curves, LogFile, Measured, Samples
 from .score import HeldOut
-from .session import Files
+from .session import Files, Report
 from .training import Run, TokenPlan, train
 
 TIME_TABLE = {"auto": None, "on": True, "off": False}
@@ -56,7 +56,7 @@ def launch(
     found = folders.newest_checkpoint(filename_prefix) if resume else None
     path = folders.tokens_of_checkpoint(found) if found else folders.new_token_path(filename_prefix)
     logs = folders.log_folder(path)
-    reports = []
+    reports: list[Report] = []
     if dataset.validation:
         batches = HeldOut(dataset, config.batch_size, VALIDATION_BATCHES, config.seed)
         reports.append(Measured(batches, preview_every))
@@ -100,6 +100,6 @@ def check_previews(model, positive, negative, vae) -> None:
         if not cond or cond[0][0].shape[-1] != expected:
             found = f"text of width {cond[0][0].shape[-1]}" if cond else "nothing"
             raise SoftREPAError(f"{name} holds {found}, expected width {expected} for {family.title}.")
-    channels, found = model.model.latent_format.latent_channels, getattr(vae, "latent_channels", None)
-    if found not in (None, channels):
-        raise SoftREPAError(f"vae has {found} latent channels, expected {channels} for {family.title}.")
+    channels, of_vae = model.model.latent_format.latent_channels, getattr(vae, "latent_channels", None)
+    if of_vae not in (None, channels):
+        raise SoftREPAError(f"vae has {of_vae} latent channels, expected {channels} for {family.title}.")

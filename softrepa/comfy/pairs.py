@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, copy_nested_dicts, get_all_wrappers, merge_nested_dicts
 from torch import Tensor
 
+from ..dataset import Cond
 from ..errors import SoftREPAError
 from ..families import Blocks
 from ..noising import noised_eps, noised_flow, pair_error
@@ -50,7 +51,7 @@ def pair_errors(
     tokens: SoftTokens | None,
     latents: Tensor,
     noise: Tensor,
-    conds: list[dict],
+    conds: list[Cond],
     t: int,
     micro_batch: int,
 ) -> Tensor:
@@ -76,14 +77,15 @@ class Captions:
 
     def runs(self, micro_batch: int, images: int) -> list[tuple[list[int], list[int]]]:
         """All pairs as (image indices, caption indices), at most `micro_batch` each, of one text length each."""
-        lengths = {}
+        lengths: dict[torch.Size, list[int]] = {}
         for j, caption in enumerate(self.of):
             lengths.setdefault(caption["c_crossattn"].shape, []).append(j)
         runs = []
         for captions in lengths.values():
             pairs = [(i, j) for j in captions for i in range(images)]
             for start in range(0, len(pairs), micro_batch):
-                runs.append(tuple(list(side) for side in zip(*pairs[start : start + micro_batch], strict=True)))
+                run = pairs[start : start + micro_batch]
+                runs.append(([i for i, _ in run], [j for _, j in run]))
         return runs
 
 
@@ -102,11 +104,11 @@ class PairNetwork:
             if model.get_attachment(KEY) is not None:
                 raise SoftREPAError("Model has soft tokens on it, expected the plain model; go on with init_tokens.")
             model = model.clone()
-            if self.shape.family.is_unet:
-                unet.install(model, self, before=None)
-            else:
+            if isinstance(trained_blocks, int):
                 mmdit.install_trainable(model, checkpointing)
                 mmdit.install(model, self, layers=trained_blocks)
+            else:
+                unet.install(model, self, before=None)
         self.trained_blocks = trained_blocks
         self.recomputes_unet = checkpointing and self.shape.family.is_unet
         self.options = copy_nested_dicts(model.model_options["transformer_options"])
@@ -114,7 +116,7 @@ class PairNetwork:
         inner = self.options.get("optimized_attention_override")
         self.options["optimized_attention_override"] = differentiable_attention(inner)
 
-    def errors(self, latents: Tensor, noise: Tensor, conds: list[dict], t: int, micro_batch: int) -> Tensor:
+    def errors(self, latents: Tensor, noise: Tensor, conds: list[Cond], t: int, micro_batch: int) -> Tensor:
         """(B, B) without gradients."""
         sigma, seen, target, captions = self.prepared(latents, noise, conds, t)
         errors = torch.empty(len(latents), len(conds), device=seen.device)
@@ -124,7 +126,7 @@ class PairNetwork:
         return errors
 
     def gradients(
-        self, rows: Tensor, latents: Tensor, noise: Tensor, conds: list[dict], t: int, micro_batch: int
+        self, rows: Tensor, latents: Tensor, noise: Tensor, conds: list[Cond], t: int, micro_batch: int
     ) -> tuple[Tensor, Tensor]:
         """Errors (B, B) and each pair's gradient of its own error by `rows` (L, m, d): (B, B, L, m, d)."""
         sigma, seen, target, captions = self.prepared(latents, noise, conds, t)
@@ -148,7 +150,7 @@ class PairNetwork:
             rows = rows.to(self.base_model.device, compute_dtype(self.base_model))
             return self.base_model.diffusion_model.context_embedder(rows).float()
 
-    def prepared(self, latents: Tensor, noise: Tensor, conds: list[dict], t: int):
+    def prepared(self, latents: Tensor, noise: Tensor, conds: list[Cond], t: int):
         """sigma (), x_t and target (B, C, H, W), and the captions on the network's device."""
         device = self.base_model.device
         latents, noise = (ordinary(tensor).to(device, torch.float32) for tensor in (latents, noise))
@@ -194,6 +196,6 @@ class PairNetwork:
 
     def _placed(self, rows: Tensor) -> dict:
         """Rows (P, L, m, d) by where they are inserted."""
-        if self.shape.family.is_unet:
-            return {unet.STAGES[name]: rows[:, 0] for name in self.trained_blocks}
-        return {layer: rows[:, layer] for layer in range(self.trained_blocks)}
+        if isinstance(self.trained_blocks, int):
+            return {layer: rows[:, layer] for layer in range(self.trained_blocks)}
+        return {unet.STAGES[name]: rows[:, 0] for name in self.trained_blocks or ()}

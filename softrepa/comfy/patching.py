@@ -127,10 +127,11 @@ class SoftTokenPatch:
         if any(token_set.has_roles for token_set in self.sets):
             add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, name_roles, options, is_model_options=True)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.before_network, options, is_model_options=True)
-        if self.sets[0].tokens.family.is_unet:
-            unet.install(model, self, before)
+        layers = [token_set.blocks for token_set in self.sets if isinstance(token_set.blocks, int)]
+        if layers:
+            mmdit.install(model, self, layers=max(layers))
         else:
-            mmdit.install(model, self, layers=max(token_set.blocks for token_set in self.sets))
+            unet.install(model, self, before)
 
     def before_network(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs

@@ -1,6 +1,6 @@
 """How well a MODEL tells captions apart: retrieval, contrastive loss and information, on noise that never changes."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -77,7 +77,7 @@ class HeldOut:
 
 def score(
     model: ModelPatcher,
-    batches: Collection[Batch],
+    batches: HeldOut | Sequence[Batch],
     timesteps: tuple[int, ...] = TIMESTEPS,
     seed: int = 0,
     temperature: float = loss.TEMPERATURE,
@@ -91,7 +91,7 @@ def score(
     """
     patcher = model.clone()
     memory.load_models_gpu([patcher])
-    columns = {"retrieved": [], "losses": [], "information": []}
+    columns: dict[str, list[Tensor]] = {"retrieved": [], "losses": [], "information": []}
     captions: list[int] = []
     done, total = 0, len(batches) * len(timesteps)
     with torch.inference_mode(False), torch.no_grad():
@@ -100,7 +100,7 @@ def score(
             latents = network.base_model.process_latent_in(batch.latents.clone())
             captions += [len(latents)] * len(latents)
             memory.load_models_gpu([patcher])  # encoding on the fly may have pushed it out
-            column = {name: [] for name in columns}
+            column: dict[str, list[Tensor]] = {name: [] for name in columns}
             for t in timesteps:
                 memory.throw_exception_if_processing_interrupted()
                 noise, size = _noise(latents, seed, index, t), micro_batch or len(latents)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,10 +23,10 @@ class CallState:
     blocks: the joint blocks of the very network that is called (each device has its own); none for a UNet.
     """
 
-    owner: object
+    owner: Any
     rows: dict[Place, Tensor] = field(default_factory=dict)
     bias: dict[Place, Tensor] = field(default_factory=dict)
-    attention: SoftKeyBias | None = None
+    attention: SoftKeyBias = field(default_factory=SoftKeyBias)
     blocks: Sequence[nn.Module] = ()
 
 

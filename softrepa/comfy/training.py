@@ -12,7 +12,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from .. import training_state
-from ..dataset import Dataset
+from ..dataset import Cond, Dataset
 from ..errors import SoftREPAError
 from ..families import TEXT_WIDTH, Blocks, format_blocks, parse_blocks
 from ..loss import contrastive_loss
@@ -38,7 +38,7 @@ class TokenPlan:
     blocks: str | None = None
     time_table: bool | None = None
 
-    def start(self, shape: ModelShape, seed: int, empty: dict) -> SoftTokens:
+    def start(self, shape: ModelShape, seed: int, empty: Cond) -> SoftTokens:
         """Fresh tokens for a model of this shape; `empty` is the cond of ""."""
         family, recipe = shape.family, shape.family.recipe
         has_table = recipe.has_time_table if self.time_table is None else self.time_table

@@ -45,7 +45,7 @@ def taesd_encoder(encoder: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     then sort 2 x 2 pixels into channels, and the last of them applies the matrix. A value that may be negative
     travels as two channels, itself and its negative, of which a ReLU keeps one.
     """
-    sd = {}
+    sd: dict[str, torch.Tensor] = {}
     for index in (1, 3, 4, 5, 7, 8, 9, 11, 12, 13):
         sd |= _zero_block(f"{index}.")
     sd["0.weight"], sd["0.bias"] = _taps({(i, i): 1 for i in range(3)})[:, :3], torch.zeros(64)

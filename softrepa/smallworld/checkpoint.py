@@ -5,6 +5,7 @@ The checkpoint adds the seeded text encoder (123M parameters) and is written whe
 """
 
 import hashlib
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def read_shipped(path: Path = SHIPPED) -> dict[str, dict[str, torch.Tensor]]:
     with safe_open(path, "pt") as file:
         if (file.metadata() or {}).get("format") != FORMAT:
             raise ValueError(f"{path} is not a {FORMAT} file")
-    parts = {"model": {}, "decoder": {}, "encoder": {}}
+    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "decoder": {}, "encoder": {}}
     for key, value in load_file(path).items():
         part, name = key.split(".", 1)
         parts[part][name] = value
@@ -98,8 +99,8 @@ def read_shipped(path: Path = SHIPPED) -> dict[str, dict[str, torch.Tensor]]:
 
 def cached_checkpoint(cache: Path) -> Path:
     """The full checkpoint below `cache`, written when it is not there; its folder's name follows the shipped file."""
-    sources = (SHIPPED, __file__, *(module.__file__ for module in (autoencoder, text)))
-    made_of = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()[:12]
+    sources = [SHIPPED, *(Path(file) for file in (__file__, inspect.getfile(autoencoder), inspect.getfile(text)))]
+    made_of = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     path = cache / f"smallworld-{made_of}" / CHECKPOINT_NAME
     return path if path.exists() else write_checkpoint(path)
 
