@@ -37,6 +37,6 @@ def test_every_input_is_explained(pack):
 
 def test_every_output_is_named(pack):
     for name, node in pack.items():
-        outputs = [output.display_name for output in node.define_schema().outputs]
+        outputs = [output.display_name or output.io_type for output in node.define_schema().outputs]
         text = section(PAGES[name], "Output")
         assert [output for output in outputs if f"`{output}`" not in text] == [], name
