@@ -78,7 +78,9 @@ class Alignment:
 class HeldOut:
     """Pictures, captions and noise that stay the same for every model they measure."""
 
-    def __init__(self, stock, batches: int = BATCHES, hard: int = 96, seed: int = 99):
+    def __init__(
+        self, stock, batches: int = BATCHES, hard: int = 96, seed: int = 99, timesteps: tuple[int, ...] = TIMESTEPS
+    ):
         import comfy.sd1_clip
 
         from softrepa.dataset import Batch
@@ -90,7 +92,7 @@ class HeldOut:
             return {"cross_attn": context, "pooled_output": pooled}
 
         rng = np.random.default_rng(seed)
-        self.batches, self.hard = [], []
+        self.timesteps, self.batches, self.hard = timesteps, [], []
         for _ in range(batches):
             specs = [random_spec(rng, str(rng.choice(CATEGORIES))) for _ in range(BATCH_SIZE)]
             captions = [plain_caption(spec) for spec in specs]
@@ -112,20 +114,29 @@ class HeldOut:
 
     def measure(self, model, temperature: float) -> Alignment:
         """`model` is a MODEL, with tokens or without; `temperature` is the loss's."""
-        from softrepa.comfy.pairs import pair_errors
+        found = self.in_batch(model, temperature)
+        mean = (found.losses.mean(0), found.retrieved.float().mean(0))
+        return Alignment(*mean, self.beside_wrong_captions(model))
+
+    def in_batch(self, model, temperature: float):
+        """The Score among each batch's own captions."""
         from softrepa.comfy.score import score
 
-        found = score(model, self.batches, TIMESTEPS, temperature=temperature, micro_batch=BATCH_SIZE**2)
+        return score(model, self.batches, self.timesteps, temperature=temperature, micro_batch=BATCH_SIZE**2)
+
+    def beside_wrong_captions(self, model) -> torch.Tensor:
+        """Whether the true caption fits best (N,). The model must be loaded."""
+        from softrepa.comfy.pairs import pair_errors
+
         hits = []
         for number, (latents, conds) in enumerate(self.hard):
             seen, total = model.model.process_latent_in(latents.clone()), 0
-            for t in TIMESTEPS:
+            for t in self.timesteps:
                 generator = torch.Generator().manual_seed(1000 * number + t)
                 noise = torch.randn(seen.shape, generator=generator)
                 total = total + pair_errors(model, None, seen, noise, conds, t, len(conds))
             hits.append(float(total.argmin() == 0))
-        mean = (found.losses.mean(0), found.retrieved.float().mean(0))
-        return Alignment(*mean, torch.tensor(hits))
+        return torch.tensor(hits)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
