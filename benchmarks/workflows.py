@@ -240,7 +240,7 @@ def text_to_image(model: Model) -> Workflow:
         del nodes["4"]
     return Workflow(
         name=f"text_to_image_{model.family}",
-        title=f"Text to image with soft tokens ({model.title})",
+        title=f"Image with soft tokens ({model.title})",
         note=(
             f"## {model.title} with soft text tokens",
             "Samples one seed twice, without and with the tokens, and saves both side by side.",
@@ -311,7 +311,7 @@ def small_world() -> Workflow:
     }
     return Workflow(
         name="small_world",
-        title="Try it without a download (small world)",
+        title="Try it without a download",
         note=(
             "## Small world",
             "A text-to-image model of 4M parameters comes with this pack, and tokens trained for it by **Train "
@@ -385,7 +385,7 @@ def flowedit(model: Model, is_masked: bool = False) -> Workflow:
     image = [Group("Image", ("3", "4", "5"))]
     return Workflow(
         name=f"flowedit_{model.family}" + "_mask" * is_masked,
-        title=f"Edit {'part of ' * is_masked}an image with FlowEdit ({model.title})",
+        title=f"Edit with FlowEdit{', masked' * is_masked} ({model.title})",
         note=(
             f"## FlowEdit on {model.title}" + ", inside a mask" * is_masked,
             "Changes what an image shows by two prompts, without inversion.",
@@ -532,7 +532,7 @@ def converting(model: Model) -> Workflow:
     }
     return Workflow(
         name="convert_tokens",
-        title=f"Convert published tokens to one file ({model.title})",
+        title=f"Convert published tokens ({model.title})",
         note=(
             "## Published tokens as one safe file",
             "The authors publish `dc_tokens.pth` and `dc_t_tokens.pth` for each model. Put both into a folder of "

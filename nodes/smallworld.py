@@ -28,7 +28,7 @@ class LoadSmallWorld(io.ComfyNode):
                     tooltip="Knows circles, squares, triangles, diamonds and crosses, seven colours, "
                     "two sizes, numbers up to four and where things lie."
                 ),
-                io.Vae.Output(),
+                io.Vae.Output(tooltip="In TAESD's format, 16 channels."),
                 Tokens.Output(display_name="tokens", tooltip="Trained with Train SoftREPA Tokens on its own pictures."),
             ],
         )

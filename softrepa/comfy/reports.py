@@ -4,6 +4,7 @@ import csv
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import comfy.sample
 import numpy as np
@@ -28,7 +29,8 @@ class LogFile(Report):
     """A line of numbers for each step in a .csv, and TensorBoard's event files where that package is installed."""
 
     def __init__(self, path: Path):
-        self.path, self.board, self.is_open = path, None, False
+        self.path, self.is_open = path, False
+        self.board: Any = None
 
     def after(self, record: StepRecord, session: Session) -> None:
         if not self.is_open:

@@ -1,0 +1,98 @@
+"""ComfyUI's real frontend in headless Chromium, on a server with small stand-ins under the names that people have."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from softrepa_tests import published
+
+from benchmarks import frontend as pages
+from benchmarks.server import ComfyServer
+from benchmarks.standins import stand_in
+from benchmarks.workflows import MODELS, SDXL
+
+CAPTIONS = ("a red square", "a blue circle", "two cats", "a house by the sea", "an empty street", "green hills")
+
+if pages.find_chromium() is None:
+    pytest.exit("tests/browser needs Chromium: install it, or set CHROMIUM to its path.", returncode=2)
+
+
+def fill(work: Path) -> None:
+    """Checkpoints, tokens and pictures under the names that the templates carry. SDXL's files are only listed."""
+    checkpoints, tokens = work / "models" / "checkpoints", work / "models" / "softrepa"
+    checkpoints.mkdir(parents=True)
+    tokens.mkdir(parents=True)
+    for model in MODELS:
+        if model is SDXL:
+            save_file({"nothing": torch.zeros(1)}, checkpoints / model.checkpoint)
+            save_file({"nothing": torch.zeros(1)}, tokens / model.tokens)
+            continue
+        files = stand_in(model.family)
+        (checkpoints / model.checkpoint).symlink_to(files.checkpoint)
+        shutil.copy(files.tokens, tokens / model.tokens)
+    published.write(tokens / "sd3", "sd3")
+    folder = work / "input" / "my_pictures"
+    folder.mkdir(parents=True)
+    for index, caption in enumerate(CAPTIONS):
+        Image.new("RGB", (64 + 8 * index, 64), (40 * index, 90, 200 - 30 * index)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(caption, encoding="utf-8")
+    shutil.copy(Path(os.environ["COMFYUI_PATH"]) / "input" / "example.png", work / "input")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    work = tmp_path_factory.mktemp("browser")
+    fill(work)
+    with ComfyServer(work, arguments=("--preview-method", "latent2rgb")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with pages.chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def screenshots(tmp_path_factory) -> Path:
+    """SOFTREPA_SCREENSHOTS, or a temporary folder."""
+    folder = Path(os.environ.get("SOFTREPA_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def page_of(browser, screenshots):
+    """`with page_of(server) as frontend`: a fresh page."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def opened(server):
+        with browser.new_context(viewport={"width": 1680, "height": 1050}) as context:
+            page = pages.Frontend(context.new_page(), server.port, screenshots)
+            page.open()
+            yield page
+
+    return opened
+
+
+@pytest.fixture
+def frontend(server, page_of):
+    """A fresh page of the frontend. Errors in its console fail the test."""
+    with page_of(server) as page:
+        yield page
+        assert page.errors == [], "\n".join(page.errors)
+
+
+@pytest.fixture(scope="session")
+def info(server) -> dict:
+    return server.object_info()
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    """Nothing runs in this process."""
