@@ -19,8 +19,8 @@ OPTIONS = (
     "--disable-component-update",
     "--disable-sync",
 )
-OWN_COMPLAINTS = ("/user.css", "/api/userdata", "ComfyApp graph accessed before initialization")
-"""What the frontend says on any fresh installation: it asks for files of the user that are not there yet."""
+OWN_COMPLAINTS = ("/user.css", "/api/userdata", "ComfyApp graph accessed before initialization", "z_image_turbo")
+"""What the frontend says on any fresh installation: of a user's files, and of the models of its first graph."""
 
 
 def find_chromium() -> str | None:

@@ -3,7 +3,7 @@
     python3 -m benchmarks.thumbnails [NAME ...]
 
 writes workflows/*.jpg and nodes/web/docs/*.jpg. A workflow keeps its graph; its model, tokens, prompts, pictures and
-sizes become the small world's.
+sizes become the small world's. Needs Chromium.
 """
 
 import argparse
@@ -44,6 +44,16 @@ PICTURES = {
     "score_sd3": Picture("Score with tokens", help_page="SoftREPAScore"),
     "convert_tokens": Picture("Preview SoftREPA Tokens", help_page="SoftREPAPreviewTokens"),
 }
+
+
+NODES = (
+    "SoftREPAApplyTokens",
+    "SoftREPADataset",
+    "SoftREPADatasetFromLatents",
+    "SoftREPAFlowEditGuider",
+    "SoftREPAFlowEditSampler",
+    "SoftREPASaveTokens",
+)
 
 
 def on_the_small_world(graph: dict, picture: Picture) -> dict:
@@ -94,6 +104,22 @@ def prepare(work: Path) -> None:
     alpha[:, 56:] = 0  # what ComfyUI's mask editor makes of a painted region
     pixels = np.concatenate([draw(scene), alpha], axis=-1)
     Image.fromarray((pixels * 255).round().astype(np.uint8)).save(work / "input" / "source.png")
+
+
+def photograph_nodes(server) -> None:
+    """The nodes whose runs leave no picture, as they are added to a graph."""
+    from PIL import Image
+
+    from .frontend import Frontend, chromium
+
+    with chromium() as browser, tempfile.TemporaryDirectory() as folder:
+        page = Frontend(browser.new_page(viewport={"width": 1200, "height": 1000}), server.port, Path(folder))
+        page.open()
+        for class_type in NODES:
+            page.clear()
+            page.add(class_type)
+            with Image.open(page.screenshot(class_type, page.box(page.nodes()[0]["id"]))) as image:
+                image.convert("RGB").save(HELP / f"{class_type}.jpg", quality=90)
 
 
 def run(server, name: str) -> Path:
@@ -150,6 +176,8 @@ def main() -> None:
                     with Image.open(source) as image:
                         image.convert("RGB").save(HELP / f"{page}.jpg", quality=90)
                 print(workflow.title, flush=True)
+            if not arguments.names:
+                photograph_nodes(server)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ DRAWING = "a child's drawing of a girl in a pink dress on a green hill"
 REDRAWN = "a child's drawing of a girl in a red dress on a green hill"
 HUGGING_FACE = "https://huggingface.co"
 README = "the pack's README"
+# room below a node's widgets, in pixels: a line of text, a live preview
+LINE, PREVIEW = 60, 220
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def load_tokens(model: Model, source: list) -> Node:
         "blocks": "auto",
         "uncond_bank": "positive",
     }
-    return Node("SoftREPALoadTokens", "Load SoftREPA Tokens", inputs)
+    return Node("SoftREPALoadTokens", "Load SoftREPA Tokens", inputs, height=LINE)
 
 
 def prompt(title: str, clip: list, text: str) -> Node:
@@ -156,7 +158,7 @@ def sampler(title: str, model: list, scheduler: str, steps: int, cfg: float, sou
         "latent_image": [latent, 0],
         "denoise": 1.0,
     }
-    return Node("KSampler", title, inputs)
+    return Node("KSampler", title, inputs, height=PREVIEW)
 
 
 def decode(title: str, samples: str, vae: list) -> Node:
@@ -189,7 +191,7 @@ def dataset(clip: list, vae: list, validation_percent: float) -> Node:
         "validation_percent": validation_percent,
         "cache_gb": 50.0,
     }
-    return Node("SoftREPADataset", "Caption-Image Folder", inputs)
+    return Node("SoftREPADataset", "Caption-Image Folder", inputs, height=2 * LINE)
 
 
 FOLDER_ADVICE = (
@@ -292,7 +294,7 @@ def small_world() -> Workflow:
     }
     nodes = {
         "1": Node("SoftREPASmallWorld", "Load Small World", {}),
-        "2": Node("SoftREPAApplyTokens", "Apply SoftREPA Tokens", tokens),
+        "2": Node("SoftREPAApplyTokens", "Apply SoftREPA Tokens", tokens, height=LINE),
         "3": Node("PrimitiveInt", "Seed of both images", {"value": 1}),
         "5": prompt("Positive prompt", clip, "a red circle and a blue square"),
         "6": prompt("Negative prompt", clip, ""),
@@ -302,7 +304,7 @@ def small_world() -> Workflow:
         "9": sampler("Sample with tokens", ["2", 0], *settings),
         "10": decode("Decode without tokens", "8", vae),
         "11": decode("Decode with tokens", "9", vae),
-        "15": Node("SoftREPAFlowEdit", "FlowEdit Sampler", edit),
+        "15": Node("SoftREPAFlowEdit", "FlowEdit Sampler", edit, height=PREVIEW),
         "16": decode("Decode the edit", "15", vae),
         "12": side_by_side("Without | with", ["10", 0], ["11", 0]),
         "17": side_by_side("Without | with | edited", ["12", 0], ["16", 0]),
@@ -367,7 +369,7 @@ def flowedit(model: Model, is_masked: bool = False) -> Workflow:
         "6": prompt("Source prompt: what the image shows", clip, DRAWING),
         "7": prompt("Target prompt: what it should show", clip, REDRAWN),
         "8": prompt("Negative prompt of both", clip, ""),
-        "9": Node("SoftREPAFlowEdit", "FlowEdit Sampler", edit),
+        "9": Node("SoftREPAFlowEdit", "FlowEdit Sampler", edit, height=PREVIEW),
         "10": decode("Decode", "9", vae),
         "16": side_by_side("Left: source, right: edit", ["4", 0], ["10", 0]),
         "11": save_image("16", "SoftREPA_flowedit"),
@@ -435,7 +437,7 @@ def training(model: Model) -> Workflow:
         "3": dataset(clip, vae, 10.0),
         "4": prompt("Positive prompt of the previews", clip, POSITIVE),
         "5": prompt("Negative prompt of the previews", clip, NEGATIVE),
-        "6": Node("SoftREPATrain", "Train SoftREPA Tokens", train, height=260),
+        "6": Node("SoftREPATrain", "Train SoftREPA Tokens", train, height=340),
         "7": Node(
             "LossGraphNode", "Plot Loss Graph", {"loss": ["6", 1], "filename_prefix": "SoftREPA_loss"}, height=300
         ),
@@ -481,7 +483,7 @@ def scoring(model: Model) -> Workflow:
             "timesteps": "100,300,500,700,900",
             "seed": 0,
         }
-        return Node("SoftREPAScore", title, inputs, height=300)
+        return Node("SoftREPAScore", title, inputs, height=840)
 
     nodes = {
         "1": checkpoint(model),
@@ -527,6 +529,7 @@ def converting(model: Model) -> Workflow:
             "SoftREPASaveTokens",
             "Save SoftREPA Tokens",
             {"tokens": ["2", 1], "filename_prefix": f"softrepa_{model.family}"},
+            height=LINE,
         ),
         "4": Node("SoftREPAPreviewTokens", "Preview SoftREPA Tokens", {"tokens": ["2", 1]}, height=330),
     }

@@ -41,11 +41,11 @@ class Chart:
 
 
 def draw(charts: Sequence[Chart]) -> Image.Image:
-    """The panels beside each other."""
+    """The panels below each other: a node is narrow."""
     panel = (LEFT + WIDTH + RIGHT, TOP + HEIGHT + BOTTOM)
-    image = Image.new("RGB", (panel[0] * len(charts), panel[1]), PAPER)
+    image = Image.new("RGB", (panel[0], panel[1] * len(charts)), PAPER)
     for index, chart in enumerate(charts):
-        _panel(ImageDraw.Draw(image), index * panel[0] + LEFT, TOP, chart)
+        _panel(ImageDraw.Draw(image), LEFT, index * panel[1] + TOP, chart)
     return image
 
 

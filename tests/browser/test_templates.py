@@ -6,7 +6,7 @@ import pytest
 from softrepa_tests.conftest import ROOT
 
 from benchmarks.frontend import read_graph
-from benchmarks.workflows import SD3, WORKFLOWS
+from benchmarks.workflows import WORKFLOWS
 
 SMALL = {
     "EmptyLatentImage": {"width": 128, "height": 128},
@@ -15,7 +15,6 @@ SMALL = {
     "KSampler": {"steps": 3},
     "SoftREPADataset": {"resolution": 64, "validation_percent": 0},
     "SoftREPAFlowEdit": {"steps": 4, "n_max": 3},
-    "SoftREPALoadTokens": {"tokens_name": SD3.tokens},
     "SoftREPAScore": {"batch_size": 3, "batches": 1, "timesteps": "500,900"},
     "SoftREPATrain": {"steps": 4, "batch_size": 2, "preview_every": 2, "temperature": 2.0},
 }
@@ -30,6 +29,10 @@ RUN = {
     "convert_tokens": ("Preview SoftREPA Tokens",),
 }
 """Nodes that show pictures after a run. SDXL's smallest checkpoint is too large to make up."""
+
+
+def overlaps(nodes: list[dict]) -> list[tuple[str, str]]:
+    return [(first["title"], second["title"]) for first, second in combinations(nodes, 2) if overlap(first, second)]
 
 
 def overlap(first: dict, second: dict) -> bool:
@@ -67,7 +70,7 @@ def test_opens(frontend, info, workflow):
     nodes = frontend.nodes()
     assert len(nodes) == len(workflow.nodes) + 1  # and the note
     assert [node for node in nodes if not node["known"] or node["wrong"]] == []
-    assert [(a["title"], b["title"]) for a, b in combinations(nodes, 2) if overlap(a, b)] == []
+    assert overlaps(nodes) == []
     assert not frontend.page.get_by_text("errors found").count()
     twin = read_graph(ROOT / "workflows" / "api" / f"{workflow.name}.json")
     assert comparable(frontend.prompt()) == comparable(twin)
@@ -85,10 +88,12 @@ def test_runs(frontend, workflow):
     seen = frontend.run()
     frontend.screenshot(f"run_{workflow.name}")
     assert seen["error"] is None
-    shown = {node["title"]: node["images"] for node in frontend.nodes()}
+    nodes = frontend.nodes()
+    assert overlaps(nodes) == []  # with previews and texts
+    shown = {node["title"]: node["images"] for node in nodes}
     for title in RUN[workflow.name]:
         assert shown[title] >= 1, title
-    by_class = {node["id"]: node["type"] for node in frontend.nodes()}
+    by_class = {node["id"]: node["type"] for node in nodes}
     progressed = {by_class[key] for key in seen["progress"]}
     previewed = {by_class[key] for key in seen["previews"]}
     for class_type in ("KSampler", "SoftREPAFlowEdit", "SoftREPATrain"):
@@ -104,9 +109,10 @@ def test_an_error_is_shown_on_its_node(frontend):
     """The published tokens of SD3 medium do not fit the stand-in's width."""
     frontend.open_template(next(w.title for w in WORKFLOWS if w.name == "convert_tokens"))
     seen = frontend.run()
-    frontend.screenshot("error")
     assert seen["error"]["node_type"] == "SoftREPALoadTokens"
     sentence = seen["error"]["exception_message"].strip()
-    assert "width 1536" in sentence
+    assert "(5 layers x 1536), but this model is SD3" in sentence
+    frontend.page.get_by_role("button", name="View details").click()
     frontend.page.get_by_text(sentence[:60]).first.wait_for()
+    frontend.screenshot("error")
     frontend.errors.clear()  # the frontend says it in the console too

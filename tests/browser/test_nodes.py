@@ -1,0 +1,76 @@
+"""The nodes as a person finds them, adds them and reads about them."""
+
+import pytest
+from softrepa_tests.conftest import ROOT
+
+PAGES = sorted(path.stem for path in (ROOT / "nodes" / "web" / "docs").glob("*.md"))
+SEARCHES = {
+    "SoftREPA": ("Load SoftREPA Tokens", "Train SoftREPA Tokens"),
+    "prompt adherence": ("Load SoftREPA Tokens",),
+    "soft text tokens": ("Load SoftREPA Tokens",),
+    "inversion free": ("FlowEdit Sampler",),
+    "image text folder": ("Caption-Image Folder",),
+    "retrieval accuracy": ("SoftREPA Alignment Score",),
+    "demo model": ("Load Small World (demo model)",),
+}
+"""By name and by alias."""
+
+
+def ours(info: dict) -> dict:
+    return {name: node for name, node in info.items() if node["category"] == "SoftREPA"}
+
+
+@pytest.mark.parametrize("words", SEARCHES)
+def test_found_by_search_and_added(frontend, words):
+    page = frontend.page
+    frontend.clear()
+    page.mouse.dblclick(800, 500)
+    page.wait_for_timeout(700)
+    page.keyboard.type(words)
+    for title in SEARCHES[words]:
+        page.get_by_text(title, exact=True).first.wait_for()
+    frontend.screenshot(f"search_{words.replace(' ', '_')}")
+    page.get_by_text(SEARCHES[words][0], exact=True).first.click()
+    page.wait_for_timeout(500)
+    (node,) = frontend.nodes()
+    assert node["title"] == SEARCHES[words][0]
+
+
+def test_every_page_has_its_node(info):
+    assert sorted(ours(info)) == PAGES
+
+
+def test_widgets_and_tooltips(frontend, info):
+    for name, node in ours(info).items():
+        frontend.clear()
+        frontend.add(name)
+        (added,) = frontend.nodes()
+        inputs = node["input"].get("required", {}) | node["input"].get("optional", {})
+        kinds = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+        expected = [key for key in node["input_order"].get("required", []) + node["input_order"].get("optional", [])]
+        expected = [key for key in expected if inputs[key][0] in kinds or isinstance(inputs[key][0], list)]
+        assert [widget for widget in added["widgets"] if widget in inputs] == expected, name
+        if not expected:
+            continue
+        widget = expected[-1]
+        frontend.page.mouse.move(10, 600)
+        frontend.page.mouse.move(*frontend.widget_point(added["id"], widget))
+        tip = frontend.page.locator(".node-tooltip")
+        tip.wait_for()
+        assert tip.inner_text().split() == inputs[widget][1]["tooltip"].split(), name
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_help(frontend, name):
+    frontend.clear()
+    frontend.add(name)
+    text = frontend.help()
+    frontend.page.wait_for_timeout(700)
+    frontend.screenshot(f"help_{name}")
+    page = (ROOT / "nodes" / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert page.splitlines()[0].removeprefix("# ") in text
+    images = frontend.page.evaluate(
+        "[...document.querySelectorAll('.node-help-content img')].map(image => image.naturalWidth)"
+    )
+    assert len(images) == page.count("![") >= 1
+    assert all(width > 50 for width in images)
