@@ -19,8 +19,14 @@ OPTIONS = (
     "--disable-component-update",
     "--disable-sync",
 )
-OWN_COMPLAINTS = ("/user.css", "/api/userdata", "ComfyApp graph accessed before initialization", "z_image_turbo")
-"""What the frontend says on any fresh installation: of a user's files, and of the models of its first graph."""
+OWN_COMPLAINTS = (
+    "/user.css",
+    "/api/userdata",
+    "ComfyApp graph accessed before initialization",
+    "z_image_turbo",
+    "/en.md",
+)
+"""What the frontend says on any fresh installation: no user's files, no models for its first graph, no translations."""
 
 
 def find_chromium() -> str | None:
@@ -61,6 +67,7 @@ class Frontend:
             "Boolean(window.app?.isGraphReady && window.app.extensionManager?.workflow?.activeWorkflow)"
         )
         self.page.wait_for_function("Boolean(window.LiteGraph?.registered_node_types?.KSampler)")
+        self.page.wait_for_load_state("networkidle")  # a fresh installation loads a graph of its own
         self.page.wait_for_timeout(1000)
         self.page.keyboard.press("Escape")
         # texts are drawn however small the graph is shown
@@ -114,6 +121,17 @@ class Frontend:
             [class_type, x, y],
         )
         self.page.wait_for_timeout(300)
+
+    def zoom(self, scale: float, offset: tuple[int, int]) -> None:
+        self.page.evaluate(
+            """([scale, offset]) => {
+                app.canvas.ds.scale = scale
+                app.canvas.ds.offset = offset
+                app.canvas.setDirty(true, true)
+            }""",
+            [scale, offset],
+        )
+        self.page.wait_for_timeout(500)
 
     def nodes(self) -> list[dict]:
         """id, type, place, size and complaints of every node."""

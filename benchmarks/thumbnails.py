@@ -1,6 +1,6 @@
 """The pictures of the templates and help pages: each shipped workflow run on the small world, in a real ComfyUI.
 
-    python3 -m benchmarks.thumbnails [NAME ...]
+    python3 -m benchmarks.thumbnails [NAME ...] [nodes]
 
 writes workflows/*.jpg and nodes/web/docs/*.jpg. A workflow keeps its graph; its model, tokens, prompts, pictures and
 sizes become the small world's. Needs Chromium.
@@ -16,10 +16,12 @@ from . import environment
 
 ROOT = Path(__file__).absolute().parents[1]
 HELP = ROOT / "nodes" / "web" / "docs"
+GRAPH = ROOT / "workflows" / "api" / "small_world.jpg"
 FOLDER = "my_pictures"
 SOURCE = "a red circle and a blue square"
 TARGET = "a red circle and a green square"
 WIDTH = 768
+SMALLEST_SHOWN = 576
 SHAPE = 4 / 3  # of a thumbnail: a template's card cuts off what is higher or wider
 
 
@@ -34,9 +36,9 @@ class Picture:
 
 PICTURES = {
     "small_world": Picture("Save Image", help_page="SoftREPASmallWorld"),
-    "text_to_image_sd15": Picture("Save Image", {"Positive prompt": "a green triangle left of an orange cross"}),
-    "text_to_image_sdxl": Picture("Save Image", {"Positive prompt": "a black square above a yellow circle"}),
-    "text_to_image_sd3": Picture("Save Image", {"Positive prompt": SOURCE}, help_page="SoftREPALoadTokens"),
+    "text_to_image_sd15": Picture("Save Image", {"Positive prompt": "a large green triangle"}),
+    "text_to_image_sdxl": Picture("Save Image", {"Positive prompt": "a purple diamond"}),
+    "text_to_image_sd3": Picture("Save Image", {"Positive prompt": SOURCE}),
     "flowedit_sd3": Picture("Save Image", help_page="SoftREPAFlowEdit"),
     "flowedit_sdxl": Picture("Save Image", {"Target": "a red circle and a purple triangle"}),
     "flowedit_sd3_mask": Picture("Save Image"),
@@ -47,6 +49,7 @@ PICTURES = {
 
 
 NODES = (
+    "SoftREPALoadTokens",
     "SoftREPAApplyTokens",
     "SoftREPADataset",
     "SoftREPADatasetFromLatents",
@@ -67,6 +70,7 @@ def on_the_small_world(graph: dict, picture: Picture) -> dict:
         "EmptySD3LatentImage": {"width": 96, "height": 96},
         "LoadImage": {"image": "source.png"},
         "ImageScale": {"width": 96, "height": 96},
+        "PrimitiveInt": {"value": 1},
         "KSampler": {"steps": 20, "cfg": 2.0, "scheduler": "simple"},
         "SoftREPAFlowEdit": {"steps": 20, "n_max": 16, "source_cfg": 1.5, "target_cfg": 4.0, "scheduler": "normal"},
         "SoftREPADataset": {"folder": FOLDER, "resolution": 96},
@@ -107,18 +111,24 @@ def prepare(work: Path) -> None:
 
 
 def photograph_nodes(server) -> None:
-    """The nodes whose runs leave no picture, as they are added to a graph."""
+    """The nodes whose runs leave no picture, as they are added to a graph; and the first template after its run."""
     from PIL import Image
 
     from .frontend import Frontend, chromium
+    from .workflows import WORKFLOWS
 
     with chromium() as browser, tempfile.TemporaryDirectory() as folder:
-        page = Frontend(browser.new_page(viewport={"width": 1200, "height": 1000}), server.port, Path(folder))
+        page = Frontend(browser.new_page(viewport={"width": 1800, "height": 1000}), server.port, Path(folder))
         page.open()
+        page.open_template(WORKFLOWS[0].title)
+        page.run()
+        with Image.open(page.screenshot("graph")) as image:
+            image.convert("RGB").save(GRAPH, quality=85)
         for class_type in NODES:
             page.clear()
             page.add(class_type)
-            with Image.open(page.screenshot(class_type, page.box(page.nodes()[0]["id"]))) as image:
+            page.zoom(1.6, (-150, -120))
+            with Image.open(page.screenshot(class_type, page.box(page.nodes()[0]["id"], margin=40))) as image:
                 image.convert("RGB").save(HELP / f"{class_type}.jpg", quality=90)
 
 
@@ -148,9 +158,19 @@ def thumbnail(source: Path):
     return card
 
 
+def readable(image):
+    """As it is, or enlarged without smoothing."""
+    from PIL import Image
+
+    factor = max(1, SMALLEST_SHOWN // image.width)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.thumbnails", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*PICTURES, []], help="workflows; all of them")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", choices=[*PICTURES, "nodes", []], help="workflows, or nodes; all of them"
+    )
     environment.add_arguments(parser)
     arguments = parser.parse_args()
     environment.enter("benchmarks.thumbnails", arguments.comfyui, arguments.python)
@@ -174,9 +194,9 @@ def main() -> None:
                 thumbnail(source).save(ROOT / "workflows" / f"{workflow.title}.jpg", quality=88)
                 if page := PICTURES[workflow.name].help_page:
                     with Image.open(source) as image:
-                        image.convert("RGB").save(HELP / f"{page}.jpg", quality=90)
+                        readable(image.convert("RGB")).save(HELP / f"{page}.jpg", quality=90)
                 print(workflow.title, flush=True)
-            if not arguments.names:
+            if not arguments.names or "nodes" in arguments.names:
                 photograph_nodes(server)
 
 

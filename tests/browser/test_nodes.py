@@ -7,7 +7,7 @@ PAGES = sorted(path.stem for path in (ROOT / "nodes" / "web" / "docs").glob("*.m
 SEARCHES = {
     "SoftREPA": ("Load SoftREPA Tokens", "Train SoftREPA Tokens"),
     "prompt adherence": ("Load SoftREPA Tokens",),
-    "soft text tokens": ("Load SoftREPA Tokens",),
+    "soft tokens": ("Load SoftREPA Tokens",),
     "inversion free": ("FlowEdit Sampler",),
     "image text folder": ("Caption-Image Folder",),
     "retrieval accuracy": ("SoftREPA Alignment Score",),
@@ -27,9 +27,10 @@ def test_found_by_search_and_added(frontend, words):
     page.mouse.dblclick(800, 500)
     page.wait_for_timeout(700)
     page.keyboard.type(words)
+    page.wait_for_timeout(1000)
+    frontend.screenshot(f"search_{words.replace(' ', '_')}")
     for title in SEARCHES[words]:
         page.get_by_text(title, exact=True).first.wait_for()
-    frontend.screenshot(f"search_{words.replace(' ', '_')}")
     page.get_by_text(SEARCHES[words][0], exact=True).first.click()
     page.wait_for_timeout(500)
     (node,) = frontend.nodes()

@@ -237,7 +237,7 @@ def test_what_a_person_sees_while_it_runs(models, comfy_folders, token_folder):
     assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3", "4"]
     for name in ("step_000002.png", "step_000004.png", "curves.png"):
         with Image.open(logs / name) as picture:
-            assert picture.width > picture.height
+            assert min(picture.size) > 8
     curves = (logs / "curves.png").read_bytes()
     train(models, "sd3", dataset=data, steps=5, filename_prefix="seen", resume=True, **previews)
     assert (logs / "curves.png").read_bytes() != curves
