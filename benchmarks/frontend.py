@@ -162,6 +162,13 @@ class Frontend:
 
     def run(self, timeout: float = 300) -> dict:
         """Press Run and wait for the end. What was seen: progress by node, previews, the error if there was one."""
+        self.start()
+        self.page.wait_for_function("window.seen.done", timeout=timeout * 1000)
+        self.page.wait_for_timeout(1500)
+        return self.page.evaluate("window.seen")
+
+    def start(self) -> None:
+        """Press Run and look on."""
         self.page.evaluate(
             """() => {
                 const seen = window.seen = {progress: {}, previews: {}, texts: {}, error: null, done: false}
@@ -172,14 +179,11 @@ class Frontend:
                 })
                 on('progress_text', detail => { seen.texts[detail.nodeId] = detail.text })
                 on('execution_error', detail => { seen.error = detail; seen.done = true })
-                on('execution_interrupted', () => { seen.done = true })
+                on('execution_interrupted', () => { seen.interrupted = true; seen.done = true })
                 on('execution_success', () => { seen.done = true })
             }"""
         )
         self.page.get_by_test_id("queue-button").first.click()
-        self.page.wait_for_function("window.seen.done", timeout=timeout * 1000)
-        self.page.wait_for_timeout(1500)
-        return self.page.evaluate("window.seen")
 
     def box(self, node_id: str, margin: int = 12) -> dict:
         """Where a node is on the page, for a screenshot."""

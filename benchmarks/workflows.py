@@ -437,7 +437,7 @@ def training(model: Model) -> Workflow:
         "3": dataset(clip, vae, 10.0),
         "4": prompt("Positive prompt of the previews", clip, POSITIVE),
         "5": prompt("Negative prompt of the previews", clip, NEGATIVE),
-        "6": Node("SoftREPATrain", "Train SoftREPA Tokens", train, height=340),
+        "6": Node("SoftREPATrain", "Train SoftREPA Tokens", train, height=480),
         "7": Node(
             "LossGraphNode", "Plot Loss Graph", {"loss": ["6", 1], "filename_prefix": "SoftREPA_loss"}, height=300
         ),

@@ -3,6 +3,7 @@
 from itertools import combinations
 
 import pytest
+from comfyui_softrepa.softrepa import checkpoint
 from softrepa_tests.conftest import ROOT
 
 from benchmarks.frontend import read_graph
@@ -116,3 +117,34 @@ def test_an_error_is_shown_on_its_node(frontend):
     frontend.page.get_by_text(sentence[:60]).first.wait_for()
     frontend.screenshot("error")
     frontend.errors.clear()  # the frontend says it in the console too
+
+
+def test_curves_and_cancel(frontend, server):
+    """Without preview inputs the node shows curves; cancelled, it keeps what it learned and the next run is normal."""
+    frontend.open_template(next(w.title for w in WORKFLOWS if w.name == "train_sd3"))
+    frontend.page.evaluate(
+        """() => {
+            const node = app.graph._nodes.find(node => node.type === 'SoftREPATrain')
+            for (const name of ['preview_positive', 'preview_negative', 'vae']) {
+                node.disconnectInput(node.inputs.findIndex(input => input.name === name))
+            }
+        }"""
+    )
+    endless = {"steps": 100_000, "batch_size": 2, "filename_prefix": "cancelled", "temperature": 2.0}
+    frontend.set_widgets(SMALL | {"SoftREPATrain": endless})
+    frontend.start()
+    frontend.page.wait_for_function(
+        "Object.values(window.seen.progress).some(([value, max]) => max > 9999 && value > 3)"
+    )
+    frontend.page.get_by_role("button", name="Cancel current run").first.click()
+    frontend.page.wait_for_function("window.seen.done")
+    frontend.screenshot("cancelled")
+    seen = frontend.page.evaluate("window.seen")
+    assert seen["interrupted"]
+    (train,) = (node for node in frontend.nodes() if node["type"] == "SoftREPATrain")
+    assert seen["previews"][train["id"]] > 1000
+    tokens = checkpoint.load(server.work / "models" / "softrepa" / "cancelled_00001.safetensors")
+    assert 3 <= int(tokens.metadata["steps"]) < 1000
+    frontend.set_widgets({"SoftREPATrain": {"steps": 2, "filename_prefix": "after"}})
+    assert frontend.run()["error"] is None
+    frontend.screenshot("curves")
