@@ -378,7 +378,13 @@ def flowedit(model: Model, is_masked: bool = False) -> Workflow:
         "12": Node("MaskToImage", "Mask as image", {"mask": ["3", 1]}),
         "13": Node("ImageScale", "Size of the mask", {"image": ["12", 0], "upscale_method": "bilinear"} | size),
         "14": Node("ImageToMask", "Image as mask", {"image": ["13", 0], "channel": "red"}),
-        "15": Node("SetLatentNoiseMask", "Edit only here", {"samples": ["5", 0], "mask": ["14", 0]}),
+        "17": Node("SolidMask", "Rectangle", {"value": 1.0, "width": 320, "height": 500}),
+        "18": Node(
+            "MaskComposite",
+            "Painted, and the rectangle",
+            {"destination": ["14", 0], "source": ["17", 0], "x": 380, "y": 420, "operation": "add"},
+        ),
+        "15": Node("SetLatentNoiseMask", "Edit only here", {"samples": ["5", 0], "mask": ["18", 0]}),
     }
     if is_masked:
         nodes |= mask
@@ -391,8 +397,9 @@ def flowedit(model: Model, is_masked: bool = False) -> Workflow:
         note=(
             f"## FlowEdit on {model.title}" + ", inside a mask" * is_masked,
             "Changes what an image shows by two prompts, without inversion.",
-            "**Image**: load your own. Right-click it, *Open in MaskEditor*, and paint over what may change; "
-            "everything else stays exactly as it is. Without a painted mask nothing may change."
+            "**Mask**: only what it covers may change, everything else stays exactly as it is. The rectangle "
+            "covers the dress of the example. For your own image bypass *Painted, and the rectangle*, right-click the "
+            "image, *Open in MaskEditor*, and paint."
             if is_masked
             else "**Image**: load your own.",
             "**Source prompt** says what it shows, **target prompt** is the same sentence with the words changed that "
@@ -407,7 +414,7 @@ def flowedit(model: Model, is_masked: bool = False) -> Workflow:
         nodes=nodes,
         columns=(
             Column((Group("Model", ("1", "2") if has_t5 else ("1",)), *image)),
-            *([Column((Group("Mask", ("12", "13", "14", "15")),))] if is_masked else []),
+            *([Column((Group("Mask", ("12", "13", "14", "17", "18", "15")),))] if is_masked else []),
             Column((Group("Prompts", ("6", "7", "8")),)),
             Column((Group("Edit", ("9", "10")),)),
             Column((Group("Comparison", ("16", "11")),), width=520),
@@ -451,8 +458,8 @@ def training(model: Model) -> Workflow:
             FOLDER_ADVICE,
             checkpoint_advice(model),
             "**Train SoftREPA Tokens** shows the preview prompt without and with the tokens every `preview_every` "
-            "steps. Disconnect the three preview inputs, and it shows curves of loss and retrieval instead; both are "
-            "kept in `output/softrepa_training`.",
+            "steps, above curves of loss and retrieval; both are kept in `output/softrepa_training`. Without the three "
+            "preview inputs it shows the curves alone.",
             "**resolution** 512 is the paper's. Less is much faster and needs less memory.",
             "**Cancel** keeps what is learned; `resume` goes on. The file is in `models/softrepa`, for *Load "
             "SoftREPA Tokens*.",
@@ -489,7 +496,7 @@ def scoring(model: Model) -> Workflow:
         "1": checkpoint(model),
         "2": tokenizer_options(["1", 1]),
         "3": load_tokens(model, ["1", 0]),
-        "4": dataset(clip, vae, 0.0),
+        "4": dataset(clip, vae, 10.0),
         "5": score("Score without tokens", ["1", 0]),
         "6": score("Score with tokens", ["3", 0]),
     }
@@ -501,8 +508,8 @@ def scoring(model: Model) -> Workflow:
             "Measures how well the model finds the right caption among those of a batch, without and with tokens, by "
             "its own denoising errors. Both use the same noise, so small differences mean something.",
             FOLDER_ADVICE,
-            "Use pictures that the tokens were not trained on: another folder, or the same one with the same "
-            "`validation_percent` as in training.",
+            "Use pictures that the tokens were not trained on: the same folder with the same `validation_percent` as "
+            "in training, or another one, all of it with 0.",
             "**accuracy**: share of images whose own caption fits best; chance is 1 / `batch_size`. **batches** says "
             "how many images are measured: more are slower and surer.",
             checkpoint_advice(model),

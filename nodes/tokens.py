@@ -179,7 +179,11 @@ class SaveTokens(io.ComfyNode):
 
     @classmethod
     def execute(cls, tokens, filename_prefix) -> io.NodeOutput:
-        path = checkpoint.save(tokens, folders.new_token_path(filename_prefix))
+        path = folders.new_token_path(filename_prefix)
+        try:
+            checkpoint.save(tokens, path)
+        except OSError as error:
+            raise SoftREPAError(f"{path} could not be written ({error}), expected a folder with room.") from error
         show_on_node(cls, f"Saved {path.name}")
         return io.NodeOutput(ui=ui.PreviewText(str(path)))
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import SoftREPAError
 from .families import Blocks, Family, family_named, family_of_shape, format_blocks, parse_blocks
-from .files import write_atomically
+from .files import write_tensors
 from .tokens import SoftTokens
 
 FORMAT = "softrepa"
@@ -54,7 +53,7 @@ def save(tokens: SoftTokens, path: str | Path) -> Path:
         "family": tokens.family.name,
         "blocks": format_blocks(tokens.blocks),
     }
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    write_tensors(path, tensors, metadata)
     return path
 
 

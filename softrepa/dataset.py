@@ -29,6 +29,10 @@ class Encodings(Protocol):
     """Where latents and conds come from. Latents are the VAE's own: the model's `process_latent_in` is not applied."""
 
     @property
+    def identity(self) -> str:
+        """Changes with what encodes; data that comes encoded is known by itself."""
+
+    @property
     def empty(self) -> Cond:
         """The encoding of the empty caption."""
 
@@ -152,14 +156,15 @@ class Dataset:
         if images < 2 or captions < 2:
             raise SoftREPAError(
                 f"{self.label} has {images} different images and {captions} different captions for {part}, "
-                "expected at least two of each: the captions of other images are what an image is compared with."
+                "expected at least two of each: the captions of other images are what an image is compared with"
+                + ("; validation_percent divides them." if self.validation else ".")
             )
 
 
 def divide(examples: list[Example], validation_percent: float) -> tuple[list[Example], list[Example]]:
     """Training and validation. What an image contains decides, so copies of one stay together, whatever their names."""
     order = sorted({one.image for one in examples}, key=lambda image: hashlib.sha256(image.encode()).digest())
-    count = max(1, round(len(order) * validation_percent / 100)) if validation_percent else 0
+    count = max(2, round(len(order) * validation_percent / 100)) if validation_percent else 0  # one alone is no choice
     held_out = set(order[:count])
     train = [one for one in examples if one.image not in held_out]
     return train, [one for one in examples if one.image in held_out]

@@ -185,7 +185,10 @@ def load_tokens(name: str) -> SoftTokens:
 
 
 class Line:
-    """The newest message on one line of a terminal; a line each elsewhere."""
+    """Progress, the last line of a message, on one line of a terminal; what is above it once, on lines of its own."""
+
+    def __init__(self):
+        self.told: set[str] = set()
 
     def __enter__(self):
         return self
@@ -195,7 +198,10 @@ class Line:
             print(file=sys.stderr)
 
     def __call__(self, text: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        *notices, progress = text.split("\n")
+        start = "\r\x1b[2K" if sys.stderr.isatty() else ""
+        for notice in notices:
+            if notice not in self.told:
+                self.told.add(notice)
+                print(f"{start}{notice}", file=sys.stderr)
+        print(f"{start}{progress}", end="" if start else "\n", file=sys.stderr, flush=True)

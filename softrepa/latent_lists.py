@@ -15,6 +15,8 @@ PIXELS = 8
 class GivenEncodings:
     """Latents (C, h, w) by image name and conds by caption, all in memory."""
 
+    identity = "given"
+
     def __init__(self, latents: dict[str, Tensor], conds: dict[str, Cond], empty: Cond):
         self.latents, self.conds, self.empty = latents, conds, empty
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import SoftREPAError
-from .files import write_atomically
+from .files import write_tensors
 from .trainer import StepRecord, Trainer
 
 FORMAT = "softrepa-training"
@@ -86,7 +85,7 @@ def save(state: TrainingState, path: Path) -> None:
     metadata |= {key: json.dumps(value, sort_keys=True) for key, value in fields.items()}
     records = [astuple(record) for record in state.records]
     tensors = state.tensors | {"records": _table(records, 6), "held_out": _table(state.held_out, 3)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    write_tensors(path, tensors, metadata)
 
 
 def load(path: Path) -> TrainingState:
@@ -99,10 +98,13 @@ def load(path: Path) -> TrainingState:
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError) as error:
         raise SoftREPAError(f'Checkpoint "{path.name}" cannot be read ({error}), expected a whole file.') from None
-    fields = {key: json.loads(metadata[key]) for key in ("optimizer", "step", "position", "identity")}
+    fields = {"optimizer", "step", "position", "identity"}
+    if missing := sorted({"records", "held_out"} - tensors.keys()) + sorted(fields - metadata.keys()):
+        raise SoftREPAError(f'Checkpoint "{path.name}" lacks {", ".join(missing)}, expected a whole one.')
+    values = {key: json.loads(metadata[key]) for key in fields}
     records = [StepRecord(int(row[0]), int(row[1]), *row[2:]) for row in tensors.pop("records").tolist()]
     held_out = [(int(step), accuracy, loss) for step, accuracy, loss in tensors.pop("held_out").tolist()]
-    return TrainingState(tensors=tensors, records=records, held_out=held_out, **fields)
+    return TrainingState(tensors=tensors, records=records, held_out=held_out, **values)
 
 
 def differences(saved: dict, now: dict) -> list[str]:

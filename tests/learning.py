@@ -10,6 +10,8 @@ from softrepa_tests.tiny_models import CHANNELS, WIDTH, seeded
 class InMemory:
     """Seeded latents and text encodings for a family."""
 
+    identity = "seeded"
+
     def __init__(self, family: str):
         self.family = family
         self.empty = self.cond("")

@@ -85,6 +85,10 @@ class FolderEncodings:
         self._empty: Cond | None = None
 
     @property
+    def identity(self) -> str:
+        return f"{self.clip_name} {self.vae_name}"
+
+    @property
     def empty(self) -> Cond:
         if self._empty is None:
             self._empty = encode_caption(self.clip, "")

@@ -1,6 +1,7 @@
 """The model folder `softrepa`: registering it, listing it, and the paths inside it."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
@@ -81,9 +82,27 @@ def new_token_path(filename_prefix: str) -> Path:
     folder, stem, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(home()))
     while True:
         path = Path(folder) / f"{stem}_{counter:05}.safetensors"
-        if not path.exists() and not checkpoint_path(path).exists():  # a killed run may have left only the latter
+        # a killed run may have left only its checkpoint, one that has just begun only its log folder
+        if not any(one.exists() for one in (path, checkpoint_path(path), log_folder(path))):
             return path
         counter += 1
+
+
+def reserved_token_path(filename_prefix: str) -> Path:
+    """As `new_token_path`, for a run: nobody else gets it, also while nothing is written."""
+    while True:
+        path = new_token_path(filename_prefix)
+        try:
+            log_folder(path).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+
+
+def release(tokens: Path) -> None:
+    """What a run had reserved and left empty."""
+    with suppress(OSError):
+        log_folder(tokens).rmdir()
 
 
 def checkpoint_path(tokens: Path) -> Path:
@@ -102,13 +121,13 @@ def tokens_of_checkpoint(checkpoint: Path) -> Path:
     return home() / inside.with_name(inside.name.removesuffix(CHECKPOINT) + ".safetensors")
 
 
-def newest_checkpoint(filename_prefix: str) -> Path | None:
-    """Of the runs with this prefix, the checkpoint that was written last."""
+def checkpoints(filename_prefix: str) -> list[Path]:
+    """Of the runs with this prefix, the one that was written last first."""
     first = checkpoint_path(new_token_path(filename_prefix))
     stem = first.name.removesuffix(CHECKPOINT).rpartition("_")[0]
     numbered = re.compile(re.escape(stem) + r"_\d+" + re.escape(CHECKPOINT))
     found = [path for path in first.parent.glob(f"*{CHECKPOINT}") if numbered.fullmatch(path.name)]
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def _runs() -> Path:

@@ -36,6 +36,7 @@ def identity(
     return settings | {
         "model": base_model,
         "dataset": dataset.fingerprint,
+        "encoders": dataset.encodings.identity,
         "blocks": format_blocks(start.blocks),
         "n_tokens": start.count,
         "time_table": start.time_table is not None,

@@ -43,6 +43,12 @@ def launch(
     **options,
 ) -> Run:
     """0, -1 and "auto" mean the family's recipe; `options` are those of `TrainingConfig`. Raises SoftREPAError."""
+    least = {"n_tokens": 0, "micro_batch": 0, "checkpoint_every": 0, "preview_every": 1}
+    for (name, low), value in zip(least.items(), (n_tokens, micro_batch, checkpoint_every, preview_every), strict=True):
+        if value < low:
+            raise SoftREPAError(f"{name} is {value}, expected {low} or more.")
+    if denoising_weight < 0 and denoising_weight != -1:
+        raise SoftREPAError(f"denoising_weight is {denoising_weight:g}, expected 0 or more, or -1.")
     config = TrainingConfig(**options, denoising_weight=None if denoising_weight < 0 else denoising_weight)
     if time_table not in TIME_TABLE:
         raise SoftREPAError(f'time_table is "{time_table}", expected one of {", ".join(TIME_TABLE)}.')
@@ -51,22 +57,25 @@ def launch(
     missing = [name for name, value in preview.items() if value is None]
     if missing and len(missing) < len(preview):
         raise SoftREPAError(f"{', '.join(missing)} is not connected, expected all of {', '.join(preview)} or none.")
-    if preview_every < 1:
-        raise SoftREPAError(f"preview_every is {preview_every}, expected 1 or more.")
-    found = folders.newest_checkpoint(filename_prefix) if resume else None
-    path = folders.tokens_of_checkpoint(found) if found else folders.new_token_path(filename_prefix)
-    logs = folders.log_folder(path)
-    reports: list[Report] = []
+    batches = None
     if dataset.validation:
         batches = HeldOut(dataset, config.batch_size, VALIDATION_BATCHES, config.seed)
-        reports.append(Measured(batches, preview_every))
-    reports.append(LogFile(logs / "steps.csv"))
     if not missing:
         check_previews(model, preview_positive, preview_negative, vae)
-        size = dataset.encodings.latent(dataset.train[0]).shape
-        prompts = (preview_positive, preview_negative)
-        reports.append(Samples(*prompts, vae, size, preview_cfg, PREVIEW_STEPS, preview_every, logs))
-    reports.append(Curves(logs / "curves.png", is_shown=bool(missing)))
+
+    def reports(files: Files) -> list[Report]:
+        logs = folders.log_folder(files.tokens)
+        found: list[Report] = [] if batches is None else [Measured(batches, preview_every)]
+        found.append(LogFile(logs / "steps.csv"))
+        if not missing:
+            size = dataset.encodings.latent(dataset.train[0]).shape
+            prompts = (preview_positive, preview_negative)
+            found.append(Samples(*prompts, vae, size, preview_cfg, PREVIEW_STEPS, preview_every, logs))
+        return [*found, Curves(logs / "curves.png")]
+
+    earlier = [folders.tokens_of_checkpoint(path) for path in folders.checkpoints(filename_prefix)] if resume else []
+    paths = earlier or [folders.reserved_token_path(filename_prefix)]
+    runs = [Files(path, folders.checkpoint_path(path), checkpoint_every) for path in paths]
     given = options | {
         "n_tokens": n_tokens,
         "blocks": blocks,
@@ -76,20 +85,23 @@ def launch(
     }
     if init_tokens is not None:
         given["init_tokens"] = init_tokens.name
-    return train(
-        model,
-        dataset,
-        config,
-        plan,
-        Files(path, folders.checkpoint_path(path), checkpoint_every),
-        init_tokens=init_tokens,
-        micro_batch=micro_batch,
-        checkpointing=checkpointing,
-        resume=found is not None,
-        reports=reports,
-        metadata={"inputs": json.dumps(given | dataset.settings, sort_keys=True)},
-        on_progress=say,
-    )
+    try:
+        return train(
+            model,
+            dataset,
+            config,
+            plan,
+            runs[0],
+            resume=runs if earlier else (),
+            init_tokens=init_tokens,
+            micro_batch=micro_batch,
+            checkpointing=checkpointing,
+            reports=reports,
+            metadata={"inputs": json.dumps(given | dataset.settings, sort_keys=True)},
+            on_progress=say,
+        )
+    finally:
+        folders.release(paths[0])
 
 
 def check_previews(model, positive, negative, vae) -> None:

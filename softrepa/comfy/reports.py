@@ -85,28 +85,46 @@ class Measured(Report):
             model, self.batches, seed=config.seed, temperature=config.temperature, logit_scale=config.logit_scale
         )
         session.held_out.append((record.step, measured.accuracy, measured.loss))
-        session.say(f"step {record.step}, held out: loss {measured.loss:.4f}, retrieval {measured.accuracy:.0%}")
+        session.notice(
+            "held out", f"step {record.step}, held out: loss {measured.loss:.4f}, retrieval {measured.accuracy:.0%}"
+        )
 
 
 class Curves(Report):
-    """A picture of loss and retrieval, drawn again every few seconds and kept as a file when the run ends."""
+    """Loss and retrieval, below the newest sample pictures, every few seconds; a file at every checkpoint."""
 
-    def __init__(self, path: Path, is_shown: bool, seconds: float = 5.0):
-        self.path, self.is_shown, self.seconds, self.drawn = path, is_shown, seconds, 0.0
+    def __init__(self, path: Path, seconds: float = 5.0):
+        self.path, self.seconds, self.drawn = path, seconds, 0.0
+        self.sample: Image.Image | None = None
 
     def after(self, record: StepRecord, session: Session) -> None:
-        now = time.monotonic()
-        if self.is_shown and now - self.drawn >= self.seconds:
-            self.drawn = now
-            session.show(curves(session))
+        now, is_new = time.monotonic(), session.sample is not self.sample
+        if is_new or now - self.drawn >= self.seconds:
+            self.drawn, self.sample = now, session.sample
+            session.show(below(session.sample, curves(session)))
+        if session.files.every and record.step % session.files.every == 0:
+            self._save(curves(session))
 
     def ended(self, session: Session) -> None:
         if not session.records:
             return
         picture = curves(session)
+        self._save(picture)
+        session.show(below(session.sample, picture))
+
+    def _save(self, picture: Image.Image) -> None:
         write_atomically(self.path, lambda temporary: picture.save(temporary, "PNG"))
-        if self.is_shown:
-            session.show(picture)
+
+
+def below(sample: Image.Image | None, picture: Image.Image) -> Image.Image:
+    """Both in one picture, as a node shows only one."""
+    if sample is None:
+        return picture
+    height = round(sample.height * picture.width / sample.width)
+    both = Image.new("RGB", (picture.width, height + picture.height))
+    both.paste(sample.resize((picture.width, height)), (0, 0))
+    both.paste(picture, (0, height))
+    return both
 
 
 def curves(session: Session) -> Image.Image:
@@ -143,7 +161,7 @@ class Samples(Report):
         image = Image.fromarray((both * 255).round().astype(np.uint8))
         path = self.folder / f"step_{record.step:06}.png"
         write_atomically(path, lambda temporary: image.save(temporary, "PNG"))
-        session.show(image)
+        session.sample = image
 
     @torch.inference_mode()
     def _picture(self, model, seed: int) -> np.ndarray:

@@ -55,6 +55,9 @@ class HeldOut:
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, batches: int, seed: int):
+        for name, value, least in (("batch_size", batch_size, 2), ("batches", batches, 1)):
+            if value < least:
+                raise SoftREPAError(f"{name} is {value}, expected {least} or more.")
         self.dataset, self.seed = dataset, seed
         self.batch_size = batch_size if dataset.validation else min(batch_size, dataset.different_captions)
         self.batches = batches if dataset.validation else min(batches, max(1, len(dataset) // self.batch_size))
@@ -121,5 +124,5 @@ def score(
 
 def _noise(latents: Tensor, seed: int, batch: int, t: int) -> Tensor:
     """One noise for a batch at a timestep, the same whatever else is scored."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + batch) * 1000 + t)
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + batch) * 1000 + t) % 2**63)
     return torch.randn((1, *latents.shape[1:]), generator=generator)

@@ -50,7 +50,12 @@ class Session:
         say: Callable[[str], None],
     ):
         self.trainer, self.dataset, self.model, self.files = trainer, dataset, model, files
-        self.identity, self.metadata, self.say = identity, metadata, say
+        self.identity, self.metadata, self._say = identity, metadata, say
+        self.notices: dict[str, str] = {}
+        """What stays readable above the progress, by subject."""
+        self.progress = ""
+        self.sample: Image.Image | None = None
+        """The newest preview of a prompt, where somebody draws one."""
         self.records: list[StepRecord] = []
         self.held_out: list[tuple[int, float, float]] = []
         """(step, retrieval accuracy, loss) on images that are not trained on, where somebody measured them."""
@@ -59,12 +64,6 @@ class Session:
         self.bar = ProgressBar(trainer.config.steps)
 
     def go_on_from(self, saved: training_state.TrainingState) -> None:
-        changes = training_state.differences(saved.identity, self.identity)
-        if changes:
-            raise SoftREPAError(
-                f"resume: {self.files.checkpoint.name} is of another run ({'; '.join(changes)}), "
-                "expected the same settings, or resume off."
-            )
         if saved.step > self.trainer.config.steps:
             raise SoftREPAError(
                 f"steps is {self.trainer.config.steps}, expected at least the {saved.step} that "
@@ -74,6 +73,15 @@ class Session:
         self.dataset.restore(saved.position)
         self.records, self.held_out, self.position = list(saved.records), list(saved.held_out), saved.position
         self.written = self._measure()
+
+    def notice(self, subject: str, text: str) -> None:
+        """A line that stays until there is a newer one of its subject."""
+        self.notices[subject] = text
+        self.say(self.progress)
+
+    def say(self, progress: str) -> None:
+        self.progress = progress
+        self._say("\n".join([*self.notices.values(), progress]).strip())
 
     def show(self, image: Image.Image) -> None:
         """A picture in the node."""
@@ -109,7 +117,7 @@ class Session:
         except Exception as error:
             text = f"step {len(self.records)} could not be {done} ({error}); training goes on"
             logging.warning("SoftREPA: %s", text)
-            self.say(text)
+            self.notice("trouble", text)
 
     def tokens(self) -> SoftTokens:
         """As they are after the last finished step."""
@@ -117,7 +125,7 @@ class Session:
         return self.trainer.finished(self.files.tokens.stem, metadata)
 
     def finish(self, reports: Sequence[Report]) -> None:
-        """Write what is not written yet. Raises SoftREPAError where that fails."""
+        """Write what is not written yet, and say where an unfinished run is. Raises SoftREPAError where that fails."""
         try:
             self.write()
         except OSError as error:
@@ -128,6 +136,10 @@ class Session:
         finally:
             for report in reports:
                 self._try(partial(report.ended, self), f"reported by {type(report).__name__}")
+        if not self.records:
+            self.say("stopped before the first step: nothing to save")
+        elif len(self.records) < self.trainer.config.steps:
+            self.say(f"stopped after step {self.written[0]}, saved as {self.files.tokens.name}")
 
     def write(self) -> None:
         """Checkpoint first: what is in the token file can always be gone on from."""

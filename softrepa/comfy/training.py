@@ -137,23 +137,22 @@ def train(
     config: TrainingConfig,
     plan: TokenPlan,
     files: Files,
+    resume: Sequence[Files] = (),
     init_tokens: SoftTokens | None = None,
     micro_batch: int = 0,
     checkpointing: bool = True,
-    resume: bool = False,
-    reports: Sequence[Report] = (),
+    reports: Callable[[Files], Sequence[Report]] = lambda files: (),
     metadata: dict[str, str] | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Run:
     """Learns tokens and writes them: every `files.every` steps, at the end, and when interrupted.
 
-    dataset: see `softrepa.dataset`; latents are VAE latents, `process_latent_in` is done here. With `resume` it goes on
-    from `files.checkpoint`; `metadata` is added to what the token file says of the run. Raises SoftREPAError.
+    dataset: see `softrepa.dataset`; latents are VAE latents, `process_latent_in` is done here. Where there
+    are runs in `resume`, newest first, it goes on with the first of the same configuration, and `files` are not used.
+    `metadata` is added to what the token file says of the run. Raises SoftREPAError.
     """
     shape = checked_model(model)
     check_dataset(dataset, shape, model.model.latent_format.latent_channels, config)
-    with outside_inference():  # the optimiser goes on changing what is read here
-        saved = training_state.load(files.checkpoint) if resume else None
     dataset = dataset.started(config.seed)
     patcher = model.clone(disable_dynamic=True) if model.is_dynamic() else model.clone()
     memory.load_models_gpu([patcher])
@@ -173,18 +172,34 @@ def train(
         trained_on = base_model(model)
         described = description(trained_on, dataset, trainer.config) | (metadata or {})
         settings = identity(trainer.config, start, init_tokens is not None, trained_on, dataset)
+        saved = None
+        if resume:
+            files, saved = same_run(resume, settings)
         session = Session(trainer, dataset, model, files, settings, described, on_progress)
         if saved is not None:
             session.go_on_from(saved)
+        watching = reports(files)
         try:
-            check_gradients(trainer, pairs, dataset, on_progress)
-            session.run(micro_batch, reports)
-        except memory.InterruptProcessingException:
-            on_progress(f"stopped after step {len(session.records)}, saved as {files.tokens.name}")
-            raise
+            check_gradients(trainer, pairs, dataset, session.notice)
+            session.run(micro_batch, watching)
         finally:
-            session.finish(reports)
+            session.finish(watching)
     return Run(session.tokens(), files.tokens, session.records)
+
+
+def same_run(candidates: Sequence[Files], settings: dict) -> tuple[Files, training_state.TrainingState]:
+    """The newest of `candidates` with these settings. Raises SoftREPAError, naming what makes the newest another."""
+    newest: list[str] = []
+    for files in candidates:
+        saved = training_state.load(files.checkpoint)
+        changes = training_state.differences(saved.identity, settings)
+        if not changes:
+            return files, saved
+        newest = newest or changes
+    raise SoftREPAError(
+        f"resume: {candidates[0].checkpoint.name} is of another run ({'; '.join(newest)}), "
+        "expected the same settings, or resume off."
+    )
 
 
 @contextmanager
@@ -233,7 +248,9 @@ def check_dataset(dataset: Dataset, shape: ModelShape, channels: int, config: Tr
         )
 
 
-def check_gradients(trainer: Trainer, pairs: AdaptivePairs, dataset: Dataset, on_progress) -> None:
+def check_gradients(
+    trainer: Trainer, pairs: AdaptivePairs, dataset: Dataset, notice: Callable[[str, str], None]
+) -> None:
     """On two images and captions: a pair fits, every soft block feels its tokens, and the loss the errors."""
     position = dataset.state()  # what the run draws must not depend on this
     latents, conds = (side[:2] for side in trainer.next_batch(trainer.config.batch_size))
@@ -242,7 +259,7 @@ def check_gradients(trainer: Trainer, pairs: AdaptivePairs, dataset: Dataset, on
     rows = trainer.tokens.rows(500, pairs.embed).detach()
     errors, gradients = pairs.one_by_one(rows, latents, noise, conds, 500)
     if pairs.pair_bytes:
-        on_progress(f"one image-caption pair takes {pairs.pair_bytes / 1e9:.2f} GB")
+        notice("memory", f"one image-caption pair takes {pairs.pair_bytes / 1e9:.2f} GB")
     for layer, norm in enumerate(gradients.flatten(3).norm(dim=-1).amax(dim=(0, 1)).tolist()):
         if not norm > 0:
             raise SoftREPAError(
@@ -258,4 +275,4 @@ def check_gradients(trainer: Trainer, pairs: AdaptivePairs, dataset: Dataset, on
             f"{config.temperature}: slope {slope:.0e}. Nothing will be learned from the contrast; try temperature 2."
         )
         logging.warning("SoftREPA: %s", text)
-        on_progress(text)
+        notice("contrast", text)

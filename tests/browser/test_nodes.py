@@ -7,7 +7,13 @@ PAGES = sorted(path.stem for path in (ROOT / "nodes" / "web" / "docs").glob("*.m
 SEARCHES = {
     "SoftREPA": ("Load SoftREPA Tokens", "Train SoftREPA Tokens"),
     "prompt adherence": ("Load SoftREPA Tokens",),
-    "soft tokens": ("Load SoftREPA Tokens",),
+    "soft tokens": ("Apply SoftREPA Tokens",),
+    "export tokens": ("Save SoftREPA Tokens",),
+    "inspect tokens": ("Preview SoftREPA Tokens",),
+    "fine-tune prompt adherence": ("Train SoftREPA Tokens",),
+    "FlowEdit Guider": ("FlowEdit Guider",),
+    "for SamplerCustomAdvanced": ("FlowEdit Sampler (for SamplerCustomAdvanced)",),
+    "load training dataset": ("Dataset from Latents",),
     "inversion free": ("FlowEdit Sampler",),
     "image text folder": ("Caption-Image Folder",),
     "retrieval accuracy": ("SoftREPA Alignment Score",),
@@ -39,6 +45,10 @@ def test_found_by_search_and_added(frontend, words):
 
 def test_every_page_has_its_node(info):
     assert sorted(ours(info)) == PAGES
+
+
+def test_every_node_is_searched_for(info):
+    assert {node["display_name"] for node in ours(info).values()} == {titles[0] for titles in SEARCHES.values()}
 
 
 def test_widgets_and_tooltips(frontend, info):

@@ -46,7 +46,10 @@ def workflow(name: str, **edit) -> dict:
     graph = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
     small = {
         "CheckpointLoaderSimple": {"ckpt_name": "standin_sd3.safetensors"},
+        "LoadImage": {"image": "photograph.png"},
         "ImageScale": {"width": SIZE, "height": SIZE},
+        "SolidMask": {"width": SIZE // 4, "height": SIZE // 4},
+        "MaskComposite": {"x": 5 * SIZE // 8, "y": SIZE // 4},  # inside what is painted
         "SoftREPAFlowEdit": {"steps": 4, "n_max": 3} | edit,
     }
     for node in graph.values():
@@ -58,7 +61,8 @@ def workflow(name: str, **edit) -> dict:
 
 def edited_and_source(server, graph) -> tuple[np.ndarray, np.ndarray]:
     images = server.run(graph, timeout=300).images
-    return tuple(np.asarray(Image.open(images[node][0]).convert("RGB")).astype(int) for node in ("11", "21"))
+    both, source = (np.asarray(Image.open(images[node][0]).convert("RGB")).astype(int) for node in ("11", "21"))
+    return both[:, -SIZE:], source  # the workflow saves the source and the edit side by side
 
 
 def test_the_whole_picture(server):

@@ -1,10 +1,12 @@
 """Runs that stop and go on: the same tokens, bit for bit, and nothing lost or half-written on the way."""
 
 import random
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from comfyui_softrepa.nodes.tokens import SaveTokens
 from comfyui_softrepa.softrepa import checkpoint, training_state
 from comfyui_softrepa.softrepa.comfy import folders
 from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
@@ -12,6 +14,7 @@ from comfyui_softrepa.softrepa.comfy.reports import LogFile
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES
 from comfyui_softrepa.softrepa.trainer import Trainer, new_tokens
+from safetensors.torch import save_file
 from softrepa_tests.learning import dataset, train
 
 
@@ -25,6 +28,7 @@ def runs(comfy_folders):
     shutil.rmtree(folder, ignore_errors=True)
 
 
+FORMAT = {"format": training_state.FORMAT, "format_version": training_state.VERSION}
 OPTIONS = {"temperature": 2.0, "ema_decay": 0.9, "caption_dropout": 0.5, "checkpoint_every": 0}
 
 
@@ -153,6 +157,63 @@ def test_a_loss_that_is_no_number_keeps_what_was_learned(models, token_folder, m
     with pytest.raises(SoftREPAError, match="The loss is nan at step 3, expected a number"):
         train(models, "sd3", steps=9, filename_prefix="run")
     assert checkpoint.load(token_folder / "run_00001.safetensors").metadata["steps"] == "2"
+
+
+def test_a_disk_that_is_really_full(models, token_folder):
+    """The system refuses to write; libraries say so in words of their own."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(SoftREPAError, match=r"run_00001.*could not be written.*saved until now: step 0 of 2"):
+            train(models, "sd3", steps=2, filename_prefix="run")
+        with pytest.raises(SoftREPAError, match=r"mine_00001.*could not be written.*expected a folder with room"):
+            SaveTokens.execute(new_tokens(FAMILIES["sd3"], 384, 4, 5, True, 1, None), "mine")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(token_folder.rglob("*.safetensors")) == []
+
+
+def test_other_encoders_are_another_run(models, token_folder):
+    train(models, "sd3", steps=1, filename_prefix="run")
+    longer = dataset("sd3")
+    longer.encodings.identity = "with more text"
+    with pytest.raises(SoftREPAError, match="encoders was seeded, is with more text"):
+        train(models, "sd3", steps=2, filename_prefix="run", resume=True, dataset=longer)
+
+
+def test_the_newest_run_of_the_same_configuration_is_resumed(models, token_folder):
+    first = train(models, "sd3", steps=1, filename_prefix="run", seed=1)[3]
+    train(models, "sd3", steps=1, filename_prefix="run", seed=2)
+    again = train(models, "sd3", steps=2, filename_prefix="run", seed=1, resume=True)
+    assert (again[2], again[3]) == (2, first)
+
+
+def test_a_run_that_has_begun_keeps_its_name(models, token_folder, monkeypatch):
+    step, inside = Trainer.step, []
+
+    def another(self, micro_batch):
+        if not inside:
+            inside.append(1)
+            inside.append(train(models, "sd3", steps=1, filename_prefix="race")[3])
+        return step(self, micro_batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", another)
+        outer = train(models, "sd3", steps=1, filename_prefix="race")[3]
+    assert Path(outer).name == "race_00001.safetensors"
+    assert Path(inside[1]).name == "race_00002.safetensors"
+
+
+def test_a_checkpoint_without_a_part_is_named(models, token_folder, runs):
+    train(models, "sd3", steps=1, filename_prefix="run")
+    save_file({"records": torch.zeros(0, 6)}, runs / "run_00001.checkpoint.safetensors", FORMAT)
+    with pytest.raises(
+        SoftREPAError, match="lacks held_out, identity, optimizer, position, step, expected a whole one"
+    ):
+        train(models, "sd3", steps=2, filename_prefix="run", resume=True)
 
 
 def test_fewer_steps_than_are_done_are_refused(models, token_folder):

@@ -84,11 +84,12 @@ def test_saving_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     checkpoint.save(SoftTokens.of(torch.ones(4, 768), "sd15", ("down",)), path)
     before = path.read_bytes()
 
-    def full_disk(tensors, filename, metadata):
-        Path(filename).write_bytes(b"half")
+    def full_disk(file, content):
+        with file.open("wb") as opened:
+            opened.write(content[:4])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(SoftTokens.of(torch.zeros(4, 768), "sd15", ("down",)), path)
     assert path.read_bytes() == before
