@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
 
 PACK = "comfyui-softrepa"
 OPTIONS = (
@@ -110,6 +110,20 @@ class Frontend:
 
     def clear(self) -> None:
         self.page.evaluate("app.graph.clear()")
+
+    def search(self, words: str) -> None:
+        """Double-click on the empty canvas and type."""
+        dialog = self.page.get_by_text("Most relevant")
+        for _ in range(5):  # the first clicks may come while the page is still busy
+            self.page.mouse.dblclick(800, 500)
+            try:
+                dialog.first.wait_for(timeout=3000)
+                break
+            except TimeoutError:
+                continue
+        self.page.wait_for_timeout(500)
+        self.page.keyboard.type(words)
+        self.page.wait_for_timeout(1000)
 
     def add(self, class_type: str, x: int = 300, y: int = 200) -> None:
         self.page.evaluate(

@@ -30,10 +30,7 @@ def ours(info: dict) -> dict:
 def test_found_by_search_and_added(frontend, words):
     page = frontend.page
     frontend.clear()
-    page.mouse.dblclick(800, 500)
-    page.wait_for_timeout(700)
-    page.keyboard.type(words)
-    page.wait_for_timeout(1000)
+    frontend.search(words)
     frontend.screenshot(f"search_{words.replace(' ', '_')}")
     for title in SEARCHES[words]:
         page.get_by_text(title, exact=True).first.wait_for()
