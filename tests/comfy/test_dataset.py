@@ -292,8 +292,11 @@ def test_names_that_are_no_folder(photos):
 def test_wrong_inputs(encoders, photos):
     with pytest.raises(SoftREPAError, match="resolution is 100, expected a multiple of 8"):
         read(encoders, resolution=100)
-    with pytest.raises(SoftREPAError, match="1 different images and 1 different captions for validation"):
-        read(encoders, validation_percent=10.0)
+    assert [len(part) for part in (read(encoders, validation_percent=10.0).train, read(encoders).train)] == [2, 4]
+    with pytest.raises(
+        SoftREPAError, match="1 different images and 1 different captions for training.*percent divides"
+    ):
+        read(encoders, validation_percent=80.0)
     for path in photos.glob("*.txt"):
         path.write_text("the same", encoding="utf-8")
     with pytest.raises(SoftREPAError, match="4 different images and 1 different captions for training"):
