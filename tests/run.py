@@ -1,6 +1,8 @@
 """Runs the tests in the prepared environment (benchmarks/environment.py), beside a real ComfyUI.
 
 python3 -m tests.run [--comfyui VERSION] [--python PATH] [pytest arguments]
+
+All tests run on two processes, a file on one of them; with arguments pytest decides.
 """
 
 import argparse
@@ -8,6 +10,8 @@ import subprocess
 import sys
 
 from benchmarks import environment
+
+EVERYTHING = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]  # long files come first by name
 
 
 def main() -> None:
@@ -17,7 +21,7 @@ def main() -> None:
     prepared = environment.prepare_or_exit(arguments.comfyui, arguments.python)
     if subprocess.run([prepared.python, "-c", "import pytest"], capture_output=True).returncode:
         sys.exit(f"{prepared.python} has no pytest: install requirements-dev.txt there.")
-    sys.exit(environment.run_module("pytest", pytest_arguments, prepared))
+    sys.exit(environment.run_module("pytest", pytest_arguments or EVERYTHING, prepared))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def server(tmp_path_factory):
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while Playwright runs, its thread can start no event loop
 def browser():
     with pages.chromium() as running:
         yield running
