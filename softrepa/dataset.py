@@ -3,9 +3,10 @@
 import copy
 import hashlib
 import json
+import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypedDict
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .batches import Drawn, Example, Sampler, by_size, compatible_batches, variety
 from .errors import SoftREPAError
+from .swaps import sense, swaps
 
 SHOWN = 3
 """Examples named in a line of the summary."""
@@ -42,18 +44,26 @@ class Encodings(Protocol):
     def cond(self, caption: str) -> Cond:
         """On the CPU."""
 
+    def prepare(self, captions: list[str]) -> str:
+        """Encodes these too, ahead of their use; says in a line what lies where.
+
+        Raises SoftREPAError where there is no text.
+        """
+
 
 @dataclass(frozen=True)
 class Batch:
     """B images and the caption of each: different images, different captions, one size.
 
-    latents: (B, C, h, w) float32 on the CPU, as the VAE encodes them; keys: the images' names.
+    latents: (B, C, h, w) float32 on the CPU, as the VAE encodes them; keys: the images' names; wrong: for each image
+    captions that are wrong by two swapped words, where they were asked for and there are any.
     """
 
     latents: Tensor
     captions: list[str]
     conds: list[Cond]
     keys: list[str]
+    wrong: list[list[Cond]] = field(default_factory=list)
 
 
 class Dataset:
@@ -115,14 +125,33 @@ class Dataset:
         view._sampler = Sampler(self.train, seed)
         return view
 
-    def batch(self, batch_size: int) -> Batch:
-        """The next training batch; smaller only where a bucket has fewer than `batch_size` images and captions."""
+    def batch(self, batch_size: int, hard_negatives: int = 0) -> Batch:
+        """The next training batch; smaller only where a bucket has fewer than `batch_size` images and captions.
+
+        With up to `hard_negatives` wrong captions for each image.
+        """
         if not 2 <= batch_size <= self.different_captions:
             raise SoftREPAError(
                 f"batch_size is {batch_size}, expected 2 to {self.different_captions}: {self.label} has no more "
                 "different images and captions of one size."
             )
-        return self._encoded(self._sampler.next(batch_size))
+        drawn = self._sampler.next(batch_size)
+        return self._encoded(drawn, self._wrong(drawn, hard_negatives) if hard_negatives else None)
+
+    def prepare_hard_negatives(self) -> str:
+        """Encodes every wrong caption that training can draw; says in a line how many there are.
+
+        Raises SoftREPAError where there are none.
+        """
+        made = {caption: wrong_captions(one, caption) for one in self.train for caption in one.captions}
+        captions = sorted({wrong for found in made.values() for wrong in found})
+        prepared = self.encodings.prepare(captions)
+        if not captions:
+            raise SoftREPAError(
+                f"{self.label} has no caption with two words to swap, expected some, or hard_negatives 0."
+            )
+        without = sum(not found for found in made.values())
+        return f"{len(captions)} hard negatives, none for {without} of {len(made)} captions: {prepared}"
 
     def state(self) -> dict[str, int]:
         """Where the drawing stands."""
@@ -142,12 +171,19 @@ class Dataset:
                 if len(drawn) > 1:
                     yield self._encoded(drawn)
 
-    def _encoded(self, drawn: list[Drawn]) -> Batch:
+    def _wrong(self, drawn: list[Drawn], count: int) -> list[list[Cond]]:
+        rng = random.Random(repr(self.state()))  # a run that is gone on with draws the same
+        found = [wrong_captions(*one) for one in drawn]
+        chosen = [rng.sample(captions, min(count, len(captions))) for captions in found]
+        return [[self.encodings.cond(caption) for caption in captions] for captions in chosen]
+
+    def _encoded(self, drawn: list[Drawn], wrong: list[list[Cond]] | None = None) -> Batch:
         return Batch(
             latents=torch.stack([self.encodings.latent(example) for example, _ in drawn]).float(),
             captions=[caption for _, caption in drawn],
             conds=[self.encodings.cond(caption) for _, caption in drawn],
             keys=[example.name for example, _ in drawn],
+            wrong=wrong or [[] for _ in drawn],
         )
 
     def _check(self, part: str, examples: list[Example]) -> None:
@@ -159,6 +195,12 @@ class Dataset:
                 "expected at least two of each: the captions of other images are what an image is compared with"
                 + ("; validation_percent divides them." if self.validation else ".")
             )
+
+
+def wrong_captions(example: Example, caption: str) -> list[str]:
+    """Swaps of `caption` that say what none of the image's own captions says."""
+    right = {sense(own) for own in example.captions}
+    return [one for one in swaps(caption) if sense(one) not in right]
 
 
 def divide(examples: list[Example], validation_percent: float) -> tuple[list[Example], list[Example]]:

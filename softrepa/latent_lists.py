@@ -26,6 +26,11 @@ class GivenEncodings:
     def cond(self, caption: str) -> Cond:
         return self.conds[caption]
 
+    def prepare(self, captions: list[str]) -> str:
+        raise SoftREPAError(
+            "dataset holds encodings without their text, expected one from Caption-Image Folder for hard_negatives."
+        )
+
 
 def dataset_of_lists(latents: list[dict], conditioning: list[list], empty_conditioning: list[list]) -> Dataset:
     """As Make Training Dataset, Load Training Dataset and Resolution Bucket give them: image k has conditioning k.

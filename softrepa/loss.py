@@ -1,7 +1,10 @@
 """The contrastive objective of SoftREPA (arXiv 2503.08250, section 3), on the matrix of denoising errors.
 
-errors[i, j] is the mean squared denoising error of image i under caption j, (B, B), float32.
+errors[i, j] is the mean squared denoising error of image i under caption j, (B, B), float32. Further columns, (B, J),
+are captions that only some of the images are compared with: `compared` (B, J) says which.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +14,22 @@ LOGIT_SCALE = 4.0
 TEMPERATURE = 0.07
 
 
-def logits(errors: Tensor, temperature: float = TEMPERATURE, scale: float = LOGIT_SCALE) -> Tensor:
+def logits(errors: Tensor, temperature: float | Tensor = TEMPERATURE, scale: float = LOGIT_SCALE) -> Tensor:
     """l_ij = S exp(-e_ij / tau)."""
     return scale * torch.exp(-errors / temperature)
 
 
-def contrast(errors: Tensor, temperature: float = TEMPERATURE, scale: float = LOGIT_SCALE) -> Tensor:
-    """cross_entropy(l_i, i) of each image, (B,)."""
-    return F.cross_entropy(logits(errors, temperature, scale), _own(errors), reduction="none")
+def contrast(
+    errors: Tensor,
+    temperature: float | Tensor = TEMPERATURE,
+    scale: float = LOGIT_SCALE,
+    compared: Tensor | None = None,
+) -> Tensor:
+    """cross_entropy(l_i, i) of each image among the captions it is compared with, (B,)."""
+    scores = logits(errors, temperature, scale)
+    if compared is not None:
+        scores = scores.masked_fill(~compared.to(scores.device), -torch.inf)
+    return F.cross_entropy(scores, _own(errors), reduction="none")
 
 
 def contrastive_loss(
@@ -26,9 +37,33 @@ def contrastive_loss(
     temperature: float = TEMPERATURE,
     scale: float = LOGIT_SCALE,
     denoising_weight: float = 0.0,
+    relative: bool = False,
+    symmetric: bool = False,
+    compared: Tensor | None = None,
 ) -> Tensor:
-    """mean_i cross_entropy(l_i, i) + lambda mean_i e_ii."""
-    return contrast(errors, temperature, scale).mean() + denoising_weight * errors.diagonal().mean()
+    """mean_i cross_entropy(l_i, i) + lambda mean_i e_ii; the rest is not the paper's.
+
+    relative: tau is `temperature` times the batch's mean error in the batch, a constant to the gradient. A batch has
+    one timestep, so that is a tau(t): exp(-e / tau) then dies out at none.
+    symmetric: the mean of this cross-entropy and that of each caption among the images.
+    """
+    in_batch = errors[:, : len(errors)]
+    tau = temperature * in_batch.detach().mean() if relative else temperature
+    value = contrast(errors, tau, scale, compared).mean()
+    if symmetric:
+        value = (value + contrast(in_batch.T, tau, scale).mean()) / 2
+    return value + denoising_weight * denoising_loss(errors)
+
+
+def denoising_loss(errors: Tensor) -> Tensor:
+    """mean_i e_ii."""
+    return errors.diagonal().mean()
+
+
+def comparison(wrong: Sequence[int]) -> Tensor:
+    """Which captions each of B images is compared with, (B, J): all B of the batch, then its own wrong[i] more."""
+    own = torch.block_diag(*(torch.ones(1, count) for count in wrong)).bool()
+    return torch.cat([torch.ones(len(wrong), len(wrong), dtype=torch.bool), own], dim=1)
 
 
 def retrieved(errors: Tensor) -> Tensor:

@@ -43,6 +43,8 @@ def capture(
     tensors = {"generator": trainer.generator.get_state()}
     tensors |= {f"parameter/{key}": value.detach() for key, value in trainer.tokens.named_parameters()}
     tensors |= {f"average/{key}": value for key, value in trainer.average.items()}
+    if trainer.teacher is not None:
+        tensors |= {f"teacher/{key}": value for key, value in trainer.teacher.named_parameters()}
     held = trainer.optimizer.state_dict()
     numbers = {}
     for index, entries in held["state"].items():
@@ -65,6 +67,9 @@ def restore(trainer: Trainer, state: TrainingState) -> None:
         for key, parameter in trainer.tokens.named_parameters():
             parameter.copy_(state.tensors[f"parameter/{key}"])
             trainer.average[key].copy_(state.tensors[f"average/{key}"])
+        if trainer.teacher is not None:
+            for key, parameter in trainer.teacher.named_parameters():
+                parameter.copy_(state.tensors[f"teacher/{key}"])
     entries: dict[int, dict] = {}
     for key, value in state.tensors.items():
         if key.startswith("optimizer/"):

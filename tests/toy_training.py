@@ -16,12 +16,14 @@ class ToyPairs:
     def embed(self, rows):
         return rows
 
-    def gradients(self, rows, latents, noise, conds, t, micro_batch):
+    def gradients(self, rows, latents, noise, conds, t, micro_batch, compared=None):
         self.seen.append((t, noise.sum().item(), [cond["name"] for cond in conds]))
-        errors = torch.empty(len(latents), len(conds))
-        gradients = torch.empty(len(latents), len(conds), *rows.shape)
+        errors = torch.zeros(len(latents), len(conds))
+        gradients = torch.zeros(len(latents), len(conds), *rows.shape)
         for i, x in enumerate(latents):
             for j, cond in enumerate(conds):
+                if compared is not None and not compared[i, j]:
+                    continue
                 leaf = rows.clone().requires_grad_()
                 error = (x.flatten()[:WIDTH] - cond["cross_attn"] - leaf.mean(dim=(0, 1))).square().mean()
                 (gradients[i, j],) = torch.autograd.grad(error, leaf)
@@ -35,7 +37,8 @@ def batches(seed: int = 0):
     def next_batch(size):
         latents = torch.randn(size, 2, 2, 2, generator=generator)
         offset = 0.5 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(5))
-        return latents, [{"name": j, "cross_attn": latents[j].flatten() + offset} for j in range(size)]
+        conds = [{"name": j, "cross_attn": latents[j].flatten() + offset} for j in range(size)]
+        return latents, conds, [[] for _ in conds]
 
     return next_batch
 

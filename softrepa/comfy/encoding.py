@@ -83,6 +83,8 @@ class FolderEncodings:
         self.images, self.clip, self.vae, self.cache = images, clip, vae, cache
         self.clip_name, self.vae_name = clip_identity(clip), vae_identity(vae)
         self._empty: Cond | None = None
+        self.further: list[str] = []
+        """Captions beside those of the images."""
 
     @property
     def identity(self) -> str:
@@ -100,6 +102,10 @@ class FolderEncodings:
     def cond(self, caption: str) -> Cond:
         stored = self._kept(self._text_key(caption), lambda: self._encode_text(caption))
         return {"cross_attn": stored["cross_attn"].float(), "pooled_output": stored.get("pooled_output")}
+
+    def prepare(self, captions: list[str]) -> str:
+        self.further = captions
+        return self.fill()
 
     def fill(self) -> str:
         """Encodes what is not in the cache, as far as it has room; says in a line what lies where."""
@@ -131,7 +137,7 @@ class FolderEncodings:
     def _work(self) -> tuple[dict[str, "Work"], dict[str, "Work"]]:
         """All images and all captions, by key."""
         examples = self.images.train + self.images.validation
-        captions = sorted({caption for one in examples for caption in one.captions})
+        captions = sorted({caption for one in examples for caption in one.captions}.union(self.further))
         pooled = self.empty["pooled_output"]
         text_size = 2 * self.empty["cross_attn"].numel() + (0 if pooled is None else 4 * pooled.numel()) + HEADER
         return (

@@ -46,7 +46,7 @@ def identity(
 
 def tokens_hash(tokens: SoftTokens) -> str:
     digest = hashlib.sha256()
-    for tensor in (tokens.tokens, tokens.time_table):
+    for tensor in (tokens.tokens, tokens.time_table, tokens.negative_tokens):
         if tensor is not None:
             digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

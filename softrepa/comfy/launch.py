@@ -1,6 +1,7 @@
 """A training run from the inputs that people give: the node's widgets, or a configuration file of the same names."""
 
 import json
+import logging
 from collections.abc import Callable
 
 from ..dataset import Dataset
@@ -52,7 +53,12 @@ def launch(
     config = TrainingConfig(**options, denoising_weight=None if denoising_weight < 0 else denoising_weight)
     if time_table not in TIME_TABLE:
         raise SoftREPAError(f'time_table is "{time_table}", expected one of {", ".join(TIME_TABLE)}.')
-    plan = TokenPlan(n_tokens or None, None if blocks == "auto" else blocks, TIME_TABLE[time_table])
+    plan = TokenPlan(
+        n_tokens or None,
+        None if blocks == "auto" else blocks,
+        TIME_TABLE[time_table],
+        two_banks=config.objective == "agsm",
+    )
     preview = {"preview_positive": preview_positive, "preview_negative": preview_negative, "vae": vae}
     missing = [name for name, value in preview.items() if value is None]
     if missing and len(missing) < len(preview):
@@ -62,6 +68,10 @@ def launch(
         batches = HeldOut(dataset, config.batch_size, VALIDATION_BATCHES, config.seed)
     if not missing:
         check_previews(model, preview_positive, preview_negative, vae)
+    if config.hard_negatives:
+        prepared = dataset.prepare_hard_negatives()
+        logging.info("SoftREPA: %s", prepared)
+        say(prepared)
 
     def reports(files: Files) -> list[Report]:
         logs = folders.log_folder(files.tokens)

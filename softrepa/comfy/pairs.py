@@ -1,7 +1,7 @@
 """Denoising errors of image-caption pairs by a MODEL's own network, and their gradients by the soft rows."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
@@ -75,18 +75,25 @@ class Captions:
     def joined(self, indices: list[int]) -> dict[str, Tensor]:
         return {key: torch.cat([self.of[j][key] for j in indices]) for key in self.of[0]}
 
-    def runs(self, micro_batch: int, images: int) -> list[tuple[list[int], list[int]]]:
-        """All pairs as (image indices, caption indices), at most `micro_batch` each, of one text length each."""
+    def runs(self, micro_batch: int, compared: Tensor) -> Iterator[tuple[list[int], list[int]]]:
+        """The pairs of `compared` (B, J) as (image indices, caption indices).
+
+        At most `micro_batch` at a time, of one text length each.
+        """
         lengths: dict[torch.Size, list[int]] = {}
         for j, caption in enumerate(self.of):
             lengths.setdefault(caption["c_crossattn"].shape, []).append(j)
-        runs = []
         for captions in lengths.values():
-            pairs = [(i, j) for j in captions for i in range(images)]
+            pairs = [(i, j) for j in captions for i in compared[:, j].nonzero().flatten().tolist()]
             for start in range(0, len(pairs), micro_batch):
                 run = pairs[start : start + micro_batch]
-                runs.append(([i for i, _ in run], [j for _, j in run]))
-        return runs
+                yield [i for i, _ in run], [j for _, j in run]
+
+
+def gradient_of(values: Tensor, leaf: Tensor, scale: float) -> Tensor:
+    """Each value's gradient by its own row of `leaf`; backward times `scale`, for a mean's seed underflows in fp16."""
+    (gradient,) = torch.autograd.grad(values.sum() * scale, leaf)
+    return gradient / scale
 
 
 class PairNetwork:
@@ -120,28 +127,38 @@ class PairNetwork:
         """(B, B) without gradients."""
         sigma, seen, target, captions = self.prepared(latents, noise, conds, t)
         errors = torch.empty(len(latents), len(conds), device=seen.device)
-        for images, texts in captions.runs(micro_batch, len(latents)):
+        every = torch.ones(errors.shape, dtype=torch.bool)
+        for images, texts in captions.runs(micro_batch, every):
             output = self.output(seen[images], sigma, captions.joined(texts))
             errors[images, texts] = pair_error(output, target[images])
         return errors
 
     def gradients(
-        self, rows: Tensor, latents: Tensor, noise: Tensor, conds: list[Cond], t: int, micro_batch: int
+        self,
+        rows: Tensor,
+        latents: Tensor,
+        noise: Tensor,
+        conds: list[Cond],
+        t: int,
+        micro_batch: int,
+        compared: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Errors (B, B) and each pair's gradient of its own error by `rows` (L, m, d): (B, B, L, m, d)."""
+        """Errors (B, J) and each pair's gradient of its own error by `rows` (L, m, d): (B, J, L, m, d).
+
+        Of the pairs in `compared` (B, J), or of all; 0 elsewhere.
+        """
         sigma, seen, target, captions = self.prepared(latents, noise, conds, t)
         rows = rows.to(seen.device)
-        errors = torch.empty(len(latents), len(conds), device=seen.device)
-        gradients = torch.empty(*errors.shape, *rows.shape, device=seen.device)
-        scale = target[0].numel()  # the mean error's seed would underflow in fp16
-        for images, texts in captions.runs(micro_batch, len(latents)):
+        errors = torch.zeros(len(latents), len(conds), device=seen.device)
+        gradients = torch.zeros(*errors.shape, *rows.shape, device=seen.device)
+        if compared is None:
+            compared = torch.ones(errors.shape, dtype=torch.bool)
+        for images, texts in captions.runs(micro_batch, compared):
             memory.throw_exception_if_processing_interrupted()
             leaf = rows.expand(len(images), *rows.shape).clone().requires_grad_()
-            output = self.output(seen[images], sigma, captions.joined(texts), leaf)
-            error = pair_error(output, target[images])
-            (gradient,) = torch.autograd.grad(error.sum() * scale, leaf)
+            error = pair_error(self.output(seen[images], sigma, captions.joined(texts), leaf), target[images])
             errors[images, texts] = error.detach()
-            gradients[images, texts] = gradient / scale
+            gradients[images, texts] = gradient_of(error, leaf, target[0].numel())
         return errors, gradients
 
     def embed(self, rows: Tensor) -> Tensor:

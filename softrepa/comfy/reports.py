@@ -1,6 +1,7 @@
 """What a person sees of a training run while it goes on: curves, held-out figures, sample pictures, log files."""
 
 import csv
+import math
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -134,9 +135,11 @@ def curves(session: Session) -> Image.Image:
     panels = []
     for title, name, column in (("Loss", "loss", 2), ("Retrieval", "accuracy", 1)):
         values = smooth([getattr(record, name) for record in session.records], SMOOTHED)
-        lines = [Line("in the batch", steps, values)]
+        lines = [Line("in the batch", steps, values)] if math.isfinite(values[0]) else []
         if session.held_out:
             lines.append(Line("held out", held_out[0], held_out[column]))
+        if not lines:  # the denoising objective compares no captions
+            continue
         chance = ("chance", 1 / session.trainer.config.batch_size) if name == "accuracy" else None
         low, high = (0.0, 1.0) if name == "accuracy" else (None, None)
         panels.append(Chart(f"{title}, mean of {SMOOTHED} steps", "step", tuple(lines), chance, low, high))

@@ -1,6 +1,7 @@
 """The steps of one training run, who looks at them, and what the run leaves on disk."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -162,7 +163,8 @@ def progress_line(records: list[StepRecord], steps: int, done: int, seconds: flo
     accuracy = sum(record.accuracy for record in recent) / len(recent)
     rate = done / max(seconds, 1e-9)
     left = int((steps - len(records)) / rate)
+    retrieval = "" if math.isnan(accuracy) else f"retrieval {accuracy:.0%}, "
     return (
-        f"step {len(records)}/{steps}, loss {loss:.4f}, retrieval {accuracy:.0%}, {rate:.2f} steps/s, "
+        f"step {len(records)}/{steps}, loss {loss:.4f}, {retrieval}{rate:.2f} steps/s, "
         f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
     )

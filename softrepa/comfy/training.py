@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from .. import training_state
 from ..dataset import Cond, Dataset
 from ..errors import SoftREPAError
 from ..families import TEXT_WIDTH, Blocks, format_blocks, parse_blocks
-from ..loss import contrastive_loss
+from ..loss import denoising_loss
 from ..tokens import SoftTokens
 from ..trainer import StepRecord, Trainer, TrainingConfig, new_tokens
 from .identity import base_model, description, identity
 from .models import ModelShape, check_fit, model_shape
 from .pairs import PairNetwork, halving, is_out_of_memory
+from .score_matching import regression
 from .session import Files, Report, Session
 from .state import KEY
 
@@ -37,6 +38,7 @@ class TokenPlan:
     n_tokens: int | None = None
     blocks: str | None = None
     time_table: bool | None = None
+    two_banks: bool = False
 
     def start(self, shape: ModelShape, seed: int, empty: Cond) -> SoftTokens:
         """Fresh tokens for a model of this shape; `empty` is the cond of ""."""
@@ -44,12 +46,14 @@ class TokenPlan:
         has_table = recipe.has_time_table if self.time_table is None else self.time_table
         bos = empty["cross_attn"][0, 0].clone() if recipe.starts_from_bos else None
         count = self.n_tokens or recipe.n_tokens
-        return new_tokens(family, shape.width, count, self._blocks(shape), has_table, seed, bos)
+        return new_tokens(family, shape.width, count, self._blocks(shape), has_table, seed, bos, self.two_banks)
 
     def checked(self, tokens: SoftTokens) -> SoftTokens:
         """`tokens` to go on from. Raises SoftREPAError where they are not what is asked for."""
-        if tokens.negative_tokens is not None:
+        if tokens.negative_tokens is not None and not self.two_banks:
             raise SoftREPAError(f"{tokens.label} have a second bank, expected one: training would leave it behind.")
+        if tokens.negative_tokens is None and self.two_banks:
+            tokens = replace(tokens, negative_tokens=tokens.tokens)
         has_table = tokens.time_table is not None
         blocks = format_blocks(tokens.blocks)
         wanted = self.blocks and format_blocks(parse_blocks(self.blocks, tokens.family, "Training"))
@@ -92,12 +96,20 @@ class AdaptivePairs:
     def embed(self, rows):
         return self.network.embed(rows)
 
-    def gradients(self, rows, latents, noise, conds, t, micro_batch):
+    def gradients(self, rows, latents, noise, conds, t, micro_batch, compared):
         """As `PairNetwork.gradients`; `micro_batch` 0 fills the memory."""
+        return self._fitted(self.network.gradients, rows, latents, noise, conds, t, micro_batch, compared)
+
+    def regression(self, aims, banks, teacher, latents, noise, conds, t, micro_batch, compared):
+        """As `score_matching.regression`; `micro_batch` 0 fills the memory."""
+        call = partial(regression, self.network, aims, banks)
+        return self._fitted(call, teacher, latents, noise, conds, t, micro_batch, compared)
+
+    def _fitted(self, call, rows, latents, noise, conds, t, micro_batch, compared):
         if not self.at_once:
             self.at_once = micro_batch or self.fitting(rows, latents, noise, conds, t)
-        size = min(self.at_once, len(latents) ** 2)
-        found, fitted = halving(partial(self.network.gradients, rows, latents, noise, conds, t), size)
+        size = min(self.at_once, int(compared.sum()))
+        found, fitted = halving(lambda size: call(rows, latents, noise, conds, t, size, compared), size)
         if fitted < size:
             self.at_once = fitted
         return found
@@ -164,9 +176,9 @@ def train(
         pairs = AdaptivePairs(network, patcher.load_device)
 
         def next_batch(size):
-            batch = dataset.batch(size)
+            batch = dataset.batch(size, config.hard_negatives)
             memory.load_models_gpu([patcher])  # encoding on the fly may have pushed it out
-            return patcher.model.process_latent_in(batch.latents.clone()), batch.conds
+            return patcher.model.process_latent_in(batch.latents.clone()), batch.conds, batch.wrong
 
         trainer = Trainer(config, start, pairs, next_batch, dataset.empty)
         trained_on = base_model(model)
@@ -253,7 +265,7 @@ def check_gradients(
 ) -> None:
     """On two images and captions: a pair fits, every soft block feels its tokens, and the loss the errors."""
     position = dataset.state()  # what the run draws must not depend on this
-    latents, conds = (side[:2] for side in trainer.next_batch(trainer.config.batch_size))
+    latents, conds, _ = (side[:2] for side in trainer.next_batch(trainer.config.batch_size))
     dataset.restore(position)
     noise = torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(0))
     rows = trainer.tokens.rows(500, pairs.embed).detach()
@@ -265,14 +277,17 @@ def check_gradients(
             raise SoftREPAError(
                 f"Soft block {layer} gets no gradient, expected one in each: another node replaces its attention."
             )
-    errors = errors.detach().requires_grad_()
     config = trainer.config
-    contrast = contrastive_loss(errors, config.temperature, config.logit_scale)
+    if config.objective != "contrastive":
+        return
+    errors = errors.detach().requires_grad_()
+    contrast = trainer.objective(errors) - (config.denoising_weight or 0.0) * denoising_loss(errors)
     slope = torch.autograd.grad(contrast, errors)[0].abs().max().item()
     if slope < VANISHING:
         text = (
             f"The contrastive loss hardly depends on the errors (about {errors.mean().item():.2f}) at temperature "
-            f"{config.temperature}: slope {slope:.0e}. Nothing will be learned from the contrast; try temperature 2."
+            f"{config.temperature}: slope {slope:.0e}. Nothing will be learned from the contrast; try temperature_mode "
+            "relative with temperature 1."
         )
         logging.warning("SoftREPA: %s", text)
         notice("contrast", text)

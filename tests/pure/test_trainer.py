@@ -106,7 +106,7 @@ def test_running_average():
 
 def test_a_loss_that_is_no_number_stops_the_run():
     run = trainer()
-    run.next_batch = lambda size: (torch.full((size, 2, 2, 2), torch.nan), batches()(size)[1])
+    run.next_batch = lambda size: (torch.full((size, 2, 2, 2), torch.nan), *batches()(size)[1:])
     with pytest.raises(SoftREPAError, match="The loss is nan at step 1, expected a number"):
         run.step(1)
 

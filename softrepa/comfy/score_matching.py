@@ -1,0 +1,73 @@
+"""The loss of AGSM on a MODEL's own network: each pair's prediction regressed onto an aim of its own."""
+
+import comfy.model_management as memory
+import torch
+from torch import Tensor
+
+from ..agsm import pair_weights
+from ..dataset import Cond
+from ..noising import pair_error
+from ..trainer import Aims
+from .pairs import PairNetwork, gradient_of
+
+Pair = tuple[int, int]
+"""An image and a caption, by index."""
+
+
+def regression(
+    network: PairNetwork,
+    aims: Aims,
+    banks: Tensor,
+    teacher: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    conds: list[Cond],
+    t: int,
+    micro_batch: int,
+    compared: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss (`softrepa.agsm`), errors (B, J) and the loss's gradient by `banks` (2, L, m, d).
+
+    Image i is predicted under caption i with the first bank, under the others of `compared` (B, J) with the second.
+    What each is regressed onto comes by `aims` from predictions with `teacher` (2, L, m, d); these are kept for as many
+    images as have `micro_batch` captions, or one.
+    """
+    sigma, seen, target, captions = network.prepared(latents, noise, conds, t)
+    banks, teacher = banks.to(seen.device), teacher.to(seen.device)
+    weights = pair_weights(compared).to(seen.device)
+    errors = torch.zeros(compared.shape, device=seen.device)
+    loss, gradient = torch.zeros((), device=seen.device), torch.zeros_like(banks)
+
+    def predicted(images: list[int], texts: list[int], rows: Tensor) -> Tensor:
+        memory.throw_exception_if_processing_interrupted()
+        return network.output(seen[images], sigma, captions.joined(texts), rows)
+
+    at_once = max(1, micro_batch // int(compared.sum(dim=1).max()))
+    for group in torch.arange(len(latents)).split(at_once):
+        those = torch.zeros_like(compared)
+        those[group] = compared[group]
+        runs = list(captions.runs(micro_batch, those))
+        kept: dict[Pair, Tensor] = {}
+        with torch.no_grad():
+            for images, texts in runs:
+                output = predicted(images, texts, teacher[_banks(images, texts)])
+                kept.update(zip(zip(images, texts, strict=True), output.float(), strict=True))
+        for i in group.tolist():
+            own = [pair for pair in kept if pair[0] == i]
+            is_own = torch.tensor([j == i for _, j in own], device=seen.device)
+            kept.update(zip(own, aims(target[i], torch.stack([kept[pair] for pair in own]), is_own), strict=True))
+        for images, texts in runs:
+            places = _banks(images, texts)
+            leaf = banks[places].clone().requires_grad_()
+            output = predicted(images, texts, leaf)
+            aim = torch.stack([kept[pair] for pair in zip(images, texts, strict=True)])
+            parts = weights[images, texts] * pair_error(output, aim)
+            gradient.index_add_(0, places.to(seen.device), gradient_of(parts, leaf, aim[0].numel()))
+            loss += parts.detach().sum()
+            errors[images, texts] = pair_error(output.detach(), target[images])
+    return loss, errors, gradient
+
+
+def _banks(images: list[int], texts: list[int]) -> Tensor:
+    """0 for an image's own caption, 1 for another."""
+    return torch.tensor([int(i != j) for i, j in zip(images, texts, strict=True)])

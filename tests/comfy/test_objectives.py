@@ -1,0 +1,135 @@
+"""The other objectives against plain implementations: one graph over all pairs, the gradient by autograd alone."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from comfyui_softrepa.softrepa import agsm
+from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.score_matching import regression
+from comfyui_softrepa.softrepa.loss import comparison, contrastive_loss
+from comfyui_softrepa.softrepa.trainer import TrainableTokens, backward_through_pairs
+from softrepa_tests.golden_step import FAMILIES, TIMESTEP, batch, golden_tokens
+from softrepa_tests.sampling import relative_error
+from softrepa_tests.tiny_models import seeded
+
+WRONG = (2, 0, 1)
+"""Hard negatives of each image."""
+OWN_CAPTIONS = ([0, 1, 2, 3, 4], [0, 1, 2], [0, 1, 2, 5])
+"""By hand: what each image is compared with when the wrong captions follow the batch's."""
+MICRO_BATCHES = (1, 2, 5, 100)
+
+
+def with_wrong_captions(family: str):
+    """The golden step's batch and three more captions."""
+    latents, noise, conds = batch(family)
+    more = []
+    for number in range(sum(WRONG)):
+        cond = {"cross_attn": seeded(conds[0]["cross_attn"].shape, f"{family}/wrong/{number}", 1.0)}
+        if "pooled_output" in conds[0]:
+            cond["pooled_output"] = seeded(conds[0]["pooled_output"].shape, f"{family}/wrong/pooled/{number}", 1.0)
+        more.append(cond)
+    return latents, noise, [*conds, *more]
+
+
+def two_banks(family: str, name: str = "second"):
+    tokens = golden_tokens(family)
+    return replace(tokens, negative_tokens=seeded(tokens.tokens.shape, f"{family}/{name}", 0.5))
+
+
+class Plain:
+    """One image and one caption at a time, all in one graph."""
+
+    def __init__(self, model, family):
+        self.t = TIMESTEP[family]
+        self.network = PairNetwork(model, golden_tokens(family).blocks, checkpointing=False)
+        latents, noise, conds = with_wrong_captions(family)
+        self.sigma, self.seen, self.target, self.captions = self.network.prepared(latents, noise, conds, self.t)
+
+    def output(self, i, j, rows):
+        return self.network.output(self.seen[i : i + 1], self.sigma, self.captions.of[j], rows.unsqueeze(0))[0]
+
+    def error(self, i, j, rows):
+        return (self.output(i, j, rows) - self.target[i]).square().mean()
+
+
+def same_gradients(ours: TrainableTokens, plain: TrainableTokens) -> None:
+    for (name, one), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert other.grad.abs().max() > 0, name
+        assert relative_error(one.grad, other.grad) <= 1e-4, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("micro_batch", MICRO_BATCHES)
+def test_hard_negatives(models, family, micro_batch):
+    with torch.inference_mode(False), torch.enable_grad():
+        by_hand = Plain(models[family], family)
+        plain, ours = TrainableTokens(golden_tokens(family)), TrainableTokens(golden_tokens(family))
+        rows = plain.rows(by_hand.t)
+        loss = 0.0
+        for i, captions in enumerate(OWN_CAPTIONS):
+            errors = torch.stack([by_hand.error(i, j, rows) for j in captions])
+            scores = 4 * torch.exp(-errors / 2)
+            loss = loss - (scores[captions.index(i)] - scores.exp().sum().log()) / 3 + 10 * errors[i] / 3
+        loss.backward()
+
+        compared = comparison(WRONG)
+        network = PairNetwork(models[family], ours.blocks)
+        value, errors = backward_through_pairs(
+            ours.rows(by_hand.t),
+            lambda rows: network.gradients(rows, *with_wrong_captions(family), by_hand.t, micro_batch, compared),
+            lambda errors: contrastive_loss(errors, 2.0, denoising_weight=10.0, compared=compared),
+        )
+    assert abs(value - loss) <= 1e-5 * loss.abs()
+    assert errors[~compared].abs().max() == 0
+    same_gradients(ours, plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("micro_batch", MICRO_BATCHES)
+def test_alignment_guided_score_matching(models, family, micro_batch):
+    """The paper's sums written out, with a teacher of its own tokens and other constants than the defaults."""
+    positive, negative, temperature = 0.8, 0.3, 0.5
+    with torch.inference_mode(False), torch.enable_grad():
+        by_hand = Plain(models[family], family)
+        plain, ours = TrainableTokens(two_banks(family)), TrainableTokens(two_banks(family))
+        start = two_banks(family, "teacher")
+        shifted = replace(start, tokens=seeded(start.tokens.shape, "shift", 0.5))
+        teacher = TrainableTokens(shifted).requires_grad_(False)
+        banks, slow = plain.banks(by_hand.t), teacher.banks(by_hand.t)
+        matching, others, pairs = 0.0, 0.0, 0
+        for i, captions in enumerate(OWN_CAPTIONS):
+            with torch.no_grad():
+                predicted = {j: by_hand.output(i, j, slow[int(i != j)]) for j in captions}
+                likelihood = {
+                    j: torch.exp(-(v - by_hand.target[i]).square().mean() / temperature) for j, v in predicted.items()
+                }
+                mean = sum(likelihood[j] * predicted[j] for j in captions) / sum(likelihood.values())
+            for j in captions:
+                guidance = predicted[j] - mean
+                if i == j:
+                    aim = by_hand.target[i] + positive * guidance
+                    matching = matching + (by_hand.output(i, j, banks[0]) - aim).square().mean()
+                else:
+                    aim = by_hand.target[i] - negative * guidance
+                    others = others + (by_hand.output(i, j, banks[1]) - aim).square().mean()
+                    pairs += 1
+        loss = matching / 3 + others / pairs
+        loss.backward()
+
+        value, errors, gradient = regression(
+            PairNetwork(models[family], ours.blocks),
+            partial(agsm.aims, temperature=temperature, positive=positive, negative=negative),
+            ours.banks(by_hand.t).detach(),
+            slow,
+            *with_wrong_captions(family),
+            by_hand.t,
+            micro_batch,
+            comparison(WRONG),
+        )
+        ours.banks(by_hand.t).backward(gradient)
+        own = torch.stack([by_hand.error(i, i, banks[0]) for i in range(3)])
+    assert abs(value - loss) <= 1e-5 * loss.abs()
+    assert relative_error(errors.diagonal(), own) <= 1e-5
+    same_gradients(ours, plain)

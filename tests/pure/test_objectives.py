@@ -1,0 +1,147 @@
+"""The objectives' own sums, on small numbers."""
+
+import pytest
+import torch
+from comfyui_softrepa.softrepa import agsm
+from comfyui_softrepa.softrepa.batches import Example
+from comfyui_softrepa.softrepa.dataset import Dataset
+from comfyui_softrepa.softrepa.errors import SoftREPAError
+from comfyui_softrepa.softrepa.latent_lists import dataset_of_lists
+from comfyui_softrepa.softrepa.loss import comparison, contrastive_loss
+from comfyui_softrepa.softrepa.swaps import MOST, swaps
+from comfyui_softrepa.softrepa.trainer import TrainingConfig
+from softrepa_tests.toy_training import trainer
+
+
+def test_who_is_compared_with_whom():
+    found = comparison([2, 0, 1])
+    assert [row.nonzero().flatten().tolist() for row in found] == [[0, 1, 2, 3, 4], [0, 1, 2], [0, 1, 2, 5]]
+    assert comparison([0, 0]).tolist() == [[True, True], [True, True]]
+
+
+def test_an_aim_without_guidance_is_the_target():
+    torch.manual_seed(0)
+    target, predictions = torch.randn(4, 8, 8), torch.randn(3, 4, 8, 8)
+    is_own = torch.tensor([False, True, False])
+    plain = agsm.aims(target, predictions, is_own, positive=0.0, negative=0.0)
+    assert torch.equal(plain, target.expand_as(plain))
+    moved = agsm.aims(target, predictions, is_own)
+    assert (moved - target).abs().amax(dim=(1, 2, 3))[1] > (moved - target).abs().amax(dim=(1, 2, 3))[0]
+
+
+def test_symmetric_and_relative_by_hand():
+    errors = torch.tensor([[0.1, 0.4], [0.3, 0.2]], requires_grad=True)
+    scores = 4 * torch.exp(-errors / (2 * 0.25))
+    rows, columns = (-(scores.softmax(dim).diagonal().log().mean()) for dim in (1, 0))
+    found = contrastive_loss(errors, 2.0, relative=True, symmetric=True)
+    assert torch.allclose(found, (rows + columns) / 2)
+    ours, plain = (torch.autograd.grad(value, errors)[0] for value in (found, (rows + columns) / 2))
+    assert torch.allclose(ours, plain)
+
+
+def test_relative_temperature_leaves_no_timestep_without_gradient():
+    for size in (0.01, 1.0, 30.0):
+        errors = (size * torch.tensor([[1.0, 1.1], [1.2, 0.9]])).requires_grad_()
+        (gradient,) = torch.autograd.grad(contrastive_loss(errors, 1.0, relative=True), errors)
+        assert 0.1 < size * gradient.abs().max() < 10
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        (
+            "a red square left of a blue circle",
+            {"a red circle left of a blue square", "a blue square left of a red circle"},
+        ),
+        ("a circle above a square", {"a square above a circle"}),
+        ("a circle and a square", set()),
+        ("a red circle and a red square", set()),
+        ("two circles and a square", {"two square and a circles"}),
+        ("Two dogs, a cat", {"Two cat, a dogs"}),
+        ("three small red circles", set()),
+        (
+            "the man's hat on a well-kept table",
+            {"the man's table on a well-kept hat", "the well-kept hat on a man's table"},
+        ),
+        ("", set()),
+    ],
+)
+def test_swapped_words(caption, expected):
+    assert set(swaps(caption)) == expected
+
+
+def test_long_captions_give_a_few_swaps_and_always_the_same():
+    caption = "a red circle, a blue cross, a green diamond and a yellow square"
+    assert len(swaps(caption)) == MOST
+    assert swaps(caption) == swaps(caption)
+    assert caption not in swaps(caption)
+
+
+class Texts:
+    """Encodings that are their captions."""
+
+    identity, empty = "texts", ""
+
+    def __init__(self):
+        self.prepared = []
+
+    def latent(self, example):
+        return torch.zeros(4, 8, 8)
+
+    def cond(self, caption):
+        return caption
+
+    def prepare(self, captions):
+        self.prepared = captions
+        return "encoded"
+
+
+def dataset(*captions: tuple[str, ...]) -> Dataset:
+    examples = [Example(f"{i}.png", f"digest{i}", own, (64, 64)) for i, own in enumerate(captions)]
+    return Dataset("toy", examples, [], Texts(), [])
+
+
+def test_batches_with_hard_negatives():
+    data = dataset(("a red circle and a blue cross", "a blue circle and a red cross"), ("a cat on a mat",), ("a cat",))
+    assert data.prepare_hard_negatives() == "1 hard negatives, none for 3 of 4 captions: encoded"
+    first, again = data.started(0), data.started(0)
+    for _ in range(4):
+        batch = first.batch(3, hard_negatives=2)
+        found = dict(zip(batch.captions, batch.wrong, strict=True))
+        assert found["a cat on a mat"] == ["a mat on a cat"]
+        assert found["a cat"] == []
+        assert again.batch(3, hard_negatives=2).wrong == batch.wrong
+    assert data.started(0).batch(3).wrong == [[], [], []]
+
+
+def test_hard_negatives_that_cannot_be():
+    with pytest.raises(SoftREPAError, match="has no caption with two words to swap"):
+        dataset(("a cat",), ("a dog",)).prepare_hard_negatives()
+    conditioning = [[[torch.full((1, 77, 8), float(value)), {}]] for value in range(2)]
+    given = dataset_of_lists([{"samples": torch.randn(2, 4, 8, 8)}], conditioning, conditioning[:1])
+    with pytest.raises(SoftREPAError, match="without their text, expected one from Caption-Image Folder"):
+        given.prepare_hard_negatives()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "clip"}, 'objective is "clip", expected one of contrastive, denoising, agsm'),
+        ({"temperature_mode": "auto"}, 'temperature_mode is "auto", expected one of fixed, relative'),
+        ({"objective": "agsm", "symmetric": True}, "symmetric is True, expected its default with objective agsm"),
+        ({"objective": "denoising", "hard_negatives": 1}, "hard_negatives is 1, expected its default"),
+        ({"hard_negatives": -1}, "hard_negatives is -1, expected 0 or more"),
+        ({"negative_guidance": -1.0}, "negative_guidance is -1.0, expected 0 or more"),
+    ],
+)
+def test_what_does_not_go_together(options, message):
+    with pytest.raises(SoftREPAError, match=message):
+        TrainingConfig(steps=1, **options)
+
+
+def test_the_control_compares_nothing():
+    run = trainer(objective="denoising", temperature=0.07, learning_rate=0.02)
+    records = [run.step(1) for _ in range(60)]
+    assert all(record.accuracy != record.accuracy for record in records)
+    assert all(record.loss == pytest.approx(record.matching_error) for record in records)
+    assert sum(record.loss for record in records[-10:]) < sum(record.loss for record in records[:10])
