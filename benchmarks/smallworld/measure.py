@@ -65,6 +65,12 @@ class StockModel:
     def encode(self, text: str):
         return self.nodes.CLIPTextEncode().encode(self.clip, text)[0]
 
+    def encode_all(self, texts: list[str]):
+        """A conditioning with a text for each picture of a batch."""
+        parts = [self.encode(text)[0] for text in texts]
+        pooled = torch.cat([extra["pooled_output"] for _, extra in parts])
+        return [[torch.cat([context for context, _ in parts]), {"pooled_output": pooled}]]
+
     @torch.inference_mode()
     def pictures(self, text: str, count: int, seed: int) -> np.ndarray:
         """`count` pictures of one prompt, float32 BHWC."""

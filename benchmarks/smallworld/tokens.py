@@ -32,12 +32,12 @@ NAMES = {
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 8: 2.365, 10: 2.262}
 
 
-def write_pictures(folder: Path, count: int, seed: int) -> None:
+def write_pictures(folder: Path, count: int, seed: int, spec_of: Callable = random_spec) -> None:
     """`count` drawn scenes with one caption each, as a person would lay out a training folder."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        spec = random_spec(rng, CATEGORIES[number % len(CATEGORIES)])
+        spec = spec_of(rng, CATEGORIES[number % len(CATEGORIES)])
         picture = Image.fromarray((draw(random_scene(rng, spec)) * 255).round().astype(np.uint8))
         picture.save(folder / f"{number:04}.png")
         (folder / f"{number:04}.txt").write_text(caption(rng, spec), encoding="utf-8")
@@ -79,7 +79,13 @@ class HeldOut:
     """Pictures, captions and noise that stay the same for every model they measure."""
 
     def __init__(
-        self, stock, batches: int = BATCHES, hard: int = 96, seed: int = 99, timesteps: tuple[int, ...] = TIMESTEPS
+        self,
+        stock,
+        batches: int = BATCHES,
+        hard: int = 96,
+        seed: int = 99,
+        timesteps: tuple[int, ...] = TIMESTEPS,
+        spec_of: Callable = random_spec,
     ):
         import comfy.sd1_clip
 
@@ -94,14 +100,14 @@ class HeldOut:
         rng = np.random.default_rng(seed)
         self.timesteps, self.batches, self.hard = timesteps, [], []
         for _ in range(batches):
-            specs = [random_spec(rng, str(rng.choice(CATEGORIES))) for _ in range(BATCH_SIZE)]
+            specs = [spec_of(rng, str(rng.choice(CATEGORIES))) for _ in range(BATCH_SIZE)]
             captions = [plain_caption(spec) for spec in specs]
             if len(set(captions)) < BATCH_SIZE:
                 continue
             latents = self._latents(stock, rng, specs)
             self.batches.append(Batch(latents, captions, [cond(one) for one in captions], captions))
         while len(self.hard) < hard:
-            spec = random_spec(rng, ("counting", "position", "colour_attribution", "mixed")[len(self.hard) % 4])
+            spec = spec_of(rng, ("counting", "position", "colour_attribution", "mixed")[len(self.hard) % 4])
             if others := hard_negatives(spec):
                 conds = [cond(plain_caption(one)) for one in (spec, *others)]
                 self.hard.append((self._latents(stock, rng, [spec]), conds))

@@ -1,0 +1,132 @@
+"""What the study of soft tokens trains on, what it tests, and how: scenes apart, one figure a picture."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field, fields
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import checker
+from .measure import SAMPLING, StockModel
+from .tokens import HeldOut, write_pictures
+from .world import CATEGORIES, COLOURS, IMAGE_SIZE, SHAPES, Spec, draw, plain_caption, random_scene, random_spec
+
+SEED = 2026
+BATCH = 12  # pictures sampled at once
+CELLS = 12  # a picture is compared with others as CELLS x CELLS mean colours
+
+
+def is_held_out(spec: Spec) -> bool:
+    """Whether `spec` says something that no training caption says.
+
+    Of 35 colours of shapes 7 are held out, of 15 numbers of shapes 3, of 10 pairs of shapes in one caption 2.
+    """
+    shape, colour = SHAPES.index, list(COLOURS).index
+    coloured = [(shape(group.shape) + colour(group.colour)) % 5 == 0 for group in spec.groups if group.colour]
+    counted = [(shape(group.shape) + group.count) % 5 == 0 for group in spec.groups if group.count > 1]
+    pairs = [(shape(a.shape) + shape(b.shape)) % 5 == 0 for a, b in combinations(spec.groups, 2)]
+    return any((*coloured, *counted, *pairs))
+
+
+def training_spec(rng: np.random.Generator, category: str) -> Spec:
+    while is_held_out(spec := random_spec(rng, category)):
+        pass
+    return spec
+
+
+def test_spec(rng: np.random.Generator, category: str) -> Spec:
+    """Of "single_object" nothing is held out: a shape is all that such a caption says."""
+    while not is_held_out(spec := random_spec(rng, category)) and category != "single_object":
+        pass
+    return spec
+
+
+def write_training_folder(folder: Path, pictures: int) -> None:
+    write_pictures(folder, pictures, SEED, training_spec)
+
+
+@dataclass
+class Measured:
+    """Of one model, picture by picture in an order that never changes; what a picture does not show is absent.
+
+    right: all that a prompt says, by its category; facts: single ones, by kind, NaN where the prompt says none of that
+    kind; clean: the share of a picture's things that have a known shape and colour; loss, retrieval and hard_retrieval:
+    see `tokens.Alignment`; distance: of all generated pictures to drawn ones, see `distance`.
+    """
+
+    right: dict[str, list[float]] = field(default_factory=dict)
+    facts: dict[str, list[float]] = field(default_factory=dict)
+    clean: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    retrieval: list[float] = field(default_factory=list)
+    hard_retrieval: list[float] = field(default_factory=list)
+    distance: float = 0.0
+
+    def as_json(self) -> dict:
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+
+class Test:
+    """Prompts, held-out pictures and noise that stay the same for every model."""
+
+    def __init__(self, stock: StockModel, prompts: int, batches: int, hard: int):
+        self.stock = stock
+        rng = np.random.default_rng(SEED + 1)
+        self.prompts = [(category, test_spec(rng, category)) for category in CATEGORIES for _ in range(prompts)]
+        self.drawn = small(np.stack([draw(random_scene(rng, spec)) for _, spec in self.prompts for _ in range(4)]))
+        self.held_out = HeldOut(stock, batches, hard, SEED + 2, spec_of=test_spec)
+
+    def measure(self, model, temperature: float, cfg: float) -> Measured:
+        """Of a MODEL, with tokens or without. `temperature` is that of the loss; `cfg` the guidance."""
+        found = self.facts(self.pictures(model, cfg))
+        alignment = self.held_out.measure(model, temperature)
+        for name in ("loss", "retrieval", "hard_retrieval"):
+            setattr(found, name, getattr(alignment, name).tolist())
+        return found
+
+    def facts(self, pictures: np.ndarray) -> Measured:
+        right, facts, clean = defaultdict(list), [], []
+        for (category, spec), picture in zip(self.prompts, pictures, strict=True):
+            things = checker.find(picture)
+            facts.append(checker.facts(things, spec))
+            right[category].append(float(all(facts[-1].values())))
+            known = [thing.shape is not None and thing.colour is not None for thing in things]
+            clean.append(sum(known) / len(known) if known else 0.0)
+        kinds = dict.fromkeys(kind for verdict in facts for kind in verdict)
+        by_kind = {kind: [float(verdict.get(kind, np.nan)) for verdict in facts] for kind in kinds}
+        return Measured(dict(right), by_kind, clean, distance=distance(small(pictures), self.drawn))
+
+    @torch.inference_mode()
+    def pictures(self, model, cfg: float, steps: int = SAMPLING["steps"]) -> np.ndarray:
+        """One of each prompt, float32 (N, H, W, 3)."""
+        nodes, pictures = self.stock.nodes, []
+        for start in range(0, len(self.prompts), BATCH):
+            texts = [plain_caption(spec) for _, spec in self.prompts[start : start + BATCH]]
+            latent = {"samples": torch.zeros(len(texts), 16, IMAGE_SIZE // 8, IMAGE_SIZE // 8)}
+            prompt = {"positive": self.stock.encode_all(texts), "negative": self.stock.negative}
+            options = SAMPLING | {"cfg": cfg, "steps": steps}
+            out = nodes.KSampler().sample(model, start, latent_image=latent, **prompt, **options)[0]
+            pictures.append(nodes.VAEDecode().decode(self.stock.vae, out)[0].float().clamp(0, 1).cpu().numpy())
+        return np.concatenate(pictures)
+
+
+def small(pictures: np.ndarray) -> np.ndarray:
+    """Mean colours (N, CELLS * CELLS * 3) in -1..1."""
+    side = IMAGE_SIZE // CELLS
+    cells = pictures.reshape(len(pictures), CELLS, side, CELLS, side, 3).mean((2, 4))
+    return 2 * cells.reshape(len(pictures), -1) - 1
+
+
+def distance(generated: np.ndarray, drawn: np.ndarray) -> float:
+    """Unbiased squared maximum mean discrepancy with a cubic kernel (as KID, arXiv 1801.01401), times 1000."""
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a):
+        inner = kernel(a, a)
+        return (inner.sum() - np.trace(inner)) / (len(a) * (len(a) - 1))
+
+    return 1000 * float(within(generated) + within(drawn) - 2 * kernel(generated, drawn).mean())
