@@ -4,6 +4,8 @@ from comfy_api.latest import io
 
 from ..softrepa import optimizers
 from ..softrepa.comfy.launch import TIME_TABLE, launch
+from ..softrepa.presets import PRESETS
+from ..softrepa.trainer import OBJECTIVES, TEMPERATURE_MODES
 from .schema import ADVANCED, Dataset, Tokens, schema, show_on_node
 
 
@@ -52,6 +54,14 @@ class TrainTokens(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Same seed, same tokens.",
                 ),
+                io.Combo.Input(
+                    "preset",
+                    optional=True,
+                    options=list(PRESETS),
+                    default="paper",
+                    tooltip="Inputs that go together. paper: what the inputs below have by default. AGSM: the "
+                    "successor's objective, two banks of tokens. An input that a preset sets must be left as it is.",
+                ),
                 number(io.Int, "n_tokens", 0, 0, 64, "Tokens a block. 0: the paper's 4. More than 8 overfit."),
                 io.String.Input(
                     "blocks",
@@ -73,8 +83,43 @@ class TrainTokens(io.ComfyNode):
                     0.07,
                     0.001,
                     100.0,
-                    "The paper's 0.07 learns nothing where errors are large; the node says so. Then try 2.",
+                    "The paper's 0.07 learns nothing where errors are large; the node says so. Then try "
+                    "temperature_mode relative with temperature 1.",
                     step=0.01,
+                ),
+                io.Combo.Input(
+                    "temperature_mode",
+                    optional=True,
+                    options=list(TEMPERATURE_MODES),
+                    default="fixed",
+                    tooltip="fixed: the paper's. relative: temperature times the mean error of each batch, so that "
+                    "every timestep teaches something; give temperature 1.",
+                    **ADVANCED,
+                ),
+                io.Combo.Input(
+                    "objective",
+                    optional=True,
+                    options=list(OBJECTIVES),
+                    default="contrastive",
+                    tooltip="contrastive: the paper's. agsm: its successor's score matching with two banks, about "
+                    "one and a half times the work. denoising: no contrast at all, to see what the contrast adds.",
+                    **ADVANCED,
+                ),
+                io.Boolean.Input(
+                    "symmetric",
+                    optional=True,
+                    default=False,
+                    tooltip="Also compares each caption with all images of the batch.",
+                    **ADVANCED,
+                ),
+                number(
+                    io.Int,
+                    "hard_negatives",
+                    0,
+                    0,
+                    4,
+                    "Captions with two words swapped that each image is compared with as well. 0: none, as the paper.",
+                    **ADVANCED,
                 ),
                 number(io.Float, "logit_scale", 4.0, 0.01, 100.0, "Scale of the logits.", step=0.1, **ADVANCED),
                 number(

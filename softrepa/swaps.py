@@ -32,7 +32,7 @@ def swaps(caption: str) -> list[str]:
     same as `caption`.
     """
     words = WORDS.findall(caption)
-    found = {}
+    found: dict[tuple, str] = {}
     for first, second in itertools.combinations(_phrases(words), 2):
         for one, other in zip(reversed(first), reversed(second), strict=False):
             turned = list(words)

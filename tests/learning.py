@@ -26,9 +26,13 @@ class InMemory:
             "pooled_output": None if pooled is None else seeded((1, pooled), f"pooled/{caption}", 1.0),
         }
 
+    def prepare(self, captions: list[str]) -> str:
+        return "seeded"
+
 
 def dataset(family: str, images: int = 6) -> Dataset:
-    examples = [Example(f"{i}.png", f"digest{i}", (f"caption {i}",), (64, 64)) for i in range(images)]
+    """Each caption has one hard negative."""
+    examples = [Example(f"{i}.png", f"digest{i}", (f"cat {i} on mat {i}",), (64, 64)) for i in range(images)]
     return Dataset("toy", examples, [], InMemory(family), [])
 
 

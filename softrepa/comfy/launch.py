@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..dataset import Dataset
 from ..errors import SoftREPAError
 from ..families import TEXT_WIDTH
+from ..presets import with_preset
 from ..tokens import SoftTokens
 from ..trainer import TrainingConfig
 from . import folders
@@ -41,6 +42,7 @@ def launch(
     preview_every: int = 500,
     preview_cfg: float = 4.0,
     resume: bool = False,
+    preset: str = "paper",
     **options,
 ) -> Run:
     """0, -1 and "auto" mean the family's recipe; `options` are those of `TrainingConfig`. Raises SoftREPAError."""
@@ -50,6 +52,7 @@ def launch(
             raise SoftREPAError(f"{name} is {value}, expected {low} or more.")
     if denoising_weight < 0 and denoising_weight != -1:
         raise SoftREPAError(f"denoising_weight is {denoising_weight:g}, expected 0 or more, or -1.")
+    options = with_preset(preset, options)
     config = TrainingConfig(**options, denoising_weight=None if denoising_weight < 0 else denoising_weight)
     if time_table not in TIME_TABLE:
         raise SoftREPAError(f'time_table is "{time_table}", expected one of {", ".join(TIME_TABLE)}.')

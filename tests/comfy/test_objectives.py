@@ -1,17 +1,21 @@
 """The other objectives against plain implementations: one graph over all pairs, the gradient by autograd alone."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa import agsm
+from comfyui_softrepa.softrepa import agsm, checkpoint
 from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
 from comfyui_softrepa.softrepa.comfy.score_matching import regression
+from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.loss import comparison, contrastive_loss
 from comfyui_softrepa.softrepa.trainer import TrainableTokens, backward_through_pairs
 from softrepa_tests.golden_step import FAMILIES, TIMESTEP, batch, golden_tokens
-from softrepa_tests.sampling import relative_error
+from softrepa_tests.learning import train
+from softrepa_tests.sampling import relative_error, sample
 from softrepa_tests.tiny_models import seeded
 
 WRONG = (2, 0, 1)
@@ -133,3 +137,52 @@ def test_alignment_guided_score_matching(models, family, micro_batch):
     assert abs(value - loss) <= 1e-5 * loss.abs()
     assert relative_error(errors.diagonal(), own) <= 1e-5
     same_gradients(ours, plain)
+
+
+OTHERS = [
+    {"preset": "AGSM", "hard_negatives": 1, "micro_batch": 3},
+    {"hard_negatives": 1, "symmetric": True, "temperature_mode": "relative", "temperature": 1.0},
+    {"objective": "denoising"},
+]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+@pytest.mark.parametrize("options", OTHERS)
+def test_runs_go_on_where_they_stopped(models, token_folder, family, options):
+    whole = train(models, family, steps=4, filename_prefix="whole", **options)
+    half = train(models, family, steps=2, filename_prefix="half", **options)
+    rest = train(models, family, steps=4, filename_prefix="half", resume=True, **options)
+    saved = checkpoint.load(rest[3])
+    assert rest[3] == half[3]
+    for name in ("tokens", "time_table", "negative_tokens"):
+        ours, theirs = getattr(saved, name), getattr(whole[0], name)
+        assert (ours is None) == (theirs is None) == (name == "negative_tokens" and "preset" not in options)
+        assert ours is None or torch.equal(ours, theirs), name
+    assert rest[1] == whole[1]
+    assert torch.isfinite(sample(apply_tokens(models[family], saved), family, steps=1)).all()
+
+
+def test_both_banks_learn(models, token_folder):
+    still = train(models, "sd3", steps=1, learning_rate=0.0, preset="AGSM")[0]
+    moved = train(models, "sd3", steps=4, preset="AGSM")[0]
+    for name in ("tokens", "time_table", "negative_tokens"):
+        assert not torch.equal(getattr(still, name), getattr(moved, name)), name
+    settings = json.loads(moved.metadata["inputs"])
+    assert settings["objective"] == "agsm"
+    assert "preset" not in settings  # the file says what it was trained with, whatever a preset means later
+
+
+def test_two_banks_from_one(models, token_folder):
+    one = train(models, "sd3", steps=1)[0]
+    two = train(models, "sd3", steps=1, learning_rate=0.0, init_tokens=one, preset="AGSM")[0]
+    assert torch.equal(two.tokens, one.tokens)
+    assert torch.equal(two.negative_tokens, one.tokens)
+    again = train(models, "sd3", steps=1, learning_rate=0.0, init_tokens=two, preset="AGSM")[0]
+    assert torch.equal(again.negative_tokens, two.negative_tokens)
+
+
+def test_presets_are_not_overruled_silently(models, token_folder):
+    with pytest.raises(SoftREPAError, match='objective is denoising, expected agsm as preset "AGSM" sets it'):
+        train(models, "sd3", preset="AGSM", objective="denoising")
+    with pytest.raises(SoftREPAError, match='preset is "best", expected one of paper, AGSM'):
+        train(models, "sd3", preset="best")
