@@ -1,6 +1,6 @@
 """What soft tokens do on the small world: they are trained by the pack's own engine and tested on what they never saw.
 
-python3 -m benchmarks.alignment [ROW ...] [--everything] [--seeds 5] [--jobs 2] [--report]
+python3 -m benchmarks.alignment [ROW ...] [--everything] [--seeds 5] [--jobs 2] [--report | --draw]
 
 Without arguments the main comparison: the plain model, SoftREPA with the paper's constants, and as a control the same
 tokens trained with the plain denoising loss. What is done stays done: stopped, it goes on where it was, and every run
@@ -25,9 +25,12 @@ from pathlib import Path
 from benchmarks import environment
 
 FOLDER = Path(__file__).absolute().parent / "smallworld" / "results"
+RESULTS = FOLDER / "alignment"
+"""A file for each run. They come with the repository, so that a further row does not cost those that are there."""
 STEPS, PICTURES, SEEDS = 1500, 1200, 5
 PROMPTS, BATCHES, HARD = 40, 48, 144  # of each category; of four held-out pictures; beside captions wrong by a fact
 CFG, TEMPERATURE = 2.0, 0.07
+EACH = 2  # pictures of each category in the README
 REFERENCE = {"batch_size": 4, "learning_rate": 1e-3}
 FAST = {"micro_batch": 64, "checkpointing": False, "checkpoint_every": 250}
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 8: 2.365, 10: 2.262}
@@ -108,6 +111,10 @@ class Job:
         return hashlib.sha256(json.dumps([self.training, PICTURES], sort_keys=True).encode()).hexdigest()[:16]
 
 
+def result_path(job: Job) -> Path:
+    return RESULTS / f"{job.key}.json"
+
+
 # ---------------------------------------------------------------- running
 
 
@@ -170,13 +177,13 @@ def run(work: Path, job: Job) -> tuple[Job, float]:
 
     started = time.monotonic()
     found = test(work).measure(patched(work, job), TEMPERATURE, job.row.cfg)
-    replace_text(work / "results" / f"{job.key}.json", json.dumps(found.as_json()))
+    replace_text(result_path(job), json.dumps(found.as_json(), separators=(",", ":")))
     return job, time.monotonic() - started
 
 
 def run_all(work: Path, jobs: list[Job], processes: int) -> None:
     started = time.monotonic()
-    (work / "results").mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), set_up, (work,)) as pool:
         pool.submit(prepare, work).result()
         futures = [pool.submit(run, work, job) for job in jobs]
@@ -186,6 +193,15 @@ def run_all(work: Path, jobs: list[Job], processes: int) -> None:
             print(
                 f"{number}/{len(jobs)} {job.row.name}, seed {job.seed}: {seconds:.0f} s ({passed:.0f} min)", flush=True
             )
+
+
+def draw(work: Path, names: list[str]) -> None:
+    """The first prompts of every category, a line of pictures for each row; the prompts of wrong ones are red."""
+    from benchmarks.smallworld.measure import contact_sheet, replace_picture
+
+    set_up(work)
+    rows = [test(work).row(patched(work, ROWS[name].jobs()[0]), ROWS[name].cfg, EACH) for name in names]
+    replace_picture(FOLDER / "alignment_pictures.png", contact_sheet(rows))
 
 
 # ---------------------------------------------------------------- what was found
@@ -274,12 +290,11 @@ def difference(ones: list[list[float]], others: list[list[float]]) -> Difference
 class Found:
     """Results of all rows so far."""
 
-    work: Path
     results: dict[str, list[dict]] = field(default_factory=dict)
 
     def of(self, name: str) -> list[dict]:
         if name not in self.results:
-            paths = [self.work / "results" / f"{job.key}.json" for job in ROWS[name].jobs()]
+            paths = [result_path(job) for job in ROWS[name].jobs()]
             self.results[name] = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
         return self.results[name]
 
@@ -377,10 +392,10 @@ def plot(found: Found, path: Path) -> None:
     plt.close(figure)
 
 
-def write_report(work: Path) -> None:
+def write_report() -> None:
     from benchmarks.smallworld.measure import replace_text
 
-    found = Found(work)
+    found = Found()
     replace_text(FOLDER / "alignment.md", report(found))
     if len(found.of(SOFTREPA)) > 1 and found.of(BASELINE):
         plot(found, FOLDER / "alignment.png")
@@ -393,6 +408,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"at most so many of each row ({SEEDS}, some have 3)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread (one a core)")
     parser.add_argument("--state", type=Path, default=environment.cache_folder() / "alignment", help="where it resumes")
+    parser.add_argument(
+        "--draw", action="store_true", help="draw pictures of the rows that are trained, measure nothing"
+    )
     parser.add_argument("--report", action="store_true", help="write the report of what is there, run nothing")
     chosen = parser.parse_args()
     if unknown := sorted(set(chosen.rows) - ROWS.keys()):
@@ -401,12 +419,15 @@ def main() -> None:
     names = list(ROWS) if chosen.everything else chosen.rows or [row.name for row in ROWS.values() if row.part == MAIN]
     work = chosen.state.absolute()
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    if chosen.draw:
+        draw(work, names)
+        return
     if not chosen.report:
         jobs = [job for name in names for job in ROWS[name].jobs() if job.seed < chosen.seeds]
         jobs.sort(key=lambda job: job.seed)
-        jobs = [job for job in jobs if not (work / "results" / f"{job.key}.json").exists()]
+        jobs = [job for job in jobs if not result_path(job).exists()]
         run_all(work, jobs, chosen.jobs)
-    write_report(work)
+    write_report()
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Measured:
     distance: float = 0.0
 
     def as_json(self) -> dict:
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        return {one.name: short(getattr(self, one.name)) for one in fields(self)}
 
 
 class Test:
@@ -98,18 +98,36 @@ class Test:
         by_kind = {kind: [float(verdict.get(kind, np.nan)) for verdict in facts] for kind in kinds}
         return Measured(dict(right), by_kind, clean, distance=distance(small(pictures), self.drawn))
 
+    def row(self, model, cfg: float, each: int) -> list[tuple[np.ndarray, str, bool]]:
+        """Pictures of the first `each` prompts of every category, their captions, and whether they are right."""
+        prompts = [one for name in CATEGORIES for one in [one for one in self.prompts if one[0] == name][:each]]
+        pictures = self.pictures(model, cfg, prompts)
+        return [
+            (picture, plain_caption(spec), checker.correct(picture, spec))
+            for (_, spec), picture in zip(prompts, pictures, strict=True)
+        ]
+
     @torch.inference_mode()
-    def pictures(self, model, cfg: float, steps: int = SAMPLING["steps"]) -> np.ndarray:
-        """One of each prompt, float32 (N, H, W, 3)."""
+    def pictures(self, model, cfg: float, prompts: list[tuple[str, Spec]] | None = None) -> np.ndarray:
+        """One of each of `prompts`, or of all, float32 (N, H, W, 3)."""
         nodes, pictures = self.stock.nodes, []
-        for start in range(0, len(self.prompts), BATCH):
-            texts = [plain_caption(spec) for _, spec in self.prompts[start : start + BATCH]]
-            latent = {"samples": torch.zeros(len(texts), 16, IMAGE_SIZE // 8, IMAGE_SIZE // 8)}
-            prompt = {"positive": self.stock.encode_all(texts), "negative": self.stock.negative}
-            options = SAMPLING | {"cfg": cfg, "steps": steps}
-            out = nodes.KSampler().sample(model, start, latent_image=latent, **prompt, **options)[0]
+        texts = [plain_caption(spec) for _, spec in prompts or self.prompts]
+        for start in range(0, len(texts), BATCH):
+            some = texts[start : start + BATCH]
+            latent = {"samples": torch.zeros(len(some), 16, IMAGE_SIZE // 8, IMAGE_SIZE // 8)}
+            prompt = {"positive": self.stock.encode_all(some), "negative": self.stock.negative}
+            out = nodes.KSampler().sample(model, start, latent_image=latent, **prompt, **SAMPLING | {"cfg": cfg})[0]
             pictures.append(nodes.VAEDecode().decode(self.stock.vae, out)[0].float().clamp(0, 1).cpu().numpy())
         return np.concatenate(pictures)
+
+
+def short(value):
+    """Five digits, whole numbers without a point."""
+    if isinstance(value, dict):
+        return {key: short(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [short(part) for part in value]
+    return int(value) if value in (0, 1) else round(value, 5)
 
 
 def small(pictures: np.ndarray) -> np.ndarray:

@@ -67,7 +67,7 @@ def test_intervals_hold_what_they_should(gain):
     assert held >= 185
 
 
-def written(folder, job: Job, shift: float) -> None:
+def write(job: Job, shift: float) -> None:
     rng = random.Random(job.seed)
 
     def figures(count):
@@ -77,22 +77,22 @@ def written(folder, job: Job, shift: float) -> None:
     facts = {name: [*figures(20), *[float("nan")] * 4] for name in CATEGORIES}
     single = {name: figures(24) for name in ("clean", "loss", "retrieval", "hard_retrieval")}
     result = {"right": by_category, "facts": facts, "distance": shift, **single}
-    (folder / f"{job.key}.json").write_text(json.dumps(result), encoding="utf-8")
+    alignment.result_path(job).write_text(json.dumps(result), encoding="utf-8")
 
 
 def test_the_report(tmp_path, monkeypatch):
-    (tmp_path / "results").mkdir()
-    text = report(Found(tmp_path))
+    monkeypatch.setattr(alignment, "RESULTS", tmp_path)
+    text = report(Found())
     assert text.count("not run") >= len(ROWS) - 3
     for name, shift in ((BASELINE, 0.0), (SOFTREPA, 0.5), (CONTROL, 0.0)):
         for job in ROWS[name].jobs():
-            written(tmp_path / "results", job, shift)
-    text = report(Found(tmp_path))
+            write(job, shift)
+    text = report(Found())
     (line,) = (line for line in text.splitlines() if line.startswith("| prompts drawn right"))
     assert line.count("**") >= 4  # better than both others
     assert f"{SOFTREPA} (5 runs)" in text
     monkeypatch.setattr(alignment, "STEPS", alignment.STEPS + 1)
-    assert f"{SOFTREPA} (0 runs)" in report(Found(tmp_path))  # other settings, other results
+    assert f"{SOFTREPA} (0 runs)" in report(Found())  # other settings, other results
 
 
 def test_rows_differ_by_what_decides_them():
