@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..softrepa import optimizers
 from ..softrepa.comfy.launch import TIME_TABLE, launch
 from ..softrepa.presets import PRESETS
+from ..softrepa.swaps import MOST
 from ..softrepa.trainer import OBJECTIVES, TEMPERATURE_MODES
 from .schema import ADVANCED, Dataset, Tokens, schema, show_on_node
 
@@ -117,7 +118,7 @@ class TrainTokens(io.ComfyNode):
                     "hard_negatives",
                     0,
                     0,
-                    4,
+                    MOST,
                     "Captions with two words swapped that each image is compared with as well. 0: none, as the paper.",
                     **ADVANCED,
                 ),

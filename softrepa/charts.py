@@ -1,7 +1,8 @@
 """Line charts of what is measured: a training run's curves, a score by timestep."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,6 +39,10 @@ class Chart:
     level: tuple[str, float] | None = None
     low: float | None = None
     high: float | None = None
+
+    def without_empty_lines(self) -> "Chart":
+        """Lines of no points, or of none that are numbers, are left out."""
+        return replace(self, lines=tuple(line for line in self.lines if any(map(math.isfinite, line.ys))))
 
 
 def draw(charts: Sequence[Chart]) -> Image.Image:

@@ -16,6 +16,7 @@ from .dataset import Cond
 from .errors import SoftREPAError
 from .families import INIT_STD, TEXT_WIDTH, Blocks, Family
 from .noising import draw_timestep
+from .swaps import MOST
 from .tokens import BUCKETS, SoftTokens, bucket
 
 Rows = Tensor
@@ -25,6 +26,22 @@ OBJECTIVES = ("contrastive", "denoising", "agsm")
 """The paper's; its plain denoising loss alone, to see what the contrast adds; its successor's (`softrepa.agsm`)."""
 
 TEMPERATURE_MODES = ("fixed", "relative")
+LEAST_RELATIVE = 0.2
+"""Below it exp(-e / tau) vanishes again: 1 / 0.2 is e / tau of a mean error."""
+
+USED_BY = {
+    "denoising_weight": ("contrastive",),
+    "temperature": ("contrastive",),
+    "temperature_mode": ("contrastive",),
+    "logit_scale": ("contrastive",),
+    "symmetric": ("contrastive",),
+    "hard_negatives": ("contrastive", "agsm"),
+    "agsm_temperature": ("agsm",),
+    "positive_guidance": ("agsm",),
+    "negative_guidance": ("agsm",),
+    "teacher_decay": ("agsm",),
+}
+"""Settings that not every objective has."""
 
 Aims = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`agsm.aims` with its constants."""
@@ -133,19 +150,19 @@ class TrainingConfig:
         for name in ("ema_decay", "caption_dropout", "teacher_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise SoftREPAError(f"{name} is {getattr(self, name)}, expected 0 to below 1.")
-        if self.objective != "contrastive":
-            self._refuse(("denoising_weight", "temperature", "temperature_mode", "logit_scale", "symmetric"))
-        if self.objective == "denoising":
-            self._refuse(("hard_negatives",))
-
-    def _refuse(self, names: tuple[str, ...]) -> None:
-        """What another objective would ignore."""
-        for name in names:
+        if self.hard_negatives > MOST:
+            raise SoftREPAError(f"hard_negatives is {self.hard_negatives}, expected at most {MOST}.")
+        if self.temperature_mode == "relative" and self.temperature < LEAST_RELATIVE:
+            raise SoftREPAError(
+                f"temperature is {self.temperature}, expected about 1 with temperature_mode relative: it is a multiple "
+                "of the batch's mean error."
+            )
+        for name, objectives in USED_BY.items():
             default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != default:
+            if self.objective not in objectives and getattr(self, name) != default:
                 raise SoftREPAError(
-                    f"{name} is {getattr(self, name)}, expected its default with objective {self.objective}, "
-                    "which does not use it."
+                    f"{name} is {getattr(self, name)}, expected its default, {default}, with objective "
+                    f"{self.objective}, which does not use it."
                 )
 
     def learning_rate_at(self, step: int) -> float:
@@ -158,7 +175,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step saw, before its update. `accuracy` is NaN where no captions were compared."""
+    """What one step saw, before its update. `accuracy` is NaN where captions were not compared like with like."""
 
     step: int
     timestep: int
@@ -192,7 +209,7 @@ class Pairs(Protocol):
 
 
 class Trainer:
-    """The loop's body: one contrastive step at a time, deterministic for a seed.
+    """The loop's body: one step at a time, deterministic for a seed.
 
     `next_batch(batch_size)` gives latents (B, C, H, W) as the network sees them, B conds, and B lists of conds of wrong
     captions; `empty` is the cond of "".
@@ -258,8 +275,9 @@ class Trainer:
         noise = torch.randn((1, *latents.shape[1:]), generator=self.generator)
         if self.empty is not None and torch.rand((), generator=self.generator) < config.caption_dropout:
             # one at most: two equal captions in a batch would be false negatives
-            conds = list(conds)
-            conds[int(torch.randint(len(conds), (), generator=self.generator))] = self.empty
+            dropped = int(torch.randint(len(conds), (), generator=self.generator))
+            conds, wrong = list(conds), list(wrong)
+            conds[dropped], wrong[dropped] = self.empty, []  # nearly right is better than nothing said
         compared = loss.comparison([len(captions) for captions in wrong])
         if config.objective == "denoising":
             compared = torch.eye(len(conds), dtype=torch.bool)
@@ -270,8 +288,8 @@ class Trainer:
                 f"The loss is {value.item()} at step {self.step_index + 1}, expected a number; "
                 "try a lower learning_rate or a base model in another precision."
             )
-        is_compared = config.objective != "denoising"
-        accuracy = loss.retrieval_accuracy(errors[:, : len(errors)]) if is_compared else math.nan
+        is_retrieval = config.objective == "contrastive"  # AGSM's captions are not all read with one bank
+        accuracy = loss.retrieval_accuracy(errors[:, : len(errors)]) if is_retrieval else math.nan
         return t, value.item(), accuracy, errors.diagonal().mean().item()
 
     def objective(self, errors: Tensor, compared: Tensor | None = None) -> Tensor:

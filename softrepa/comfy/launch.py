@@ -1,7 +1,6 @@
 """A training run from the inputs that people give: the node's widgets, or a configuration file of the same names."""
 
 import json
-import logging
 from collections.abc import Callable
 
 from ..dataset import Dataset
@@ -71,10 +70,6 @@ def launch(
         batches = HeldOut(dataset, config.batch_size, VALIDATION_BATCHES, config.seed)
     if not missing:
         check_previews(model, preview_positive, preview_negative, vae)
-    if config.hard_negatives:
-        prepared = dataset.prepare_hard_negatives()
-        logging.info("SoftREPA: %s", prepared)
-        say(prepared)
 
     def reports(files: Files) -> list[Report]:
         logs = folders.log_folder(files.tokens)

@@ -1,7 +1,6 @@
 """What a person sees of a training run while it goes on: curves, held-out figures, sample pictures, log files."""
 
 import csv
-import math
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,8 @@ from PIL import Image
 
 from ..charts import Chart, Line, draw, smooth
 from ..files import write_atomically
-from ..trainer import StepRecord
+from ..loss import TEMPERATURE
+from ..trainer import StepRecord, TrainingConfig
 from .patching import apply_tokens
 from .score import HeldOut, score
 from .session import Report, Session
@@ -82,13 +82,17 @@ class Measured(Report):
         if record.step % self.every and record.step != config.steps:
             return
         model = apply_tokens(session.model, session.tokens())
-        measured = score(
-            model, self.batches, seed=config.seed, temperature=config.temperature, logit_scale=config.logit_scale
-        )
+        temperature = config.temperature if is_papers_loss(config) else TEMPERATURE
+        measured = score(model, self.batches, seed=config.seed, temperature=temperature, logit_scale=config.logit_scale)
         session.held_out.append((record.step, measured.accuracy, measured.loss))
         session.notice(
             "held out", f"step {record.step}, held out: loss {measured.loss:.4f}, retrieval {measured.accuracy:.0%}"
         )
+
+
+def is_papers_loss(config: TrainingConfig) -> bool:
+    """Whether what is trained on can be compared with what is measured on held-out images, the contrastive loss."""
+    return config.objective == "contrastive" and config.temperature_mode == "fixed"
 
 
 class Curves(Report):
@@ -131,19 +135,22 @@ def below(sample: Image.Image | None, picture: Image.Image) -> Image.Image:
 def curves(session: Session) -> Image.Image:
     """Loss and in-batch retrieval over the steps, and held-out figures where there are some."""
     steps = [record.step for record in session.records]
-    held_out = tuple(zip(*session.held_out, strict=True)) or ((), (), ())
-    panels = []
-    for title, name, column in (("Loss", "loss", 2), ("Retrieval", "accuracy", 1)):
-        values = smooth([getattr(record, name) for record in session.records], SMOOTHED)
-        lines = [Line("in the batch", steps, values)] if math.isfinite(values[0]) else []
-        if session.held_out:
-            lines.append(Line("held out", held_out[0], held_out[column]))
-        if not lines:  # the denoising objective compares no captions
-            continue
-        chance = ("chance", 1 / session.trainer.config.batch_size) if name == "accuracy" else None
-        low, high = (0.0, 1.0) if name == "accuracy" else (None, None)
-        panels.append(Chart(f"{title}, mean of {SMOOTHED} steps", "step", tuple(lines), chance, low, high))
-    return draw(panels)
+    measured, *held_out = zip(*session.held_out, strict=True) if session.held_out else ((), (), ())
+    accuracy, loss = (Line("held out", measured, column) for column in held_out)
+    config, comparable = session.trainer.config, is_papers_loss(session.trainer.config)
+    chance = ("chance", 1 / config.batch_size)
+
+    def in_batch(name: str) -> Line:
+        return Line("in the batch", steps, smooth([getattr(record, name) for record in session.records], SMOOTHED))
+
+    seen, retrieved = in_batch("loss"), in_batch("accuracy")
+    panels = [
+        Chart(f"Loss, mean of {SMOOTHED} steps", "step", (seen, loss) if comparable else (seen,)),
+        Chart(f"Retrieval, mean of {SMOOTHED} steps", "step", (retrieved, accuracy), chance, 0.0, 1.0),
+    ]
+    if not comparable:
+        panels.insert(1, Chart("Contrastive loss", "step", (loss,)))
+    return draw([shown for panel in panels if (shown := panel.without_empty_lines()).lines])
 
 
 class Samples(Report):

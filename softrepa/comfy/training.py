@@ -102,8 +102,8 @@ class AdaptivePairs:
 
     def regression(self, aims, banks, teacher, latents, noise, conds, t, micro_batch, compared):
         """As `score_matching.regression`; `micro_batch` 0 fills the memory."""
-        call = partial(regression, self.network, aims, banks)
-        return self._fitted(call, teacher, latents, noise, conds, t, micro_batch, compared)
+        call = partial(regression, self.network, aims, banks, teacher)
+        return self._fitted(lambda _, *rest: call(*rest), banks[0], latents, noise, conds, t, micro_batch, compared)
 
     def _fitted(self, call, rows, latents, noise, conds, t, micro_batch, compared):
         if not self.at_once:
@@ -187,6 +187,10 @@ def train(
         saved = None
         if resume:
             files, saved = same_run(resume, settings)
+        if config.hard_negatives:
+            prepared = dataset.prepare_hard_negatives()
+            logging.info("SoftREPA: %s", prepared)
+            on_progress(prepared)
         session = Session(trainer, dataset, model, files, settings, described, on_progress)
         if saved is not None:
             session.go_on_from(saved)

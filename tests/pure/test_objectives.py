@@ -63,6 +63,16 @@ def test_relative_temperature_leaves_no_timestep_without_gradient():
             "the man's hat on a well-kept table",
             {"the man's table on a well-kept hat", "the well-kept hat on a man's table"},
         ),
+        ("a photo of a cat and a dog", set()),
+        ("a man and a woman on a bench", {"a man and a bench on a woman", "a bench and a woman on a man"}),
+        ("There is a cat and a dog.", set()),
+        ("a cat next to a dog", set()),
+        ("a cat near a dog", set()),
+        ("one circle and a square", set()),
+        ("a picture of a red circle", set()),
+        ("ein roter Kreis, ein blaues Quadrat", {"ein roter Quadrat, ein blaues Kreis"}),
+        ("红色的圆在蓝色的方块上面", set()),
+        ("\n ... \U0001f600", set()),
         ("", set()),
     ],
 )
@@ -128,10 +138,16 @@ def test_hard_negatives_that_cannot_be():
     [
         ({"objective": "clip"}, 'objective is "clip", expected one of contrastive, denoising, agsm'),
         ({"temperature_mode": "auto"}, 'temperature_mode is "auto", expected one of fixed, relative'),
-        ({"objective": "agsm", "symmetric": True}, "symmetric is True, expected its default with objective agsm"),
+        (
+            {"objective": "agsm", "symmetric": True},
+            "symmetric is True, expected its default, False, with objective agsm",
+        ),
         ({"objective": "denoising", "hard_negatives": 1}, "hard_negatives is 1, expected its default"),
+        ({"teacher_decay": 0.5}, "teacher_decay is 0.5, expected its default, 0.9999, with objective contrastive"),
+        ({"hard_negatives": 9}, "hard_negatives is 9, expected at most 4"),
+        ({"temperature_mode": "relative"}, "temperature is 0.07, expected about 1 with temperature_mode relative"),
         ({"hard_negatives": -1}, "hard_negatives is -1, expected 0 or more"),
-        ({"negative_guidance": -1.0}, "negative_guidance is -1.0, expected 0 or more"),
+        ({"objective": "agsm", "negative_guidance": -1.0}, "negative_guidance is -1.0, expected 0 or more"),
     ],
 )
 def test_what_does_not_go_together(options, message):

@@ -1,0 +1,237 @@
+"""What the study found, as a table and a plot: differences between rows with their intervals."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+
+from benchmarks.alignment import (
+    BASELINE,
+    CFG,
+    CONTROL,
+    FOLDER,
+    HARD,
+    MAIN,
+    OPTIONS,
+    PICTURES,
+    PROMPTS,
+    ROWS,
+    SOFTREPA,
+    STEPS,
+    result_path,
+)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of each picture (or one of a whole run), found in a result by `of`."""
+
+    title: str
+    of: tuple[str, ...]
+    percent: bool = True
+
+    def values(self, result: dict) -> list[float]:
+        found = result[self.of[0]]
+        if self.of[0] == "right" and len(self.of) == 1:
+            return [value for category in found.values() for value in category]
+        for part in self.of[1:]:
+            found = found[part]
+        return found if isinstance(found, list) else [found]
+
+    def text(self, value: float, signed: bool = False) -> str:
+        if self.percent:
+            return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}%"
+        return f"{value:+.4f}" if signed else f"{value:.4f}"
+
+
+CATEGORIES = ("single_object", "two_objects", "counting", "colours", "position", "colour_attribution")
+ALL_RIGHT = Measure("prompts drawn right", ("right",))
+COUNTING = Measure("counting prompts", ("right", "counting"))
+RETRIEVAL = Measure("retrieval among 4 captions", ("retrieval",))
+HARD_RETRIEVAL = Measure("retrieval beside captions wrong by a fact", ("hard_retrieval",))
+LOSS = Measure("contrastive loss", ("loss",), percent=False)
+DISTANCE = Measure("distance to drawn scenes", ("distance",), percent=False)
+CLEAN = Measure("things drawn cleanly", ("clean",))
+MEASURES = (
+    ALL_RIGHT,
+    *(Measure(f"- {name.replace('_', ' ')}", ("right", name)) for name in CATEGORIES),
+    *(Measure(f"facts: {name.replace('_', ' ')}", ("facts", name)) for name in CATEGORIES),
+    RETRIEVAL,
+    HARD_RETRIEVAL,
+    LOSS,
+    CLEAN,
+    DISTANCE,
+)
+SHORT = (ALL_RIGHT, COUNTING, RETRIEVAL, HARD_RETRIEVAL, CLEAN, DISTANCE)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two rows on the same prompts and noise: the mean and half the width of its 95% interval."""
+
+    mean: float
+    half: float
+
+    def beyond(self) -> bool:
+        return abs(self.mean) > self.half
+
+
+Figures = dict[int | None, list[float]]
+"""By seed and picture; of a model without seeds under None."""
+
+
+def difference(ones: Figures, others: Figures) -> Difference | None:
+    """Of two models on the same pictures, by seeds that both have; one without seeds stands against every seed.
+
+    Seeds and pictures are both drawn at random, so the variance of the mean is that of a two-way layout with one figure
+    a cell, (MS_seeds + MS_pictures - MS_rest) / n, with Satterthwaite's degrees of freedom.
+    """
+    seeds = [seed for seed in (ones if None in others else others) if None in ones or seed in ones]
+    if len(seeds) < 2:
+        return None
+    cells = np.array(
+        [np.subtract(*(rows[None if None in rows else seed] for rows in (ones, others))) for seed in seeds]
+    )
+    cells = cells[:, ~np.isnan(cells).any(0)]
+    runs, pictures = cells.shape
+    mean, by_run, by_picture = cells.mean(), cells.mean(1), cells.mean(0)
+    squares = [pictures * by_run.var(ddof=1)]
+    freedom = [runs - 1]
+    signs = [1]
+    if pictures > 1:
+        rest = cells - by_run[:, None] - by_picture + mean
+        freedom += [pictures - 1, (runs - 1) * (pictures - 1)]
+        squares += [runs * by_picture.var(ddof=1), (rest**2).sum() / freedom[-1]]
+        signs += [1, -1]
+    total = max(float(np.dot(signs, squares)), squares[0], *squares[1:2])
+    spread = sum(square**2 / free for square, free in zip(squares, freedom, strict=True))
+    degrees = max(total**2 / spread, runs - 1) if spread else runs - 1
+    return Difference(float(mean), float(scipy.stats.t.ppf(0.975, degrees)) * math.sqrt(total / cells.size))
+
+
+@dataclass
+class Found:
+    """Results of all rows so far, by seed."""
+
+    results: dict[str, dict[int | None, dict]] = field(default_factory=dict)
+
+    def of(self, name: str) -> dict[int | None, dict]:
+        if name not in self.results:
+            row = ROWS[name]
+            paths = {None if row.training is None else job.seed: result_path(job) for job in row.jobs()}
+            self.results[name] = {
+                seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in paths.items() if path.exists()
+            }
+        return self.results[name]
+
+    def values(self, name: str, measure: Measure) -> Figures:
+        return {seed: measure.values(result) for seed, result in self.of(name).items()}
+
+    def mean(self, name: str, measure: Measure) -> str:
+        values = list(self.values(name, measure).values())
+        return measure.text(float(np.nanmean(values))) if values else ""
+
+    def change(self, name: str, other: str, measure: Measure) -> Difference | None:
+        return difference(self.values(name, measure), self.values(other, measure))
+
+
+def shown(change: Difference | None, measure: Measure) -> str:
+    """Bold where the interval does not contain 0."""
+    if change is None:
+        return ""
+    low, high = (measure.text(change.mean + side * change.half, signed=True) for side in (-1, 1))
+    text = f"{measure.text(change.mean, signed=True)} ({low} to {high})"
+    return f"**{text}**" if change.beyond() else text
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return [*lines, ""]
+
+
+def report(found: Found) -> str:
+    measured = len(next((values for values in found.values(BASELINE, RETRIEVAL).values()), []))
+    lines = [
+        "# Soft tokens on the small world",
+        "",
+        f"""Written by `python3 -m benchmarks.alignment`. Tokens are trained by the pack's own engine on {PICTURES}
+drawn pictures, {STEPS} updates with the paper's constants but what a row names, and tested on captions that say what no
+training caption says: other colours of shapes, other numbers of them, other pairs (of a single object's caption nothing
+can be held out; the model itself was trained on everything). {PROMPTS} prompts of each category are drawn at cfg
+{CFG:g} and read by the checker; retrieval and loss are of {measured} held-out pictures, and of {HARD} beside captions
+that are wrong by one fact, with the same noise for all. Differences are in points for shares, with 95% intervals over
+seeds and pictures, of the distance over seeds only; **bold** where 0 is outside. There is no correction for the number
+of figures: of 20 differences that are nothing, one will be bold.""",
+        "",
+        f"## {MAIN}",
+        "",
+    ]
+    versus = ((SOFTREPA, BASELINE), (SOFTREPA, CONTROL), (CONTROL, BASELINE))
+    head = ["", *(f"{name} ({len(found.of(name))} runs)" for name in (BASELINE, SOFTREPA, CONTROL))]
+    rows = [
+        [
+            measure.title,
+            *(found.mean(name, measure) or "not run" for name in (BASELINE, SOFTREPA, CONTROL)),
+            *(shown(found.change(*pair, measure), measure) for pair in versus),
+        ]
+        for measure in MEASURES
+    ]
+    lines += table([*head, *(f"{one} - {other}" for one, other in versus)], rows)
+    for part in dict.fromkeys(row.part for row in ROWS.values() if row.part != MAIN):
+        lines += [
+            f"## {part}",
+            "",
+            "Differences from the plain model at the same guidance; of plain models the figures themselves.",
+            "",
+        ]
+        rows = []
+        for row in [ROWS[SOFTREPA], *(row for row in ROWS.values() if row.part == part)]:
+            plain = next(one.name for one in ROWS.values() if one.training is None and one.cfg == row.cfg)
+            done = len(found.of(row.name))
+            if row.training is None:
+                cells = [found.mean(row.name, measure) for measure in SHORT]
+            else:
+                cells = [shown(found.change(row.name, plain, measure), measure) for measure in SHORT]
+            rows.append([row.name, str(done) if done else "not run", *cells])
+        lines += table(["row", "runs", *(measure.title for measure in SHORT)], rows)
+    return "\n".join(lines)
+
+
+def plot(found: Found, path: Path) -> None:
+    """Differences from the plain model with their intervals, a panel for each of a few measures."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from softrepa.files import write_atomically
+
+    names = [row.name for row in ROWS.values() if row.part in (MAIN, OPTIONS) and row.training is not None]
+    names = [name for name in names if len(found.of(name)) > 1]
+    panels = (ALL_RIGHT, COUNTING, RETRIEVAL, HARD_RETRIEVAL)
+    figure, axes = plt.subplots(1, len(panels), figsize=(14, 1.2 + 0.4 * len(names)), sharey=True)
+    for axis, measure in zip(axes, panels, strict=True):
+        for place, name in enumerate(names):
+            change = found.change(name, BASELINE, measure)
+            axis.errorbar(100 * change.mean, place, xerr=100 * change.half, fmt="o", capsize=3, color="#31688e")
+        axis.axvline(0, color="#6e6e76", linewidth=1)
+        axis.set_title(measure.title, fontsize=10)
+        axis.set_xlabel("points, against the plain model", fontsize=8)
+        axis.grid(axis="x", color="#e2e2e0")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=90))
+    plt.close(figure)
+
+
+def write_report() -> None:
+    from benchmarks.smallworld.measure import replace_text
+
+    found = Found()
+    replace_text(FOLDER / "alignment.md", report(found))
+    if len(found.of(SOFTREPA)) > 1 and found.of(BASELINE):
+        plot(found, FOLDER / "alignment.png")
