@@ -47,7 +47,7 @@ Aims = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`agsm.aims` with its constants."""
 
 PairPass = Callable[[Rows], tuple[Tensor, Tensor]]
-"""Rows -> errors (B, B) and each pair's own gradient of its error by the rows, (B, B, L, m, hidden width)."""
+"""Rows -> errors (B, J) and each pair's own gradient of its error by the rows, (B, J, L, m, hidden width)."""
 
 
 class TrainableTokens(nn.Module):

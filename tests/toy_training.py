@@ -30,6 +30,12 @@ class ToyPairs:
                 errors[i, j] = error.detach()
         return errors, gradients
 
+    def regression(self, aims, banks, teacher, latents, noise, conds, t, micro_batch, compared):
+        """The first bank is pulled to 1, the second to -1."""
+        self.teachers = [*getattr(self, "teachers", []), teacher.clone()]
+        distance = banks - torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
+        return distance.square().mean(), torch.zeros(compared.shape), 2 * distance / distance.numel()
+
 
 def batches(seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
@@ -44,6 +50,6 @@ def batches(seed: int = 0):
 
 
 def trainer(seed=0, **config):
-    start = new_tokens(FAMILIES["sd3"], WIDTH, 2, 3, True, seed, None)
+    start = new_tokens(FAMILIES["sd3"], WIDTH, 2, 3, True, seed, None, config.get("objective") == "agsm")
     empty = {"name": "", "cross_attn": torch.zeros(WIDTH)}
     return Trainer(TrainingConfig(**({"steps": 50, "temperature": 1.0} | config)), start, ToyPairs(), batches(), empty)

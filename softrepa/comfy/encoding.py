@@ -7,7 +7,7 @@ depend on what was cached; only the empty caption, which tokens may start from, 
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,8 +83,6 @@ class FolderEncodings:
         self.images, self.clip, self.vae, self.cache = images, clip, vae, cache
         self.clip_name, self.vae_name = clip_identity(clip), vae_identity(vae)
         self._empty: Cond | None = None
-        self.further: list[str] = []
-        """Captions beside those of the images."""
 
     @property
     def identity(self) -> str:
@@ -104,12 +102,14 @@ class FolderEncodings:
         return {"cross_attn": stored["cross_attn"].float(), "pooled_output": stored.get("pooled_output")}
 
     def prepare(self, captions: list[str]) -> str:
-        self.further = captions
-        return self.fill()
+        return self.fill(captions)
 
-    def fill(self) -> str:
-        """Encodes what is not in the cache, as far as it has room; says in a line what lies where."""
-        images, texts = self._work()
+    def fill(self, further: Sequence[str] = ()) -> str:
+        """Encodes what is not in the cache, as far as it has room; says in a line what lies where.
+
+        `further` are captions beside those of the images.
+        """
+        images, texts = self._work(further)
         work = images | texts
         missing = {key: item for key, item in work.items() if not self.cache.has(key)}
         needed = sum(item.size for item in missing.values())
@@ -134,10 +134,10 @@ class FolderEncodings:
             "room: they are encoded again whenever they are drawn"
         )
 
-    def _work(self) -> tuple[dict[str, "Work"], dict[str, "Work"]]:
+    def _work(self, further: Sequence[str]) -> tuple[dict[str, "Work"], dict[str, "Work"]]:
         """All images and all captions, by key."""
         examples = self.images.train + self.images.validation
-        captions = sorted({caption for one in examples for caption in one.captions}.union(self.further))
+        captions = sorted({caption for one in examples for caption in one.captions}.union(further))
         pooled = self.empty["pooled_output"]
         text_size = 2 * self.empty["cross_attn"].numel() + (0 if pooled is None else 4 * pooled.numel()) + HEADER
         return (

@@ -161,3 +161,51 @@ def test_the_control_compares_nothing():
     assert all(record.accuracy != record.accuracy for record in records)
     assert all(record.loss == pytest.approx(record.matching_error) for record in records)
     assert sum(record.loss for record in records[-10:]) < sum(record.loss for record in records[:10])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_teacher_follows_slowly(accumulation):
+    run = trainer(objective="agsm", temperature=0.07, learning_rate=0.1, teacher_decay=0.75, accumulation=accumulation)
+    slow = {name: value.detach().clone() for name, value in run.tokens.named_parameters()}
+    for _ in range(3):
+        run.step(1)
+        for name, value in run.tokens.named_parameters():
+            slow[name] = 0.75 * slow[name] + 0.25 * value.detach()
+    assert {"tokens", "negative_tokens", "time_table"} == slow.keys()
+    for name, value in run.teacher.named_parameters():
+        assert torch.allclose(value, slow[name], atol=1e-6), name
+        assert not torch.equal(value, dict(run.tokens.named_parameters())[name])
+    first, *rest = run.pairs.teachers
+    assert len(rest) == 3 * accumulation - 1
+    assert first.shape == (2, 3, 2, 8)
+
+
+def test_each_bank_learns_its_own():
+    run = trainer(objective="agsm", temperature=0.07, learning_rate=0.05)
+    for _ in range(60):
+        run.step(1)
+    assert run.tokens.tokens.mean() > 0.3
+    assert run.tokens.negative_tokens.mean() < -0.3
+
+
+def test_a_dropped_caption_has_no_hard_negatives():
+    run = trainer(caption_dropout=0.9, hard_negatives=1)
+    plain, seen = run.next_batch, []
+
+    def next_batch(size):
+        latents, conds, _ = plain(size)
+        return (
+            latents,
+            conds,
+            [[{"name": f"wrong {j}", "cross_attn": cond["cross_attn"]}] for j, cond in enumerate(conds)],
+        )
+
+    run.next_batch = next_batch
+    for _ in range(20):
+        run.step(1)
+    for _, _, names in run.pairs.seen:
+        own, wrong = names[:4], names[4:]
+        assert wrong == [f"wrong {j}" for j, name in enumerate(own) if name != ""]
+        seen.append("" in own)
+    assert any(seen)
+    assert not all(seen)
