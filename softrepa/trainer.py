@@ -47,7 +47,7 @@ Aims = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`agsm.aims` with its constants."""
 
 PairPass = Callable[[Rows], tuple[Tensor, Tensor]]
-"""Rows -> errors (B, J) and each pair's own gradient of its error by the rows, (B, J, L, m, hidden width)."""
+"""Rows -> errors (B, J) and the gradient of each compared pair's error by the rows, (P, L, m, hidden width)."""
 
 
 class TrainableTokens(nn.Module):
@@ -80,9 +80,9 @@ class TrainableTokens(nn.Module):
 
 
 def backward_through_pairs(
-    rows: Rows, pair_pass: PairPass, objective: Callable[[Tensor], Tensor]
+    rows: Rows, pair_pass: PairPass, objective: Callable[[Tensor], Tensor], compared: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Adds d loss / d parameters to the parameters behind `rows`; returns the loss and the errors (B, B).
+    """Adds d loss / d parameters to the parameters behind `rows`; returns the loss and the errors (B, J).
 
     Every pair's gradient is known before the loss is, so one forward and one backward a pair are enough:
     dL/d rows = sum_ij W_ij g_ij with W = dL/dE.
@@ -91,7 +91,8 @@ def backward_through_pairs(
     errors = errors.detach().requires_grad_()
     value = objective(errors)
     (weights,) = torch.autograd.grad(value, errors)
-    combined = torch.einsum("ij,ij...->...", weights.to(gradients), gradients)
+    weights = weights.flatten() if compared is None else weights[compared.to(weights.device)]
+    combined = torch.einsum("p,p...->...", weights.to(gradients), gradients)
     rows.backward(combined.to(rows.device))
     return value.detach(), errors.detach()
 
@@ -308,6 +309,7 @@ class Trainer:
             self.tokens.rows(t, self.pairs.embed),
             lambda rows: self.pairs.gradients(rows, *batch),
             lambda errors: self.objective(errors, compared),
+            compared,
         )
 
     def _match_scores(self, batch: tuple) -> tuple[Tensor, Tensor]:

@@ -19,16 +19,16 @@ class ToyPairs:
     def gradients(self, rows, latents, noise, conds, t, micro_batch, compared=None):
         self.seen.append((t, noise.sum().item(), [cond["name"] for cond in conds]))
         errors = torch.zeros(len(latents), len(conds))
-        gradients = torch.zeros(len(latents), len(conds), *rows.shape)
+        gradients = []
         for i, x in enumerate(latents):
             for j, cond in enumerate(conds):
                 if compared is not None and not compared[i, j]:
                     continue
                 leaf = rows.clone().requires_grad_()
                 error = (x.flatten()[:WIDTH] - cond["cross_attn"] - leaf.mean(dim=(0, 1))).square().mean()
-                (gradients[i, j],) = torch.autograd.grad(error, leaf)
+                gradients += torch.autograd.grad(error, leaf)
                 errors[i, j] = error.detach()
-        return errors, gradients
+        return errors, torch.stack(gradients)
 
     def regression(self, aims, banks, teacher, latents, noise, conds, t, micro_batch, compared):
         """The first bank is pulled to 1, the second to -1."""

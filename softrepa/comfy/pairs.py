@@ -143,22 +143,24 @@ class PairNetwork:
         micro_batch: int,
         compared: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Errors (B, J) and each pair's gradient of its own error by `rows` (L, m, d): (B, J, L, m, d).
+        """Errors (B, J) and each pair's gradient of its own error by `rows` (L, m, d): (P, L, m, d).
 
-        Of the pairs in `compared` (B, J), or of all; 0 elsewhere.
+        Of the P pairs in `compared` (B, J) row by row, or of all; other errors are 0.
         """
         sigma, seen, target, captions = self.prepared(latents, noise, conds, t)
         rows = rows.to(seen.device)
         errors = torch.zeros(len(latents), len(conds), device=seen.device)
-        gradients = torch.zeros(*errors.shape, *rows.shape, device=seen.device)
         if compared is None:
             compared = torch.ones(errors.shape, dtype=torch.bool)
+        places = torch.full(errors.shape, -1)
+        places[compared] = torch.arange(int(compared.sum()))
+        gradients = torch.empty(int(compared.sum()), *rows.shape, device=seen.device)
         for images, texts in captions.runs(micro_batch, compared):
             memory.throw_exception_if_processing_interrupted()
             leaf = rows.expand(len(images), *rows.shape).clone().requires_grad_()
             error = pair_error(self.output(seen[images], sigma, captions.joined(texts), leaf), target[images])
             errors[images, texts] = error.detach()
-            gradients[images, texts] = gradient_of(error, leaf, target[0].numel())
+            gradients[places[images, texts]] = gradient_of(error, leaf, target[0].numel())
         return errors, gradients
 
     def embed(self, rows: Tensor) -> Tensor:

@@ -61,9 +61,11 @@ def regression(
             leaf = banks[places].clone().requires_grad_()
             output = predicted(images, texts, leaf)
             aim = torch.stack([kept[pair] for pair in zip(images, texts, strict=True)])
-            parts = weights[images, texts] * pair_error(output, aim)
-            gradient.index_add_(0, places.to(seen.device), gradient_of(parts, leaf, aim[0].numel()))
-            loss += parts.detach().sum()
+            distances, counted = pair_error(output, aim), weights[images, texts]
+            of_pairs = gradient_of(distances, leaf, aim[0].numel())
+            shares = torch.nn.functional.one_hot(places, 2).to(counted) * counted.unsqueeze(1)
+            gradient += torch.einsum("pb,p...->b...", shares, of_pairs)
+            loss += counted @ distances.detach()
             errors[images, texts] = pair_error(output.detach(), target[images])
     return loss, errors, gradient
 

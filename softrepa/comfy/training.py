@@ -276,7 +276,7 @@ def check_gradients(
     errors, gradients = pairs.one_by_one(rows, latents, noise, conds, 500)
     if pairs.pair_bytes:
         notice("memory", f"one image-caption pair takes {pairs.pair_bytes / 1e9:.2f} GB")
-    for layer, norm in enumerate(gradients.flatten(3).norm(dim=-1).amax(dim=(0, 1)).tolist()):
+    for layer, norm in enumerate(gradients.flatten(2).norm(dim=-1).amax(dim=0).tolist()):
         if not norm > 0:
             raise SoftREPAError(
                 f"Soft block {layer} gets no gradient, expected one in each: another node replaces its attention."

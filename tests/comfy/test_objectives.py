@@ -84,6 +84,7 @@ def test_hard_negatives(models, family, micro_batch):
             ours.rows(by_hand.t),
             lambda rows: network.gradients(rows, *with_wrong_captions(family), by_hand.t, micro_batch, compared),
             lambda errors: contrastive_loss(errors, 2.0, denoising_weight=10.0, compared=compared),
+            compared,
         )
     assert abs(value - loss) <= 1e-5 * loss.abs()
     assert errors[~compared].abs().max() == 0
