@@ -212,17 +212,17 @@ def plot(found: Found, path: Path) -> None:
     names = [row.name for row in ROWS.values() if row.part in (MAIN, OPTIONS) and row.training is not None]
     names = [name for name in names if len(found.of(name)) > 1]
     panels = (ALL_RIGHT, COUNTING, RETRIEVAL, HARD_RETRIEVAL)
-    figure, axes = plt.subplots(1, len(panels), figsize=(14, 1.2 + 0.4 * len(names)), sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(14, 1 + 0.4 * len(names)), sharey=True)
     for axis, measure in zip(axes, panels, strict=True):
         for place, name in enumerate(names):
             change = found.change(name, BASELINE, measure)
             axis.errorbar(100 * change.mean, place, xerr=100 * change.half, fmt="o", capsize=3, color="#31688e")
         axis.axvline(0, color="#6e6e76", linewidth=1)
-        axis.set_title(measure.title, fontsize=10)
+        axis.set_title(measure.title, fontsize=9)
         axis.set_xlabel("points, against the plain model", fontsize=8)
         axis.grid(axis="x", color="#e2e2e0")
     axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
     figure.tight_layout()
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=90))
     plt.close(figure)

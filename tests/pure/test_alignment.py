@@ -6,10 +6,11 @@ import statistics
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import alignment
 from benchmarks.alignment import BASELINE, CONTROL, ROWS, SOFTREPA, Job
-from benchmarks.alignment_report import CATEGORIES, Found, difference, report
+from benchmarks.alignment_report import CATEGORIES, Found, difference, plot, report
 from benchmarks.smallworld import study
 from benchmarks.smallworld.tokens import CATEGORIES as TRAINED
 from benchmarks.smallworld.world import COLOURS, SHAPES, Group, Spec, draw, random_scene
@@ -95,6 +96,9 @@ def test_the_report(tmp_path, monkeypatch):
     (line,) = (line for line in text.splitlines() if line.startswith("| prompts drawn right"))
     assert line.count("**") >= 4  # better than both others
     assert f"{SOFTREPA} (5 runs)" in text
+    plot(Found(), tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert len(picture.getcolors(2**20)) > 10
     monkeypatch.setattr(alignment, "STEPS", alignment.STEPS + 1)
     assert f"{SOFTREPA} (0 runs)" in report(Found())  # other settings, other results
 
