@@ -44,8 +44,8 @@ def test_the_same_model_scores_the_same_and_a_patch_without_effect_too(models, t
 
 def test_other_noise_for_another_seed_and_the_same_for_fewer_timesteps(models):
     whole, part = score(models["sd15"], batches("sd15")), score(models["sd15"], batches("sd15"), (500,))
-    assert torch.equal(whole.losses[2], part.losses[0])
-    assert not torch.equal(part.losses, score(models["sd15"], batches("sd15"), (500,), seed=1).losses)
+    assert torch.equal(whole.information[2], part.information[0])
+    assert not torch.equal(part.information, score(models["sd15"], batches("sd15"), (500,), seed=1).information)
 
 
 def test_the_node(models):
