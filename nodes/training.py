@@ -6,7 +6,7 @@ from ..softrepa import optimizers
 from ..softrepa.comfy.launch import TIME_TABLE, launch
 from ..softrepa.presets import PRESETS
 from ..softrepa.swaps import MOST
-from ..softrepa.trainer import OBJECTIVES, TEMPERATURE_MODES
+from ..softrepa.training_config import OBJECTIVES, TEMPERATURE_MODES
 from .schema import ADVANCED, Dataset, Tokens, schema, show_on_node
 
 

@@ -11,7 +11,7 @@ from . import checkpoint
 from .errors import SoftREPAError
 from .timesteps import parse_timesteps
 from .tokens import SoftTokens
-from .trainer import TrainingConfig
+from .training_config import TrainingConfig
 
 DATA = {"resolution": 512, "bucketing": False, "validation_percent": 0.0, "cache_gb": 50.0}
 KINDS: dict[object, type] = {int: int, str: str, bool: bool}

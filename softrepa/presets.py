@@ -1,7 +1,7 @@
 """Ways to train under one name: inputs of the training node that go together."""
 
 from .errors import SoftREPAError
-from .trainer import TrainingConfig
+from .training_config import TrainingConfig
 
 PRESETS: dict[str, dict] = {
     "paper": {},

@@ -2,7 +2,8 @@
 
 import torch
 from comfyui_softrepa.softrepa.families import FAMILIES
-from comfyui_softrepa.softrepa.trainer import Trainer, TrainingConfig, new_tokens
+from comfyui_softrepa.softrepa.trainer import Trainer, new_tokens
+from comfyui_softrepa.softrepa.training_config import TrainingConfig
 
 WIDTH = 8
 

@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from ..dataset import Dataset
 from ..families import format_blocks
 from ..tokens import SoftTokens
-from ..trainer import TrainingConfig
+from ..training_config import TrainingConfig
 
 
 def description(base_model: str, dataset: Dataset, config: TrainingConfig) -> dict[str, str]:

@@ -8,7 +8,7 @@ from ..errors import SoftREPAError
 from ..families import TEXT_WIDTH
 from ..presets import with_preset
 from ..tokens import SoftTokens
-from ..trainer import TrainingConfig
+from ..training_config import TrainingConfig
 from . import folders
 from .models import model_shape
 from .reports import Curves, LogFile, Measured, Samples

@@ -14,7 +14,8 @@ from PIL import Image
 from ..charts import Chart, Line, draw, smooth
 from ..files import write_atomically
 from ..loss import TEMPERATURE
-from ..trainer import StepRecord, TrainingConfig
+from ..trainer import StepRecord
+from ..training_config import TrainingConfig
 from .patching import apply_tokens
 from .score import HeldOut, score
 from .session import Report, Session

@@ -17,7 +17,8 @@ from ..errors import SoftREPAError
 from ..families import TEXT_WIDTH, Blocks, format_blocks, parse_blocks
 from ..loss import denoising_loss
 from ..tokens import SoftTokens
-from ..trainer import StepRecord, Trainer, TrainingConfig, new_tokens
+from ..trainer import StepRecord, Trainer, new_tokens
+from ..training_config import TrainingConfig
 from .identity import base_model, description, identity
 from .models import ModelShape, check_fit, model_shape
 from .pairs import PairNetwork, halving, is_out_of_memory

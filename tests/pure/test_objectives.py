@@ -9,7 +9,7 @@ from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.latent_lists import dataset_of_lists
 from comfyui_softrepa.softrepa.loss import comparison, contrastive_loss
 from comfyui_softrepa.softrepa.swaps import MOST, swaps
-from comfyui_softrepa.softrepa.trainer import TrainingConfig
+from comfyui_softrepa.softrepa.training_config import TrainingConfig
 from softrepa_tests.toy_training import trainer
 
 

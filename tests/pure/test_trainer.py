@@ -7,7 +7,8 @@ import torch
 from comfyui_softrepa.softrepa import optimizers
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES
-from comfyui_softrepa.softrepa.trainer import TrainingConfig, new_tokens
+from comfyui_softrepa.softrepa.trainer import new_tokens
+from comfyui_softrepa.softrepa.training_config import TrainingConfig
 from softrepa_tests.toy_training import batches, trainer
 
 
