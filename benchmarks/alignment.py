@@ -31,6 +31,9 @@ STEPS, PICTURES, SEEDS = 1500, 1200, 5
 PROMPTS, BATCHES, HARD = 40, 48, 144  # of each category; of four held-out pictures; beside captions wrong by a fact
 CFG, TEMPERATURE = 2.0, 0.07
 EACH = 2  # pictures of each category in the README
+EVERYTHING, GUIDANCE, COUNTING = "everything", "guidance", "counting"
+TESTS = {EVERYTHING: PROMPTS, GUIDANCE: 80, COUNTING: 160}
+"""Prompts of each category. Each test has its own; the first has held-out pictures besides, the last one category."""
 REFERENCE = {"batch_size": 4, "learning_rate": 1e-3}
 FAST = {"micro_batch": 64, "checkpointing": False, "checkpoint_every": 250}
 VERSION = 1
@@ -41,7 +44,7 @@ VERSION = 1
 class Row:
     """A model to measure: trained with `training` beside the reference's constants, or the plain one where it is None.
 
-    `like` is the row whose tokens it takes instead of training its own.
+    `like` is the row whose tokens it takes instead of training its own, `test` which of `TESTS` it takes.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Row:
     seeds: int = SEEDS
     cfg: float = CFG
     like: str = ""
+    test: str = EVERYTHING
 
     def jobs(self) -> list["Job"]:
         return [Job(self, seed) for seed in range(self.seeds if self.training is not None else 1)]
@@ -57,6 +61,7 @@ class Row:
 
 BASELINE, SOFTREPA, CONTROL = "plain model", "SoftREPA", "denoising loss only"
 MAIN, OPTIONS = "The main comparison", "Other ways to train"
+GUIDANCE_PART, COUNTING_PART = "Other guidance (2 above)", "Counting, with more prompts"
 RELATIVE = {"temperature_mode": "relative", "temperature": 1.0}
 AGSM = {"objective": "agsm"}
 
@@ -79,9 +84,17 @@ def _rows() -> Iterator[Row]:
     ):
         for value in values:
             yield Row(f"{name} {value}", {name: value}, part, seeds=3)
-    for cfg in (1.0, 3.0, 5.0):
-        yield Row(f"{BASELINE}, cfg {cfg:g}", None, "Guidance (2)", cfg=cfg)
-        yield Row(f"{SOFTREPA}, cfg {cfg:g}", {}, "Guidance (2)", seeds=3, cfg=cfg, like=SOFTREPA)
+    ways = (BASELINE, SOFTREPA, CONTROL, "relative temperature", "symmetric loss", "hard negatives", "AGSM")
+    for cfg, names in ((1.0, ways), (3.0, ways[:2]), (5.0, ways[:2])):
+        for name in names:
+            yield _again(name, f"cfg {cfg:g}", GUIDANCE_PART, cfg=cfg, test=GUIDANCE)
+    for name in ways:
+        yield _again(name, "counting", COUNTING_PART, test=COUNTING)
+
+
+def _again(name: str, suffix: str, part: str, **other) -> Row:
+    """The tokens of row `name` in another test."""
+    return Row(f"{name}, {suffix}", None if name == BASELINE else {}, part, like=name, **other)
 
 
 ROWS = {row.name: row for row in _rows()}
@@ -104,6 +117,8 @@ class Job:
     def key(self) -> str:
         trained = None if self.row.training is None else self.training
         facts = [VERSION, trained, self.row.cfg, PICTURES, PROMPTS, BATCHES, HARD, TEMPERATURE]
+        if self.row.test != EVERYTHING:
+            facts.append([self.row.test, TESTS[self.row.test]])
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -149,11 +164,21 @@ def prepare(work: Path) -> None:
 
 
 @cache
-def test(work: Path):
+def stock_model(work: Path):
     from benchmarks.smallworld.measure import StockModel
-    from benchmarks.smallworld.study import Test
 
-    return Test(StockModel(work / "models" / "checkpoints"), PROMPTS, BATCHES, HARD)
+    return StockModel(work / "models" / "checkpoints")
+
+
+@cache
+def test(work: Path, name: str):
+    from benchmarks.smallworld.study import SEED, Test, held_out
+    from benchmarks.smallworld.world import CATEGORIES
+
+    stock, number = stock_model(work), list(TESTS).index(name)
+    categories = ("counting",) if name == COUNTING else CATEGORIES
+    pictures = held_out(stock, BATCHES, HARD, SEED + 2) if name == EVERYTHING else None
+    return Test(stock, dict.fromkeys(categories, TESTS[name]), SEED + 1 + 2 * number, pictures)
 
 
 def patched(work: Path, job: Job):
@@ -166,7 +191,7 @@ def patched(work: Path, job: Job):
     from softrepa.comfy.patching import apply_tokens
     from softrepa.smallworld.checkpoint import CHECKPOINT_NAME
 
-    model = test(work).stock.model
+    model = stock_model(work).model
     if job.row.training is None:
         return model
     data = {"checkpoint": CHECKPOINT_NAME, "folder": f"world{PICTURES}", "resolution": 96}
@@ -180,7 +205,7 @@ def run(work: Path, job: Job) -> tuple[Job, float]:
     from benchmarks.smallworld.measure import replace_text
 
     started = time.monotonic()
-    found = test(work).measure(patched(work, job), TEMPERATURE, job.row.cfg)
+    found = test(work, job.row.test).measure(patched(work, job), TEMPERATURE, job.row.cfg)
     replace_text(result_path(job), json.dumps(found.as_json(), separators=(",", ":")))
     return job, time.monotonic() - started
 
@@ -206,7 +231,7 @@ def draw(work: Path, names: list[str]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     set_up(work)
     prepare(work)
-    rows = [test(work).row(patched(work, ROWS[name].jobs()[0]), ROWS[name].cfg, EACH) for name in names]
+    rows = [test(work, EVERYTHING).row(patched(work, ROWS[name].jobs()[0]), ROWS[name].cfg, EACH) for name in names]
     replace_picture(FOLDER / "alignment_pictures.png", contact_sheet(rows))
 
 

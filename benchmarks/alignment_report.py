@@ -12,7 +12,12 @@ from benchmarks.alignment import (
     BASELINE,
     CFG,
     CONTROL,
+    COUNTING,
+    COUNTING_PART,
+    EVERYTHING,
     FOLDER,
+    GUIDANCE,
+    GUIDANCE_PART,
     HARD,
     MAIN,
     OPTIONS,
@@ -21,8 +26,11 @@ from benchmarks.alignment import (
     ROWS,
     SOFTREPA,
     STEPS,
+    TESTS,
+    Row,
     result_path,
 )
+from benchmarks.smallworld.world import CATEGORIES
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,8 @@ class Measure:
         return f"{value:+.4f}" if signed else f"{value:.4f}"
 
 
-CATEGORIES = ("single_object", "two_objects", "counting", "colours", "position", "colour_attribution")
 ALL_RIGHT = Measure("prompts drawn right", ("right",))
-COUNTING = Measure("counting prompts", ("right", "counting"))
+COUNTED = Measure("counting prompts", ("right", "counting"))
 RETRIEVAL = Measure("retrieval among 4 captions", ("retrieval",))
 HARD_RETRIEVAL = Measure("retrieval beside captions wrong by a fact", ("hard_retrieval",))
 LOSS = Measure("contrastive loss", ("loss",), percent=False)
@@ -65,14 +72,25 @@ MEASURES = (
     CLEAN,
     DISTANCE,
 )
-NOTE = "Differences from the plain model."
 NOTES = {
-    "Guidance (2)": "Differences from the plain model at the same guidance; of plain models the figures themselves.",
-    OPTIONS: """Differences from the plain model. The best of several rows looks better than it is: they are compared on
-the prompts that they are reported on. AGSM's slow copy of the tokens (decay 0.9999) goes a seventh of the way in so few
-updates.""",
+    OPTIONS: """The best of several rows looks better than it is: they are compared on the prompts that they are
+reported on. AGSM's slow copy of the tokens (decay 0.9999) goes a seventh of the way in so few updates.""",
+    GUIDANCE_PART: f"Prompts of their own, {TESTS[GUIDANCE]} of each category.",
+    COUNTING_PART: f"Prompts of their own, {TESTS[COUNTING]} of the numbers of shapes that no training caption says.",
 }
-SHORT = (ALL_RIGHT, COUNTING, RETRIEVAL, HARD_RETRIEVAL, CLEAN, DISTANCE)
+SHORT = {
+    EVERYTHING: (ALL_RIGHT, COUNTED, RETRIEVAL, HARD_RETRIEVAL, CLEAN, DISTANCE),
+    GUIDANCE: (ALL_RIGHT, COUNTED, CLEAN, DISTANCE),
+    COUNTING: (COUNTED, CLEAN, DISTANCE),
+}
+"""Measures of a row in a table of many, by its test."""
+PANELS = (
+    ("prompts drawn right, cfg 2", ALL_RIGHT, "{}"),
+    ("prompts drawn right, cfg 1", ALL_RIGHT, "{}, cfg 1"),
+    ("counting prompts, cfg 2", COUNTED, "{}, counting"),
+    ("beside captions wrong by a fact", HARD_RETRIEVAL, "{}"),
+)
+"""Of the plot: title, measure, name of the row that has it."""
 
 
 @dataclass(frozen=True)
@@ -188,18 +206,34 @@ of figures: of 20 differences that are nothing, one will be bold.""",
     ]
     lines += table([*head, *(f"{one} - {other}" for one, other in versus)], rows)
     for part in dict.fromkeys(row.part for row in ROWS.values() if row.part != MAIN):
-        lines += [f"## {part}", "", NOTES.get(part, NOTE), ""]
-        rows = []
-        for row in [ROWS[SOFTREPA], *(row for row in ROWS.values() if row.part == part)]:
-            plain = next(one.name for one in ROWS.values() if one.training is None and one.cfg == row.cfg)
-            done = len(found.of(row.name))
-            if row.training is None:
-                cells = [found.mean(row.name, measure) for measure in SHORT]
-            else:
-                cells = [shown(found.change(row.name, plain, measure), measure) for measure in SHORT]
-            rows.append([row.name, str(done) if done else "not run", *cells])
-        lines += table(["row", "runs", *(measure.title for measure in SHORT)], rows)
+        note = "Differences from the plain model with the same guidance; of a plain model the figures themselves."
+        lines += [f"## {part}", "", " ".join(filter(None, (note, NOTES.get(part)))), "", *part_table(found, part)]
     return "\n".join(lines)
+
+
+def part_table(found: Found, part: str) -> list[str]:
+    """A line for each row of `part`, and of SoftREPA where they take the same test."""
+    rows = [row for row in ROWS.values() if row.part == part]
+    test = rows[0].test
+    if test == EVERYTHING:
+        rows.insert(0, ROWS[SOFTREPA])
+    measures = SHORT[test]
+    lines = []
+    for row in rows:
+        results = found.of(row.name)
+        if row.training is None:
+            cells = [found.mean(row.name, measure) for measure in measures]
+        else:
+            cells = [shown(found.change(row.name, plain_like(row), measure), measure) for measure in measures]
+        lines.append([row.name, str(len(results)) if results else "not run", *cells])
+    return table(["row", "runs", *(measure.title for measure in measures)], lines)
+
+
+def plain_like(row: Row) -> str:
+    """The plain model in the same test at the same guidance."""
+    return next(
+        one.name for one in ROWS.values() if one.training is None and (one.cfg, one.test) == (row.cfg, row.test)
+    )
 
 
 def plot(found: Found, path: Path) -> None:
@@ -213,14 +247,14 @@ def plot(found: Found, path: Path) -> None:
 
     names = [row.name for row in ROWS.values() if row.part in (MAIN, OPTIONS) and row.training is not None]
     names = [name for name in names if len(found.of(name)) > 1]
-    panels = (ALL_RIGHT, COUNTING, RETRIEVAL, HARD_RETRIEVAL)
-    figure, axes = plt.subplots(1, len(panels), figsize=(14, 1 + 0.4 * len(names)), sharey=True)
-    for axis, measure in zip(axes, panels, strict=True):
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(14, 1 + 0.4 * len(names)), sharey=True)
+    for axis, (title, measure, row_name) in zip(axes, PANELS, strict=True):
         for place, name in enumerate(names):
-            change = found.change(name, BASELINE, measure)
-            axis.errorbar(100 * change.mean, place, xerr=100 * change.half, fmt="o", capsize=3, color="#31688e")
+            row = ROWS.get(row_name.format(name))
+            if row and (change := found.change(row.name, plain_like(row), measure)):
+                axis.errorbar(100 * change.mean, place, xerr=100 * change.half, fmt="o", capsize=3, color="#31688e")
         axis.axvline(0, color="#6e6e76", linewidth=1)
-        axis.set_title(measure.title, fontsize=9)
+        axis.set_title(title, fontsize=9)
         axis.set_xlabel("points, against the plain model", fontsize=8)
         axis.grid(axis="x", color="#e2e2e0")
     axes[0].set_yticks(range(len(names)), names)

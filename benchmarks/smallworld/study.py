@@ -68,19 +68,27 @@ class Measured:
         return {one.name: short(getattr(self, one.name)) for one in fields(self)}
 
 
-class Test:
-    """Prompts, held-out pictures and noise that stay the same for every model."""
+def held_out(stock: StockModel, batches: int, hard: int, seed: int) -> HeldOut:
+    return HeldOut(stock, batches, hard, seed, spec_of=test_spec)
 
-    def __init__(self, stock: StockModel, prompts: int, batches: int, hard: int):
-        self.stock = stock
-        rng = np.random.default_rng(SEED + 1)
-        self.prompts = [(category, test_spec(rng, category)) for category in CATEGORIES for _ in range(prompts)]
+
+class Test:
+    """Prompts, and held-out pictures if any, with noise that stays the same for every model.
+
+    `prompts` is how many of each category.
+    """
+
+    def __init__(self, stock: StockModel, prompts: dict[str, int], seed: int, held_out: HeldOut | None = None):
+        self.stock, self.held_out = stock, held_out
+        rng = np.random.default_rng(seed)
+        self.prompts = [(name, test_spec(rng, name)) for name, count in prompts.items() for _ in range(count)]
         self.drawn = small(np.stack([draw(random_scene(rng, spec)) for _, spec in self.prompts for _ in range(4)]))
-        self.held_out = HeldOut(stock, batches, hard, SEED + 2, spec_of=test_spec)
 
     def measure(self, model, temperature: float, cfg: float) -> Measured:
         """Of a MODEL, with tokens or without. `temperature` is that of the loss; `cfg` the guidance."""
         found = self.facts(self.pictures(model, cfg))
+        if self.held_out is None:
+            return found
         alignment = self.held_out.measure(model, temperature)
         for name in ("loss", "retrieval", "hard_retrieval"):
             setattr(found, name, getattr(alignment, name).tolist())
