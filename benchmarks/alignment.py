@@ -217,6 +217,8 @@ def run_all(work: Path, jobs: list[Job], processes: int) -> None:
         pool.submit(prepare, work).result()
         futures = [pool.submit(run, work, job) for job in jobs]
         for number, future in enumerate(as_completed(futures), 1):
+            if future.exception():
+                pool.shutdown(wait=False, cancel_futures=True)  # an error shall not wait for hours of other jobs
             job, seconds = future.result()
             passed = (time.monotonic() - started) / 60
             print(

@@ -407,7 +407,7 @@ def flowedit(model: Model, is_masked: bool = False) -> Workflow:
             "**n_max**: how deep the edit reaches. Lower keeps more of the image, higher changes more. "
             "**target_cfg**: how strongly it is pulled to the target prompt.",
             "**With soft tokens**: put *Load SoftREPA Tokens* between the checkpoint and the sampler; then "
-            "`target_cfg` 10 to 12 is enough.",
+            "a lower `target_cfg` is enough (SD3: 10 to 12).",
             checkpoint_advice(model),
             model.advice,
         ),

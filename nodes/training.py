@@ -63,12 +63,13 @@ class TrainTokens(io.ComfyNode):
                     tooltip="Inputs that go together. paper: what the inputs below have by default. AGSM: the "
                     "successor's objective, two banks of tokens. An input that a preset sets must be left as it is.",
                 ),
-                number(io.Int, "n_tokens", 0, 0, 64, "Tokens a block. 0: the paper's 4. More than 8 overfit."),
+                number(io.Int, "n_tokens", 0, 0, 64, "Tokens a block. 0: 4, as published (paper: 8 for SD1.5, SDXL)."),
                 io.String.Input(
                     "blocks",
                     optional=True,
                     default="auto",
-                    tooltip="auto: the paper's. SD1.5, SDXL: a list of down, mid, up. SD3: how many first blocks.",
+                    tooltip="SD1.5, SDXL: a list of down, mid, up. SD3: how many first blocks. auto: as the published "
+                    "tokens, down for SD1.5 (paper: down,mid), down,mid for SDXL, 5 for SD3.",
                 ),
                 io.Combo.Input(
                     "time_table",

@@ -98,7 +98,7 @@ def _read_safetensors(path: Path, label: str) -> tuple[dict[str, Tensor], dict[s
                     f"{label}: the .safetensors file holds {found or 'no tensors'}, "
                     f"expected `tokens` and at most {' and '.join(TENSORS[1:])}."
                 )
-            tensors = {key: file.get_tensor(key) for key in keys}
+            tensors = {key: file.get_tensor(key).clone() for key in keys}  # no hold on a file that may be replaced
     except (SafetensorError, OSError) as error:
         raise SoftREPAError(
             f"{label}: the .safetensors file cannot be read ({error}), expected a whole file."

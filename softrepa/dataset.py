@@ -112,9 +112,9 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any image, caption, size or the division into training and validation."""
+        """Changes with any image, caption, size, their order, or the division into training and validation."""
         parts = [
-            sorted((one.image, list(one.captions), list(one.size)) for one in part)
+            [(one.image, list(one.captions), list(one.size)) for one in part]  # drawing goes by this order
             for part in (self.train, self.validation)
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -137,6 +137,15 @@ class Dataset:
             )
         drawn = self._sampler.next(batch_size)
         return self._encoded(drawn, self._wrong(drawn, hard_negatives) if hard_negatives else None)
+
+    def one_epoch(self, batch_size: int) -> Iterator[Batch]:
+        """Batches as `batch` gives them, until an image would come again."""
+        yield self.batch(batch_size)
+        epoch = self.state()["epoch"]
+        drawn = self._sampler.next(batch_size)
+        while self.state()["epoch"] == epoch:
+            yield self._encoded(drawn)
+            drawn = self._sampler.next(batch_size)
 
     def prepare_hard_negatives(self) -> str:
         """Encodes every wrong caption that training can draw; says in a line how many there are.

@@ -3,7 +3,10 @@
 import inspect
 import json
 import os
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +17,8 @@ from .tokens import SoftTokens
 from .training_config import TrainingConfig
 
 DATA = {"resolution": 512, "bucketing": False, "validation_percent": 0.0, "cache_gb": 50.0}
+CLIP = {"tokenizer_options": {}, "clip_layer": 0}
+"""What nodes between the checkpoint and the dataset may have set on the CLIP, as `comfy.sd.CLIP` names it."""
 KINDS: dict[object, type] = {int: int, str: str, bool: bool}
 REQUIRED = ("checkpoint", "folder", "steps", "batch_size", "learning_rate", "seed")
 
@@ -53,10 +58,12 @@ def start(comfyui: Path, options: list[str]) -> None:
     comfy.options.enable_args_parsing()
     own, sys.argv = sys.argv, ["main.py", *options]
     try:
-        import torch
         from comfy.cli_args import args
     finally:
         sys.argv = own
+    choose_devices(args)
+    import torch
+
     args.cpu |= not (torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available())
 
     # main.py imports it first; on older versions another module takes the name otherwise
@@ -74,9 +81,28 @@ def start(comfyui: Path, options: list[str]) -> None:
     for kind in ("input", "output", "user"):
         if given := getattr(args, f"{kind}_directory", None):
             getattr(folder_paths, f"set_{kind}_directory")(given)
+    saved = Path(folder_paths.get_output_directory()) / "checkpoints"  # of Save Checkpoint
+    folder_paths.add_model_folder_path("checkpoints", str(saved))
     from .comfy import folders
 
     folders.register()
+
+
+def choose_devices(args) -> None:
+    """As main.py does: PyTorch reads these when it is first asked for its devices."""
+    chosen: dict[str, str] = {}
+    if args.default_device is not None:
+        others = [index for index in range(32) if index != args.default_device]
+        order = ",".join(map(str, [args.default_device, *others]))
+        chosen |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), order)
+    if args.cuda_device is not None:
+        names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
+        chosen |= dict.fromkeys(names, str(args.cuda_device))
+    if args.oneapi_device_selector is not None:
+        chosen["ONEAPI_DEVICE_SELECTOR"] = args.oneapi_device_selector
+    if args.deterministic:
+        chosen["CUBLAS_WORKSPACE_CONFIG"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.update(chosen)
 
 
 def load_checkpoint(name: str):
@@ -94,6 +120,19 @@ def load_checkpoint(name: str):
         if found is None:
             raise SoftREPAError(f'checkpoint "{name}" holds no {part}, expected a whole checkpoint.')
     return model, clip, vae
+
+
+def set_clip(inputs: dict, clip):
+    """A CLIP as `inputs` say it was when they were written; these are removed from them."""
+    options, layer = (inputs.pop(name, default) for name, default in CLIP.items())
+    clip = clip.clone()
+    for name, value in options.items():
+        if type(value) is not int:
+            raise SoftREPAError(f"CONFIG: tokenizer_options has {name} {value!r}, expected a whole number.")
+        clip.set_tokenizer_option(name, value)
+    if layer:
+        clip.clip_layer(layer)
+    return clip
 
 
 def load_dataset(inputs: dict, clip, vae):
@@ -121,6 +160,7 @@ def train(config: dict) -> Path:
     check_inputs(config, launch)
     inputs = dict(config)
     model, clip, vae = load_checkpoint(inputs.pop("checkpoint"))
+    clip = set_clip(inputs, clip)
     dataset = load_dataset(inputs, clip, vae)
     print(dataset.summary, file=sys.stderr)
     if "init_tokens" in inputs:
@@ -129,14 +169,35 @@ def train(config: dict) -> Path:
         with torch.inference_mode():
             prompts = [clip.encode_from_tokens_scheduled(clip.tokenize(one)) for one in (text, "")]
         inputs |= {"preview_positive": prompts[0], "preview_negative": prompts[1], "vae": vae}
-    with Line() as line, torch.inference_mode():
+    with Line() as line, torch.inference_mode(), interrupted_between_steps():
         return launch(model, dataset, line, **inputs).path
+
+
+@contextmanager
+def interrupted_between_steps():
+    """Ctrl+C is ComfyUI's interrupt: a step is done whole or not at all. A second one stops at once."""
+    import comfy.model_management
+
+    def interrupt(*_):
+        signal.signal(signal.SIGINT, before)
+        comfy.model_management.interrupt_current_processing()
+
+    if threading.current_thread() is not threading.main_thread():  # only there signals can be handled
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except comfy.model_management.InterruptProcessingException:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def check_inputs(config: dict, launch) -> None:
     """Every name and the kind of every value. Raises SoftREPAError."""
     kinds: dict[str, type] = {"checkpoint": str, "folder": str, "preview_prompt": str, "init_tokens": str}
-    kinds |= {name: type(value) for name, value in DATA.items()}
+    kinds |= {name: type(value) for name, value in (DATA | CLIP).items()}
     kinds |= {field.name: KINDS.get(field.type, float) for field in fields(TrainingConfig)}
     for name, parameter in inspect.signature(launch).parameters.items():
         if isinstance(parameter.default, (bool, int, float, str)):
@@ -154,6 +215,7 @@ def score(config: dict, tokens_name: str | None, **options) -> dict:
     """Accuracy and loss of a checkpoint on a folder, with tokens or without. ComfyUI must be started."""
     import torch
 
+    from .comfy.launch import launch
     from .comfy.patching import apply_tokens
     from .comfy.score import HeldOut
     from .comfy.score import score as measure
@@ -162,8 +224,9 @@ def score(config: dict, tokens_name: str | None, **options) -> dict:
     missing = [name for name in ("checkpoint", "folder") if name not in inputs]
     if missing:
         raise SoftREPAError(f"CONFIG lacks {', '.join(missing)}, expected checkpoint and folder.")
+    check_inputs(config, launch)
     model, clip, vae = load_checkpoint(inputs.pop("checkpoint"))
-    dataset = load_dataset(inputs, clip, vae)
+    dataset = load_dataset(inputs, set_clip(inputs, clip), vae)
     with torch.inference_mode():
         if tokens_name:
             model = apply_tokens(model, load_tokens(tokens_name))

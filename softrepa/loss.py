@@ -82,10 +82,5 @@ def information(errors: Tensor, elements: int) -> Tensor:
     return torch.log(torch.tensor(float(len(errors)))) + scores
 
 
-def mutual_information(errors: Tensor, elements: int) -> float:
-    """The mean of `information` over the images."""
-    return information(errors, elements).mean().item()
-
-
 def _own(errors: Tensor) -> Tensor:
     return torch.arange(len(errors), device=errors.device)

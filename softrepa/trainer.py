@@ -111,6 +111,10 @@ class Pairs(Protocol):
     def embed(self, rows: Tensor) -> Tensor: ...
 
 
+class DivergedError(SoftREPAError):
+    """Training has left the numbers; the last updates before it may be wrong already."""
+
+
 class Trainer:
     """The loop's body: one step at a time, deterministic for a seed.
 
@@ -132,23 +136,18 @@ class Trainer:
         self.step_index = 0
 
     def step(self, micro_batch: int) -> StepRecord:
-        """One update from `accumulation` batches. Raises SoftREPAError when the loss is no longer a number.
+        """One update from `accumulation` batches. Raises DivergedError where loss or gradient is no longer a number.
 
         A step that does not get to its end leaves no trace.
         """
         before = self.generator.get_state()
         try:
             records = [self._accumulate(micro_batch) for _ in range(self.config.accumulation)]
+            norm = self._average_gradients(len(records))
         except BaseException:
             self.generator.set_state(before)
             self.optimizer.zero_grad()
             raise
-        parameters = list(self.tokens.parameters())
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad /= len(records)
-        limit = self.config.gradient_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(parameters, limit).item()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate_at(self.step_index)
         self.optimizer.step()
@@ -171,6 +170,23 @@ class Trainer:
         table = copies.get("time_table")
         return SoftTokens(**banks, family=family, blocks=blocks, time_table=table, name=name, metadata=metadata)
 
+    def _average_gradients(self, batches: int) -> float:
+        """Of `batches` added ones, clipped; returns their norm before that."""
+        parameters = list(self.tokens.parameters())
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= batches
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip or math.inf).item()
+        self._check_number("gradient", norm)
+        return norm
+
+    def _check_number(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"The {name} is {value} at step {self.step_index + 1}, expected a number; "
+                "try a lower learning_rate or a base model in another precision."
+            )
+
     def _accumulate(self, micro_batch: int) -> tuple[int, float, float, float]:
         config = self.config
         latents, conds, wrong = self.next_batch(config.batch_size)
@@ -186,11 +202,7 @@ class Trainer:
             compared = torch.eye(len(conds), dtype=torch.bool)
         batch = (latents, noise, [*conds, *chain(*wrong)], t, micro_batch, compared)
         value, errors = self._match_scores(batch) if config.objective == "agsm" else self._contrast(batch)
-        if not torch.isfinite(value):
-            raise SoftREPAError(
-                f"The loss is {value.item()} at step {self.step_index + 1}, expected a number; "
-                "try a lower learning_rate or a base model in another precision."
-            )
+        self._check_number("loss", value.item())
         is_retrieval = config.objective == "contrastive"  # AGSM's captions are not all read with one bank
         accuracy = loss.retrieval_accuracy(errors[:, : len(errors)]) if is_retrieval else math.nan
         return t, value.item(), accuracy, errors.diagonal().mean().item()

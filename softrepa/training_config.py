@@ -69,11 +69,13 @@ class TrainingConfig:
             if getattr(self, name) not in known:
                 raise SoftREPAError(f'{name} is "{getattr(self, name)}", expected one of {", ".join(known)}.')
         least = {"steps": 1, "batch_size": 2, "accumulation": 1, "warmup_steps": 0, "hard_negatives": 0}
+        least |= {"schedule_steps": 1, "restart_after": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise SoftREPAError(f"{name} is {getattr(self, name)}, expected {low} or more.")
         guidance = ("positive_guidance", "negative_guidance")
-        for name in ("learning_rate", "weight_decay", "gradient_clip", "denoising_weight", *guidance):
+        rates = ("learning_rate", "minimum_learning_rate")
+        for name in (*rates, "weight_decay", "gradient_clip", "denoising_weight", *guidance):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise SoftREPAError(f"{name} is {value}, expected 0 or more.")
@@ -93,9 +95,10 @@ class TrainingConfig:
         for name, objectives in USED_BY.items():
             default = type(self).__dataclass_fields__[name].default
             if self.objective not in objectives and getattr(self, name) != default:
+                shown = "its default" if default is None else f"its default, {default},"
                 raise SoftREPAError(
-                    f"{name} is {getattr(self, name)}, expected its default, {default}, with objective "
-                    f"{self.objective}, which does not use it."
+                    f"{name} is {getattr(self, name)}, expected {shown} with objective {self.objective}, which does "
+                    "not use it."
                 )
 
     def learning_rate_at(self, step: int) -> float:

@@ -221,7 +221,7 @@ def study(work: Path, pictures: int, steps: int, seeds: int, say: Callable = pri
 def report(changes: dict, pictures: int, steps: int, seeds: int) -> str:
     """A table in Markdown."""
     lines = [
-        "# Soft tokens on the small world",
+        "# The shipped tokens of the small world",
         "",
         f"{steps} updates of {BATCH_SIZE} x {BATCH_SIZE} pairs on {pictures} drawn pictures, {seeds} seeds, by the "
         f"training node; held-out pictures at timesteps {', '.join(map(str, TIMESTEPS))}, the same noise for all. "

@@ -52,6 +52,10 @@ def dataset_of_folder(
     dataset = Dataset(name, images.train, images.validation, encodings, images.notes)  # refuses before any encoding
     dataset.settings = {"folder": name, "resolution": resolution, "bucketing": bucketing}
     dataset.settings["validation_percent"] = validation_percent
+    if clip.tokenizer_options:
+        dataset.settings["tokenizer_options"] = dict(clip.tokenizer_options)
+    if clip.layer_idx is not None:
+        dataset.settings["clip_layer"] = clip.layer_idx
     images.notes.append(encodings.fill())
     return dataset
 
@@ -153,7 +157,11 @@ class FolderEncodings:
         stored = self.cache.read(key)
         if stored is None:
             stored = make()
-            self.cache.write(key, stored)
+            try:
+                self.cache.write(key, stored)
+            except OSError as error:
+                self.cache.room = 0  # what does not fit is encoded again whenever it is drawn
+                logging.warning("SoftREPA: the cache in %s cannot be written (%s)", self.cache.folder, error)
         return stored
 
     def _encode_image(self, example: Example) -> Tensor:

@@ -64,6 +64,11 @@ def token_path(name: str) -> Path:
     raise SoftREPAError(f'Tokens "{name}": {found} in models/{FOLDER}, expected {expected} there.')
 
 
+def listed_name(path: Path) -> str:
+    """How the loader calls a token file."""
+    return str(path.relative_to(home())) if home() in path.parents else path.name
+
+
 def fingerprint(path: Path) -> list[tuple[str, int, int]]:
     """Name, mtime and size of the file, or of the published files in a folder."""
     files = sorted(path.glob("*.pth")) if path.is_dir() else [path]

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 
+import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..dataset import Dataset
@@ -53,9 +55,36 @@ def tokens_hash(tokens: SoftTokens) -> str:
 
 
 def base_model(model: ModelPatcher) -> str:
-    """Its kind and a hash of a few values of every weight: enough to tell models apart, quick for large ones."""
+    """Its kind and a hash of a few values of every weight: enough to tell models apart, quick for large ones.
+
+    Weights as they were before LoRAs, and the LoRAs apart, so that it does not matter what is loaded.
+    """
     digest = hashlib.sha256()
+    prefix = "diffusion_model."
     for name, weight in sorted(model.model.diffusion_model.state_dict().items()):
-        sample = weight.flatten()[:: max(1, weight.numel() // 16)][:16].float().cpu()
-        digest.update(name.encode() + sample.contiguous().numpy().tobytes())
+        kept = model.backup.get(prefix + name)
+        digest.update(name.encode() + _sample(weight if kept is None else kept.weight))
+    for name, patches in sorted(model.patches.items(), key=lambda item: str(item[0])):
+        if str(name).startswith(prefix):
+            digest.update(str(name).encode())
+            for part in _parts(patches):
+                digest.update(_sample(part) if isinstance(part, torch.Tensor) else repr(part).encode())
     return f"{type(model.model).__name__} {digest.hexdigest()[:16]}"
+
+
+def _sample(weight: torch.Tensor) -> bytes:
+    return weight.flatten()[:: max(1, weight.numel() // 16)][:16].float().cpu().contiguous().numpy().tobytes()
+
+
+def _parts(value: object) -> Iterator[object]:
+    """The numbers, words and tensors of a weight's patches, whatever adapter holds them."""
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _parts(part)
+    elif hasattr(value, "weights"):
+        yield type(value).__name__
+        yield from _parts(value.weights)
+    elif value is None or isinstance(value, (str, int, float, torch.Tensor)):
+        yield value
+    else:
+        yield type(value).__name__

@@ -70,8 +70,7 @@ class HeldOut:
     def __iter__(self) -> Iterator[Batch]:
         if self.dataset.validation:
             return islice(self.dataset.validation_batches(self.batch_size), self.batches)
-        view = self.dataset.started(self.seed)
-        return (view.batch(self.batch_size) for _ in range(self.batches))
+        return islice(self.dataset.started(self.seed).one_epoch(self.batch_size), self.batches)
 
     def __len__(self) -> int:
         """At most."""

@@ -17,7 +17,8 @@ from .. import checkpoint, training_state
 from ..dataset import Dataset
 from ..errors import SoftREPAError
 from ..tokens import SoftTokens
-from ..trainer import StepRecord, Trainer
+from ..trainer import DivergedError, StepRecord, Trainer
+from . import folders
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Session:
         """(step, retrieval accuracy, loss) on images that are not trained on, where somebody measured them."""
         self.position = dataset.state()
         self.written = (0, 0)
+        self.has_diverged = False
         self.bar = ProgressBar(trainer.config.steps)
 
     def go_on_from(self, saved: training_state.TrainingState) -> None:
@@ -93,7 +95,11 @@ class Session:
         started, said = time.monotonic(), 0.0
         while len(self.records) < steps:
             memory.throw_exception_if_processing_interrupted()
-            record = self.trainer.step(micro_batch)
+            try:
+                record = self.trainer.step(micro_batch)
+            except DivergedError:
+                self.has_diverged = True
+                raise
             self.records.append(record)
             self.position = self.dataset.state()
             self.bar.update_absolute(record.step)
@@ -123,12 +129,18 @@ class Session:
     def tokens(self) -> SoftTokens:
         """As they are after the last finished step."""
         metadata = self.metadata | {"steps": str(len(self.records))}
-        return self.trainer.finished(self.files.tokens.stem, metadata)
+        return self.trainer.finished(folders.listed_name(self.files.tokens), metadata)
 
     def finish(self, reports: Sequence[Report]) -> None:
-        """Write what is not written yet, and say where an unfinished run is. Raises SoftREPAError where that fails."""
+        """Write what is not written yet, and say where an unfinished run is. Raises SoftREPAError where that fails.
+
+        What led to numbers that are none does not replace what was saved before.
+        """
         try:
-            self.write()
+            if not self.has_diverged:
+                self.write()
+            elif not self.written[0]:
+                self._try(self.write, "saved")
         except OSError as error:
             raise SoftREPAError(
                 f"{self.files.tokens} could not be written ({error}), expected a folder with room; "
@@ -146,9 +158,10 @@ class Session:
         """Checkpoint first: what is in the token file can always be gone on from."""
         if self._measure() == self.written and (self.files.tokens.exists() or not self.records):
             return
+        tokens = self.tokens()  # refuses what is not finite, before a good checkpoint is replaced
         state = training_state.capture(self.trainer, self.records, self.held_out, self.position, self.identity)
         training_state.save(state, self.files.checkpoint)
-        checkpoint.save(self.tokens(), self.files.tokens)
+        checkpoint.save(tokens, self.files.tokens)
         self.written = self._measure()
 
     def _measure(self) -> tuple[int, int]:

@@ -26,8 +26,8 @@ from .score_matching import regression
 from .session import Files, Report, Session
 from .state import KEY
 
-VANISHING = 1e-6
-"""Below this the contrastive loss hardly depends on any error."""
+VANISHING = 1e-4
+"""Below this the contrastive loss hardly depends on any error; at temperature 0.07 that is an error of about 1."""
 
 MEMORY_SHARE = 0.8
 
@@ -167,7 +167,11 @@ def train(
     shape = checked_model(model)
     check_dataset(dataset, shape, model.model.latent_format.latent_channels, config)
     dataset = dataset.started(config.seed)
-    patcher = model.clone(disable_dynamic=True) if model.is_dynamic() else model.clone()
+    if config.hard_negatives:
+        prepared = dataset.prepare_hard_negatives()
+        logging.info("SoftREPA: %s", prepared)
+        on_progress(prepared)
+    patcher = static_clone(model)
     memory.load_models_gpu([patcher])
     patcher.pre_run()
     with outside_inference(), cleaned_up(patcher):
@@ -188,11 +192,7 @@ def train(
         saved = None
         if resume:
             files, saved = same_run(resume, settings)
-        if config.hard_negatives:
-            prepared = dataset.prepare_hard_negatives()
-            logging.info("SoftREPA: %s", prepared)
-            on_progress(prepared)
-        session = Session(trainer, dataset, model, files, settings, described, on_progress)
+        session = Session(trainer, dataset, patcher, files, settings, described, on_progress)
         if saved is not None:
             session.go_on_from(saved)
         watching = reports(files)
@@ -217,6 +217,20 @@ def same_run(candidates: Sequence[Files], settings: dict) -> tuple[Files, traini
         f"resume: {candidates[0].checkpoint.name} is of another run ({'; '.join(newest)}), "
         "expected the same settings, or resume off."
     )
+
+
+def static_clone(model: ModelPatcher) -> ModelPatcher:
+    """A clone whose weights stay where they are loaded, as autograd needs. Raises SoftREPAError where there is none."""
+    is_dynamic = getattr(model, "is_dynamic", None)  # older versions know no other patcher
+    if is_dynamic is None or not is_dynamic():
+        return model.clone()
+    try:
+        return model.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise SoftREPAError(
+            f"Model cannot be loaded without dynamic memory ({error}), expected one of ComfyUI's own loaders, or "
+            "ComfyUI started with --disable-dynamic-vram."
+        ) from None
 
 
 @contextmanager

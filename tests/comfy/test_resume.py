@@ -9,12 +9,14 @@ import torch
 from comfyui_softrepa.nodes.tokens import SaveTokens
 from comfyui_softrepa.softrepa import checkpoint, training_state
 from comfyui_softrepa.softrepa.comfy import folders
+from comfyui_softrepa.softrepa.comfy.identity import base_model
 from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
 from comfyui_softrepa.softrepa.comfy.reports import LogFile
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES
 from comfyui_softrepa.softrepa.trainer import Trainer, new_tokens
 from safetensors.torch import save_file
+from softrepa_tests.composing import lora_for
 from softrepa_tests.learning import dataset, train
 
 
@@ -159,6 +161,15 @@ def test_a_loss_that_is_no_number_keeps_what_was_learned(models, token_folder, m
     assert checkpoint.load(token_folder / "run_00001.safetensors").metadata["steps"] == "2"
 
 
+def test_what_led_to_no_number_does_not_replace_what_was_saved(models, token_folder, runs):
+    with pytest.raises(SoftREPAError, match=r"The (loss|gradient) is .* at step \d+, expected a number"):
+        train(models, "sd3", steps=9, filename_prefix="run", optimizer="SGD", learning_rate=1e30, checkpoint_every=1)
+    saved = checkpoint.load(token_folder / "run_00001.safetensors")
+    state = training_state.load(folders.checkpoint_path(token_folder / "run_00001.safetensors"))
+    assert saved.metadata["steps"] == str(state.step)
+    assert all(value.isfinite().all() for key, value in state.tensors.items() if key.startswith("parameter/"))
+
+
 def test_a_disk_that_is_really_full(models, token_folder):
     """The system refuses to write; libraries say so in words of their own."""
     import resource
@@ -243,3 +254,20 @@ def test_a_refused_run_leaves_the_shared_model_alone(models, token_folder):
     with pytest.raises(SoftREPAError, match="of another run"):
         train(models, "sd3", steps=2, filename_prefix="run", resume=True, temperature=3.0)
     assert models["sd3"].model.current_patcher is None
+
+
+def test_a_model_is_known_by_its_weights_and_loras_whatever_is_loaded(models):
+    import comfy.model_management as memory
+    import comfy.sd
+
+    def with_lora(strength):
+        return comfy.sd.load_lora_for_models(models["sd15"], None, lora_for(models["sd15"], "sd15"), strength, 0.0)[0]
+
+    plain = base_model(models["sd15"])
+    whole, half = with_lora(1.0), with_lora(0.5)
+    before = [base_model(whole), base_model(half)]
+    assert len({plain, *before}) == 3
+    for model in (whole, half, models["sd15"]):
+        memory.load_models_gpu([model], force_full_load=True)
+        assert [base_model(models["sd15"]), base_model(whole), base_model(half)] == [plain, *before]
+    assert base_model(with_lora(0.5)) == before[1]

@@ -8,9 +8,10 @@ from comfyui_softrepa.nodes.score import AlignmentScore
 from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork, pair_errors
 from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
 from comfyui_softrepa.softrepa.comfy.score import HeldOut, parse_timesteps, score
+from comfyui_softrepa.softrepa.dataset import Dataset
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.loss import contrastive_loss, mutual_information, retrieval_accuracy
-from softrepa_tests.learning import dataset, train
+from comfyui_softrepa.softrepa.loss import contrastive_loss, information, retrieval_accuracy
+from softrepa_tests.learning import InMemory, dataset, train
 
 
 def batches(family):
@@ -29,7 +30,7 @@ def test_it_is_the_loss_of_the_pairs(models, family):
             part = slice(3 * column, 3 * column + 3)
             assert measured.losses[row, part].mean() == pytest.approx(contrastive_loss(errors).item(), rel=1e-5)
             assert measured.retrieved[row, part].float().mean() == pytest.approx(retrieval_accuracy(errors))
-            expected = mutual_information(errors, latents[0].numel())
+            expected = information(errors, latents[0].numel()).mean().item()
             assert measured.information[row, part].mean() == pytest.approx(expected, rel=1e-3)
 
 
@@ -67,6 +68,13 @@ def test_chance_is_that_of_the_batches_there_are(models):
     measured = score(models["sd3"], HeldOut(dataset("sd3"), 32, 9, seed=0), (500,))
     assert measured.losses.shape == (1, 6)
     assert measured.chance == pytest.approx(1 / 6)
+
+
+def test_no_image_is_measured_twice():
+    examples = [replace(one, size=(64, 64 * (1 + i % 4))) for i, one in enumerate(dataset("sd3", 20).train)]
+    data = Dataset("toy", examples, [], InMemory("sd3"), [])
+    names = [name for batch in HeldOut(data, 3, 99, seed=0) for name in batch.keys]
+    assert len(names) == len(set(names)) == 12  # of five of a size two find no third
 
 
 def test_validation_images_that_never_meet():

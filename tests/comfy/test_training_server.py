@@ -138,7 +138,10 @@ def test_the_command_line_and_the_node_go_on_with_each_others_runs(server, tmp_p
 
 
 def test_a_trained_file_is_a_config_and_scores(server):
-    server.run(only_training(steps=1, filename_prefix="first"), timeout=600)
+    parts = only_training(steps=1, filename_prefix="first")
+    parts["long"] = node("T5TokenizerOptions", clip=["load", 1], min_padding=0, min_length=90)
+    parts["data"]["inputs"]["clip"] = ["long", 0]
+    server.run(parts, timeout=600)
     file = server.work / "models" / "softrepa" / "first_00001.safetensors"
     checkpoint_path = stand_in("sd3").checkpoint
     command_line(server, "train", file, "--checkpoint", checkpoint_path)

@@ -54,7 +54,7 @@ class TestMetadata:
         assert {"cff-version", "message", "title", "authors"} <= citation.keys()
         assert citation["license"] == PROJECT["license"]
         papers = {reference["url"].rpartition("/")[2]: reference for reference in citation["references"]}
-        assert set(papers) == {"2503.08250", "2412.08629"}
+        assert set(papers) == {"2503.08250", "2412.08629", "2605.30038"}
         names = [author["family-names"] for author in papers["2503.08250"]["authors"]]
         assert names == ["Lee", "Cha", "Kim", "Ye"]
 

@@ -7,7 +7,7 @@ import torch
 from comfyui_softrepa.softrepa import optimizers
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES
-from comfyui_softrepa.softrepa.trainer import new_tokens
+from comfyui_softrepa.softrepa.trainer import DivergedError, new_tokens
 from comfyui_softrepa.softrepa.training_config import TrainingConfig
 from softrepa_tests.toy_training import batches, trainer
 
@@ -112,6 +112,25 @@ def test_a_loss_that_is_no_number_stops_the_run():
         run.step(1)
 
 
+def test_a_gradient_that_is_no_number_leaves_no_trace():
+    run, untouched = trainer(), trainer()
+    run.step(1), untouched.step(1)
+    gradients = run.pairs.gradients
+
+    def poisoned(*args):
+        errors, found = gradients(*args)
+        found[0].fill_(torch.inf)
+        return errors, found
+
+    run.pairs.gradients = poisoned
+    with pytest.raises(DivergedError, match="The gradient is .* at step 2, expected a number"):
+        run.step(1)
+    run.pairs.gradients = gradients
+    run.next_batch, untouched.next_batch = batches(1), batches(1)
+    assert run.step(1) == untouched.step(1)
+    assert torch.equal(run.tokens.tokens, untouched.tokens.tokens)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -119,6 +138,10 @@ def test_a_loss_that_is_no_number_stops_the_run():
         ({"batch_size": 1}, "batch_size is 1, expected 2 or more"),
         ({"temperature": 0.0}, "temperature is 0.0, expected more than 0"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"minimum_learning_rate": math.nan}, "minimum_learning_rate is nan"),
+        ({"schedule_steps": 0}, "schedule_steps is 0, expected 1 or more"),
+        ({"restart_after": 0}, "restart_after is 0, expected 1 or more"),
+        ({"objective": "agsm", "denoising_weight": 0.0}, "denoising_weight is 0.0, expected its default with"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0, expected 0 to below 1"),
     ],
 )
