@@ -3,8 +3,9 @@
 python3 -m benchmarks.alignment [ROW ...] [--everything] [--seeds 5] [--jobs 2] [--report | --draw]
 
 Without arguments the main comparison: the plain model, SoftREPA with the paper's constants, and as a control the same
-tokens trained with the plain denoising loss. What is done stays done: stopped, it goes on where it was, and every run
-writes smallworld/results/alignment.md anew, in which rows that were not run are marked.
+tokens trained with the plain denoising loss; with guidance, without, and on more counting prompts. What is done stays
+done: stopped, it goes on where it was, and every run writes smallworld/results/alignment.md anew, in which rows that
+were not run are marked.
 """
 
 import argparse
@@ -98,6 +99,10 @@ def _again(name: str, suffix: str, part: str, **other) -> Row:
 
 
 ROWS = {row.name: row for row in _rows()}
+MAIN_ROWS = [
+    form.format(name) for form in ("{}", "{}, cfg 1", "{}, counting") for name in (BASELINE, SOFTREPA, CONTROL)
+]
+"""What the main comparison is made of."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +244,7 @@ def draw(work: Path, names: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.alignment", description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; without any, the first three")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; without any, the main ones")
     parser.add_argument("--everything", action="store_true", help="every row")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"at most so many of each row ({SEEDS}, some have 3)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread (one a core)")
@@ -254,7 +259,7 @@ def main() -> None:
     environment.enter("benchmarks.alignment")
     from benchmarks.alignment_report import write_report
 
-    names = list(ROWS) if chosen.everything else chosen.rows or [row.name for row in ROWS.values() if row.part == MAIN]
+    names = list(ROWS) if chosen.everything else chosen.rows or MAIN_ROWS
     work = chosen.state.absolute()
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     if chosen.draw:

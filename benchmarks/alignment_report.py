@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,8 +74,8 @@ MEASURES = (
     DISTANCE,
 )
 NOTES = {
-    OPTIONS: """The best of several rows looks better than it is: they are compared on the prompts that they are
-reported on. AGSM's slow copy of the tokens (decay 0.9999) goes a seventh of the way in so few updates.""",
+    OPTIONS: "The best of several rows looks better than it is: they are compared on the prompts that they are "
+    "reported on. AGSM's slow copy of the tokens (decay 0.9999) goes a seventh of the way in so few updates.",
     GUIDANCE_PART: f"Prompts of their own, {TESTS[GUIDANCE]} of each category.",
     COUNTING_PART: f"Prompts of their own, {TESTS[COUNTING]} of the numbers of shapes that no training caption says.",
 }
@@ -84,18 +85,27 @@ SHORT = {
     COUNTING: (COUNTED, CLEAN, DISTANCE),
 }
 """Measures of a row in a table of many, by its test."""
-PANELS = (
-    ("prompts drawn right, cfg 2", ALL_RIGHT, "{}"),
-    ("prompts drawn right, cfg 1", ALL_RIGHT, "{}, cfg 1"),
-    ("counting prompts, cfg 2", COUNTED, "{}, counting"),
-    ("beside captions wrong by a fact", HARD_RETRIEVAL, "{}"),
+MAIN_ELSEWHERE = (
+    (f"prompts drawn right without guidance, cfg 1 (other {6 * TESTS[GUIDANCE]} prompts)", ALL_RIGHT, "{}, cfg 1"),
+    ("- counting, cfg 1", COUNTED, "{}, cfg 1"),
+    (f"counting prompts drawn right, cfg {CFG:g} (other {TESTS[COUNTING]} prompts)", COUNTED, "{}, counting"),
 )
-"""Of the plot: title, measure, name of the row that has it."""
+"""What other tests have for the main comparison: title, measure, the name of the row that has it."""
+PANELS = (
+    (f"prompts drawn right, cfg {CFG:g}", ALL_RIGHT, "{}"),
+    ("prompts drawn right, cfg 1", ALL_RIGHT, "{}, cfg 1"),
+    (f"counting prompts drawn right, cfg {CFG:g}", COUNTED, "{}, counting"),
+    ("right caption beside captions\nwrong by a fact", HARD_RETRIEVAL, "{}"),
+)
+"""Of the plot: title, measure, the name of the row that has it."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two rows on the same prompts and noise: the mean and half the width of its 95% interval."""
+    """Of two rows on the same prompts and noise: the mean and half the width of its 95% interval.
+
+    That is infinite where one seed says nothing of others.
+    """
 
     mean: float
     half: float
@@ -115,13 +125,15 @@ def difference(ones: Figures, others: Figures) -> Difference | None:
     a cell, (MS_seeds + MS_pictures - MS_rest) / n, with Satterthwaite's degrees of freedom.
     """
     seeds = [seed for seed in (ones if None in others else others) if None in ones or seed in ones]
-    if len(seeds) < 2:
+    if not seeds:
         return None
     cells = np.array(
         [np.subtract(*(rows[None if None in rows else seed] for rows in (ones, others))) for seed in seeds]
     )
     cells = cells[:, ~np.isnan(cells).any(0)]
     runs, pictures = cells.shape
+    if runs < 2:
+        return Difference(float(cells.mean()), math.inf)
     mean, by_run, by_picture = cells.mean(), cells.mean(1), cells.mean(0)
     squares = [pictures * by_run.var(ddof=1)]
     freedom = [runs - 1]
@@ -164,9 +176,11 @@ class Found:
 
 
 def shown(change: Difference | None, measure: Measure) -> str:
-    """Bold where the interval does not contain 0."""
+    """With its interval, if there is one; bold where that does not contain 0."""
     if change is None:
         return ""
+    if not math.isfinite(change.half):
+        return measure.text(change.mean, signed=True)
     low, high = (measure.text(change.mean + side * change.half, signed=True) for side in (-1, 1))
     text = f"{measure.text(change.mean, signed=True)} ({low} to {high})"
     return f"**{text}**" if change.beyond() else text
@@ -196,18 +210,17 @@ of figures: of 20 differences that are nothing, one will be bold.""",
     ]
     versus = ((SOFTREPA, BASELINE), (SOFTREPA, CONTROL), (CONTROL, BASELINE))
     head = ["", *(f"{name} ({len(found.of(name))} runs)" for name in (BASELINE, SOFTREPA, CONTROL))]
-    rows = [
-        [
-            measure.title,
-            *(found.mean(name, measure) or "not run" for name in (BASELINE, SOFTREPA, CONTROL)),
-            *(shown(found.change(*pair, measure), measure) for pair in versus),
-        ]
-        for measure in MEASURES
-    ]
+    rows = []
+    for title, measure, form in (*((measure.title, measure, "{}") for measure in MEASURES), *MAIN_ELSEWHERE):
+        means = (found.mean(form.format(name), measure) or "not run" for name in (BASELINE, SOFTREPA, CONTROL))
+        changes = (found.change(*map(form.format, pair), measure) for pair in versus)
+        rows.append([title, *means, *(shown(change, measure) for change in changes)])
     lines += table([*head, *(f"{one} - {other}" for one, other in versus)], rows)
     for part in dict.fromkeys(row.part for row in ROWS.values() if row.part != MAIN):
-        note = "Differences from the plain model with the same guidance; of a plain model the figures themselves."
-        lines += [f"## {part}", "", " ".join(filter(None, (note, NOTES.get(part)))), "", *part_table(found, part)]
+        note = "Differences from the plain model with the same guidance; of a plain model the figures themselves. "
+        note += "A row of one run has no interval."
+        text = textwrap.fill(" ".join(filter(None, (note, NOTES.get(part)))), 120)
+        lines += [f"## {part}", "", text, "", *part_table(found, part)]
     return "\n".join(lines)
 
 
@@ -251,7 +264,8 @@ def plot(found: Found, path: Path) -> None:
     for axis, (title, measure, row_name) in zip(axes, PANELS, strict=True):
         for place, name in enumerate(names):
             row = ROWS.get(row_name.format(name))
-            if row and (change := found.change(row.name, plain_like(row), measure)):
+            change = row and found.change(row.name, plain_like(row), measure)
+            if change and math.isfinite(change.half):
                 axis.errorbar(100 * change.mean, place, xerr=100 * change.half, fmt="o", capsize=3, color="#31688e")
         axis.axvline(0, color="#6e6e76", linewidth=1)
         axis.set_title(title, fontsize=9)

@@ -5,6 +5,7 @@ from .training_config import TrainingConfig
 
 PRESETS: dict[str, dict] = {
     "paper": {},
+    "hard negatives": {"hard_negatives": 1},
     "AGSM": {"objective": "agsm"},
 }
 """The paper's is what every input has by default. Of the others `benchmarks/alignment.py` says what they give."""

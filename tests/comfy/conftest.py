@@ -44,14 +44,17 @@ def inference():
 
 @pytest.fixture
 def token_folder(comfy_folders):
-    """models/softrepa, emptied after the test."""
+    """models/softrepa, emptied after the test, and with it what runs left in the output folder."""
     import shutil
+
+    from comfyui_softrepa.softrepa.comfy import folders
 
     folder = comfy_folders / "models" / "softrepa"
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
     shutil.rmtree(folder)
     folder.mkdir()
+    shutil.rmtree(comfy_folders / "output" / folders.RUNS, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

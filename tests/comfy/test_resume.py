@@ -20,14 +20,10 @@ from softrepa_tests.composing import lora_for
 from softrepa_tests.learning import dataset, train
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def runs(comfy_folders):
-    """The checkpoints' folder, emptied after the test."""
-    import shutil
-
-    folder = comfy_folders / "output" / folders.RUNS
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    """The checkpoints' folder."""
+    return comfy_folders / "output" / folders.RUNS
 
 
 FORMAT = {"format": training_state.FORMAT, "format_version": training_state.VERSION}
@@ -161,7 +157,7 @@ def test_a_loss_that_is_no_number_keeps_what_was_learned(models, token_folder, m
     assert checkpoint.load(token_folder / "run_00001.safetensors").metadata["steps"] == "2"
 
 
-def test_what_led_to_no_number_does_not_replace_what_was_saved(models, token_folder, runs):
+def test_what_led_to_no_number_does_not_replace_what_was_saved(models, token_folder):
     with pytest.raises(SoftREPAError, match=r"The (loss|gradient) is .* at step \d+, expected a number"):
         train(models, "sd3", steps=9, filename_prefix="run", optimizer="SGD", learning_rate=1e30, checkpoint_every=1)
     saved = checkpoint.load(token_folder / "run_00001.safetensors")

@@ -50,8 +50,11 @@ def test_differences_by_hand():
     found = difference({0: [1.0, 2.0], 1: [3.0, 2.0]}, {None: [0.0, 1.0]})  # 1 and 1, 3 and 1
     assert found.mean == pytest.approx(1.5)
     assert difference({0: [float("nan"), 2.0], 1: [float("nan"), 2.0]}, {None: [1.0, 1.0]}).mean == pytest.approx(1.0)
-    assert difference({0: [1.0]}, {None: [1.0]}) is None  # one seed tells nothing of seeds
-    assert difference({0: [1.0], 1: [1.0]}, {1: [1.0], 2: [1.0]}) is None
+    alone = difference({0: [3.0, 2.0]}, {None: [1.0, 1.0]})  # one seed tells nothing of seeds
+    assert (alone.mean, alone.half) == (1.5, float("inf"))
+    assert not alone.beyond()
+    assert difference({0: [1.0], 1: [1.0]}, {1: [1.0], 2: [1.0]}).half == float("inf")
+    assert difference({0: [1.0]}, {1: [1.0]}) is None
     assert difference({0: [1.0], 1: [3.0]}, {1: [1.0], 0: [0.0], 2: [9.0]}).mean == pytest.approx(1.5)
     assert difference({}, {None: [1.0]}) is None
 
@@ -93,7 +96,7 @@ def test_the_report(tmp_path, monkeypatch):
         for job in ROWS[name].jobs():
             write(job, shift)
     text = report(Found())
-    (line,) = (line for line in text.splitlines() if line.startswith("| prompts drawn right"))
+    (line,) = (line for line in text.splitlines() if line.startswith("| prompts drawn right |"))
     assert line.count("**") >= 4  # better than both others
     assert f"{SOFTREPA} (5 runs)" in text
     plot(Found(), tmp_path / "plot.png")
