@@ -267,7 +267,7 @@ def main() -> None:
         return
     if not chosen.report:
         jobs = [job for name in names for job in ROWS[name].jobs() if job.seed < chosen.seeds]
-        jobs.sort(key=lambda job: job.seed)
+        jobs.sort(key=lambda job: (bool(job.row.like), job.seed))  # who takes another's tokens comes behind
         jobs = [job for job in jobs if not result_path(job).exists()]
         try:
             run_all(work, jobs, chosen.jobs)

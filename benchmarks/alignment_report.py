@@ -85,12 +85,12 @@ SHORT = {
     COUNTING: (COUNTED, CLEAN, DISTANCE),
 }
 """Measures of a row in a table of many, by its test."""
-MAIN_ELSEWHERE = (
+ELSEWHERE = (
     (f"prompts drawn right without guidance, cfg 1 (other {6 * TESTS[GUIDANCE]} prompts)", ALL_RIGHT, "{}, cfg 1"),
     ("- counting, cfg 1", COUNTED, "{}, cfg 1"),
     (f"counting prompts drawn right, cfg {CFG:g} (other {TESTS[COUNTING]} prompts)", COUNTED, "{}, counting"),
 )
-"""What other tests have for the main comparison: title, measure, the name of the row that has it."""
+"""What other tests have of the same tokens: title, measure, the name of the row that has it."""
 PANELS = (
     (f"prompts drawn right, cfg {CFG:g}", ALL_RIGHT, "{}"),
     ("prompts drawn right, cfg 1", ALL_RIGHT, "{}, cfg 1"),
@@ -211,7 +211,7 @@ of figures: of 20 differences that are nothing, one will be bold.""",
     versus = ((SOFTREPA, BASELINE), (SOFTREPA, CONTROL), (CONTROL, BASELINE))
     head = ["", *(f"{name} ({len(found.of(name))} runs)" for name in (BASELINE, SOFTREPA, CONTROL))]
     rows = []
-    for title, measure, form in (*((measure.title, measure, "{}") for measure in MEASURES), *MAIN_ELSEWHERE):
+    for title, measure, form in (*((measure.title, measure, "{}") for measure in MEASURES), *ELSEWHERE):
         means = (found.mean(form.format(name), measure) or "not run" for name in (BASELINE, SOFTREPA, CONTROL))
         changes = (found.change(*map(form.format, pair), measure) for pair in versus)
         rows.append([title, *means, *(shown(change, measure) for change in changes)])
@@ -221,6 +221,8 @@ of figures: of 20 differences that are nothing, one will be bold.""",
         note += "A row of one run has no interval."
         text = textwrap.fill(" ".join(filter(None, (note, NOTES.get(part)))), 120)
         lines += [f"## {part}", "", text, "", *part_table(found, part)]
+        if part == OPTIONS:
+            lines += ["Differences from SoftREPA, of runs with the same seeds:", "", *against_softrepa(found)]
     return "\n".join(lines)
 
 
@@ -240,6 +242,20 @@ def part_table(found: Found, part: str) -> list[str]:
             cells = [shown(found.change(row.name, plain_like(row), measure), measure) for measure in measures]
         lines.append([row.name, str(len(results)) if results else "not run", *cells])
     return table(["row", "runs", *(measure.title for measure in measures)], lines)
+
+
+def against_softrepa(found: Found) -> list[str]:
+    """What an option adds to the paper's training, in every test that it took."""
+    measures = [*((measure.title, measure, "{}") for measure in SHORT[EVERYTHING]), *ELSEWHERE]
+    lines = []
+    for option in (row.name for row in ROWS.values() if row.part == OPTIONS):
+        cells = []
+        for _, measure, form in measures:
+            pair = [form.format(name) for name in (option, SOFTREPA)]
+            change = found.change(*pair, measure) if pair[0] in ROWS else None
+            cells.append(shown(change, measure))
+        lines.append([option, *cells])
+    return table(["row", *(title for title, _, _ in measures)], lines)
 
 
 def plain_like(row: Row) -> str:
