@@ -182,7 +182,8 @@ def interrupted_between_steps():
         signal.signal(signal.SIGINT, before)
         comfy.model_management.interrupt_current_processing()
 
-    if threading.current_thread() is not threading.main_thread():  # only there signals can be handled
+    is_main = threading.current_thread() is threading.main_thread()  # only there signals can be handled
+    if not is_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as nohup and & in scripts leave it
         yield
         return
     before = signal.signal(signal.SIGINT, interrupt)

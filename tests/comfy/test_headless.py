@@ -41,8 +41,17 @@ def test_the_clip_is_as_the_nodes_had_set_it():
         headless.set_clip({"tokenizer_options": {"t5xxl_min_length": "long"}}, clip)
 
 
+@pytest.fixture
+def ctrl_c():
+    """As in a terminal, wherever the tests run; and no interrupt is left behind."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+    memory.interrupt_current_processing(False)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_lets_a_step_end():
-    before = signal.getsignal(signal.SIGINT)
     done = []
     with pytest.raises(KeyboardInterrupt), headless.interrupted_between_steps():
         signal.raise_signal(signal.SIGINT)
@@ -52,5 +61,12 @@ def test_ctrl_c_lets_a_step_end():
     with pytest.raises(KeyboardInterrupt), headless.interrupted_between_steps():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # at once
-    memory.interrupt_current_processing(False)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_an_ignored_ctrl_c_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with headless.interrupted_between_steps():
+        signal.raise_signal(signal.SIGINT)
+        memory.throw_exception_if_processing_interrupted()
