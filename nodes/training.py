@@ -61,9 +61,9 @@ class TrainTokens(io.ComfyNode):
                     options=list(PRESETS),
                     default="paper",
                     tooltip="Inputs that go together. paper: what the inputs below have by default. hard negatives: "
-                    "each image is also compared with its own caption with two words swapped; the best in our study. "
-                    "AGSM: the successor's objective, two banks of tokens. An input that a preset sets must be left "
-                    "as it is.",
+                    "each image is also compared with its own caption with two words swapped; the best in our study, "
+                    "by little. AGSM: the successor's objective, two banks of tokens. An input that a preset sets must "
+                    "be left as it is.",
                 ),
                 number(io.Int, "n_tokens", 0, 0, 64, "Tokens a block. 0: 4, as published (paper: 8 for SD1.5, SDXL)."),
                 io.String.Input(
