@@ -26,6 +26,7 @@ from ..errors import SoftREPAError
 from ..folder import ImageFolder, read_folder
 from ..images import PREPARATION
 from ..latent_lists import cond_of
+from .identity import sample
 
 CACHE_FOLDER = "softrepa_cache"
 """In extra_model_paths.yaml: where the cache shall lie instead of ComfyUI's user folder."""
@@ -224,13 +225,11 @@ def vae_identity(vae: comfy.sd.VAE) -> str:
 
 
 def _identity(patcher, module: torch.nn.Module, facts: list) -> str:
-    """Of a few values of every weight: enough to tell models apart, quick for large ones."""
     if patcher.patches:
         facts = [*facts, str(patcher.patches_uuid)]  # LoRAs: known in this session only
     digest = hashlib.sha256(repr(facts).encode())
     for name, weight in module.state_dict().items():
-        sample = weight.flatten()[:: max(1, weight.numel() // 16)][:16].float().cpu()
-        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + sample.contiguous().numpy().tobytes())
+        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + sample(weight))
     return digest.hexdigest()[:16]
 
 

@@ -55,7 +55,7 @@ def tokens_hash(tokens: SoftTokens) -> str:
 
 
 def base_model(model: ModelPatcher) -> str:
-    """Its kind and a hash of a few values of every weight: enough to tell models apart, quick for large ones.
+    """Its kind and a hash of samples of every weight.
 
     Weights as they were before LoRAs, and the LoRAs apart, so that it does not matter what is loaded.
     """
@@ -63,16 +63,17 @@ def base_model(model: ModelPatcher) -> str:
     prefix = "diffusion_model."
     for name, weight in sorted(model.model.diffusion_model.state_dict().items()):
         kept = model.backup.get(prefix + name)
-        digest.update(name.encode() + _sample(weight if kept is None else kept.weight))
+        digest.update(name.encode() + sample(weight if kept is None else kept.weight))
     for name, patches in sorted(model.patches.items(), key=lambda item: str(item[0])):
         if str(name).startswith(prefix):
             digest.update(str(name).encode())
             for part in _parts(patches):
-                digest.update(_sample(part) if isinstance(part, torch.Tensor) else repr(part).encode())
+                digest.update(sample(part) if isinstance(part, torch.Tensor) else repr(part).encode())
     return f"{type(model.model).__name__} {digest.hexdigest()[:16]}"
 
 
-def _sample(weight: torch.Tensor) -> bytes:
+def sample(weight: torch.Tensor) -> bytes:
+    """A few values of a weight: enough to tell models apart, quick for large ones."""
     return weight.flatten()[:: max(1, weight.numel() // 16)][:16].float().cpu().contiguous().numpy().tobytes()
 
 
