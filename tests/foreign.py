@@ -138,9 +138,7 @@ def guided_joint_blocks(model, appended: torch.Tensor, weight: float):
         extra = len(text) - len(image)
         text_qkv, text_rest = block.context_block.pre_attention(text, c)
         image_qkv, image_rest = block.x_block.pre_attention(image, c[:-extra])
-        q, k, v = (
-            torch.cat([a, torch.cat([b, b[-extra:]])], dim=1) for a, b in zip(text_qkv, image_qkv, strict=True)
-        )
+        q, k, v = (torch.cat([a, torch.cat([b, b[-extra:]])], dim=1) for a, b in zip(text_qkv, image_qkv, strict=True))
         out = optimized_attention(q, k, v, heads=block.x_block.attn.num_heads)
         length = text_qkv[0].shape[1]
         texts, images = out[:, :length], out[:, length:]

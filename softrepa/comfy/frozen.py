@@ -1,13 +1,14 @@
 """A frozen ComfyUI network inside autograd: whatever its weights are, wherever they lie, the gradients are exact."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import comfy.ops
 import torch
 import torch.nn.functional as F
+import torch.nn.grad
 from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -27,24 +28,26 @@ def ordinary(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def frozen(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Within it autograd can go through a loaded network, which computes on `device` in `dtype`; nothing stays on it.
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Within it autograd can go through a loaded network; nothing stays on it.
 
     Nodes run in inference mode, so weights are inference tensors, which autograd refuses to save: aliases take their
-    places, which cost no memory. Weights that are cast or fetched for each use are not saved at all (`Fetching`). No
+    places, which cost no memory. Weights that are cast or fetched for each use are not saved at all (`fetching`). No
     model may be loaded or unloaded within: an alias holds the memory, and the values, of the time it was made.
     """
-    undo = []
+    undo: list[Callable[[], object]] = []
     try:
         for module in network.modules():
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
-                    if type(tensor) in (Tensor, nn.Parameter) and tensor.is_inference():
-                        undo.append(partial(held.__setitem__, name, tensor))
-                        alias = ordinary(tensor)
-                        held[name] = nn.Parameter(alias, requires_grad=False) if held is module._parameters else alias
-            if found := fetching(module, device, dtype):
-                name, forward = found
+            for name, weight in module._parameters.items():
+                if type(weight) is nn.Parameter and weight.is_inference():
+                    undo.append(partial(module._parameters.__setitem__, name, weight))
+                    module._parameters[name] = nn.Parameter(ordinary(weight), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if type(buffer) is Tensor and buffer.is_inference():
+                    undo.append(partial(module._buffers.__setitem__, name, buffer))
+                    module._buffers[name] = ordinary(buffer)
+            if isinstance(module, comfy.ops.CastWeightBiasOp) and fetches(module):
+                name, forward = fetching(module)
                 undo.append(partial(vars(module).pop, name))
                 vars(module)[name] = forward
         yield
@@ -57,32 +60,28 @@ CASTING = "forward_comfy_cast_weights"
 """The method of ComfyUI's layers that fetches weights for one use, where they have to be."""
 
 
-def fetching(module: nn.Module, device: torch.device, dtype: torch.dtype):
-    """The method of a layer that fetches its weights, by name, and what does so without autograd's holding them.
+def fetches(layer: comfy.ops.CastWeightBiasOp) -> bool:
+    """Whether a layer's weights are cast, patched or brought to the device for each use, as ComfyUI's layers ask it."""
+    return bool(layer.comfy_cast_weights or layer.weight_function or layer.bias_function)
 
-    None where a layer uses its weights as they lie there. ComfyUI fetches into buffers that the layers after it use again, and what
-    autograd has saved of them changes; where each layer has its own copy, the whole model would come to lie in memory.
+
+def fetching(layer: nn.Module) -> tuple[str, Callable]:
+    """A method of a layer, by name, and what takes its place so that autograd holds no weights.
+
+    ComfyUI fetches into buffers that the layers after it use again, and what autograd has saved of them would change;
+    where each layer gets a copy of its own, the whole model would come to lie in memory.
     """
-    kind = type(module)
+    kind = type(layer)
     own = getattr(kind, CASTING, None)
-    if own is None:
-        return None
-    weights = [weight for weight in module._parameters.values() if weight is not None]
-    is_offloaded = any(weight.device != device for weight in weights)
-    is_changed = any(weight.dtype != dtype for weight in weights) or module.weight_function or module.bias_function
-    if not (is_offloaded or is_changed):
-        return None
-    plain = partial(own, module)
+    plain = partial(own or kind.forward, layer)
     if own in LINEAR:
-        return CASTING, partial(when_needed, Linear, plain, module)
-    if own in CONV2D and isinstance(module.padding, tuple):
-        return CASTING, partial(when_needed, Conv2d, plain, module)
-    if own in NORMS:
+        return CASTING, partial(when_needed, Linear, plain, layer)
+    if own in CONV2D and isinstance(layer.padding, tuple):
+        return CASTING, partial(when_needed, Conv2d, plain, layer)
+    if own in OTHERS:
         return CASTING, partial(when_needed, Again, plain, plain)
-    if is_offloaded:
-        plain = partial(kind.forward, module)  # a layer of another kind, quantised perhaps, that is offloaded now
-        return "forward", partial(when_needed, Again, plain, plain)
-    return None
+    plain = partial(kind.forward, layer)  # a layer of another kind, quantised perhaps, whose `forward` does more
+    return "forward", partial(when_needed, Again, plain, plain)
 
 
 def when_needed(function, plain, what, x: Tensor, *args, **kwargs) -> Tensor:
@@ -152,11 +151,14 @@ class Again(torch.autograd.Function):
         return found, None, None, None
 
 
-_layers = comfy.ops.disable_weight_init
-LINEAR = {getattr(kind, CASTING) for kind in (_layers.Linear, comfy.ops.fp8_ops.Linear)}
+LINEAR = {getattr(kind, CASTING) for kind in (comfy.ops.disable_weight_init.Linear, comfy.ops.fp8_ops.Linear)}
 """fp8 matrix products have no backward: within `frozen` such layers compute in the dtype of their input."""
-CONV2D = {getattr(_layers.Conv2d, CASTING)}
-NORMS = {getattr(kind, CASTING) for kind in (_layers.GroupNorm, _layers.LayerNorm, _layers.RMSNorm)}
+CONV2D = {getattr(comfy.ops.disable_weight_init.Conv2d, CASTING)}
+OTHERS = {
+    getattr(getattr(comfy.ops.disable_weight_init, name), CASTING)
+    for name in ("GroupNorm", "LayerNorm", "RMSNorm", "Conv1d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d")
+    if hasattr(comfy.ops.disable_weight_init, name)  # older versions lack some
+}
 
 
 class ForeignTensors:

@@ -5,7 +5,7 @@ import torch
 from ..errors import SoftREPAError
 from .attention import key_bias
 from .frozen import ForeignTensors, Recomputed
-from .state import CallState, call_state, refuse_unweighed, with_appended
+from .state import CallState, Place, call_state, refuse_unweighed, with_appended
 
 REPLACE = "dit"
 BLOCK = "double_block"
@@ -35,7 +35,7 @@ def install_trainable(model, checkpointing: bool, foreign: ForeignTensors) -> No
             model.set_model_patch_replace(TrainableBlock(block, checkpointing, foreign), REPLACE, BLOCK, layer)
 
 
-def _replacement(options: dict, layer: int):
+def _replacement(options: dict, layer: Place):
     return options.get("patches_replace", {}).get(REPLACE, {}).get((BLOCK, layer))
 
 
@@ -54,7 +54,7 @@ class TrainableBlock:
 class Guard:
     """A joint block or the replacement `below`, in calls that went through the model's wrappers; refuses others."""
 
-    def __init__(self, layer: int, below=None):
+    def __init__(self, layer: Place, below=None):
         self.layer, self.below = layer, below
 
     def __call__(self, args, extra):
@@ -64,7 +64,7 @@ class Guard:
 class JointBlockHook:
     """Replacement of one joint block: text (B, T, d) -> [soft ; text] (B, n + T, d) -> block or `below` -> text."""
 
-    def __init__(self, layer: int, below=None):
+    def __init__(self, layer: Place, below=None):
         self.layer, self.below = layer, below
 
     def __call__(self, args, extra):
@@ -97,7 +97,7 @@ class JointBlockHook:
         return with_appended(state, texts)
 
 
-def run_block(state: CallState, layer: int, below, args: dict, extra: dict) -> dict:
+def run_block(state: CallState, layer, below, args: dict, extra: dict) -> dict:
     """The block as ComfyUI would run it, or its replacement."""
     if below is not None:
         return below(args, extra)

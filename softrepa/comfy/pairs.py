@@ -25,7 +25,7 @@ from .attention import OVERRIDE
 from .frozen import ForeignTensors, differentiable_attention, frozen, ordinary
 from .models import model_shape
 from .patching import apply_tokens, compute_dtype
-from .state import KEY, CallState
+from .state import KEY, CallState, Place
 
 Found = TypeVar("Found")
 NOISING = {ModelType.FLOW: noised_flow, ModelType.EPS: noised_eps}
@@ -191,14 +191,14 @@ class PairNetwork:
         """Within it gradients come back through the network. Nothing may be loaded or unloaded meanwhile."""
         network = self.base_model.diffusion_model
         recomputing = unet.recomputed_blocks(network, self.foreign) if self.recomputes_unet else nullcontext()
-        with frozen(network, self.device, compute_dtype(self.base_model)), recomputing:
+        with frozen(network), recomputing:
             yield
 
     def embed(self, rows: Tensor) -> Tensor:
         """The model's context embedder on 4096-wide rows, with its graph."""
         rows = rows.to(self.device, compute_dtype(self.base_model))
         embedder = self.base_model.diffusion_model.context_embedder
-        with frozen(embedder, self.device, compute_dtype(self.base_model)):
+        with frozen(embedder):
             return embedder(rows).float()
 
     def prepared(self, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor, Captions]:
@@ -245,6 +245,7 @@ class PairNetwork:
     def _inserting(self, options: dict, rows: Tensor, timestep: Tensor) -> dict:
         """`options` of one call in which P samples get `rows` (P, L, m, d)."""
         blocks: Sequence = ()
+        placed: dict[Place, Tensor]
         if isinstance(self.trained_blocks, int):
             placed = {layer: rows[:, layer] for layer in range(self.trained_blocks)}
             blocks, inserting = self.base_model.diffusion_model.joint_blocks, mmdit.inserting

@@ -203,7 +203,9 @@ class SoftTokenPatch:
             self.label,
             timestep,
             negative,
-            rows={place: (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(dtype) for place, parts in rows.items()},
+            rows={
+                place: (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(dtype) for place, parts in rows.items()
+            },
             blocks=() if self.sets[0].tokens.family.is_unet else base_model.diffusion_model.joint_blocks,
             has_roles=self.has_roles,
             made_for=made_for,

@@ -52,7 +52,9 @@ def _regression(network, aims, banks, teacher, batch, micro_batch):
         for i in group.tolist():
             own = [pair for pair in kept if pair[0] == i]
             is_own = torch.tensor([j == i for _, j in own], device=device)
-            kept.update(zip(own, aims(target[i].to(device), torch.stack([kept[pair] for pair in own]), is_own), strict=True))
+            kept.update(
+                zip(own, aims(target[i].to(device), torch.stack([kept[pair] for pair in own]), is_own), strict=True)
+            )
         for images, texts in runs:
             places = _banks(images, texts)
             leaf = banks[places].clone().requires_grad_()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_nag import NAGuidance
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sd3 import SkipLayerGuidanceSD3
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
@@ -125,6 +126,11 @@ def test_perturbed_attention_guidance(models):
         check_both_orders(models[family], family, lambda m: PerturbedAttentionGuidance.execute(m, 2.0)[0])
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_cores_normalized_attention_guidance(models, family):
+    check_both_orders(models[family], family, lambda m: NAGuidance.execute(m, 3.0, 0.5, 2.5)[0])
+
+
 def test_skip_layer_guidance(models):
     def skip(model):
         return SkipLayerGuidanceSD3.execute(model, "1, 5", 2.0, 0.0, 1.0)[0]
@@ -150,7 +156,7 @@ def test_a_skipped_block_below_ours_leaves_no_weight_behind(models):
     assert torch.isfinite(sample(narrow, "sd3")).all()
 
 
-def test_another_double_block_replacement_below_ours(models):
+def test_another_double_block_replacement_in_either_order(models):
     seen = []
 
     def other(args, extra):
@@ -169,6 +175,9 @@ def test_another_double_block_replacement_below_ours(models):
     seen.clear()
     sample(twice, "sd3")
     assert set(seen) == {154 + 8}
+    later = apply_tokens(models["sd3"], tokens)
+    later.set_model_patch_replace(other, "dit", "double_block", 1)
+    assert relative_error(sample(later, "sd3"), expected) <= EXACT
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])

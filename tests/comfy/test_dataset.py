@@ -215,9 +215,13 @@ def test_other_encoders_have_other_entries(encoders, photos):
     names.add(encoding.clip_identity(longer))
     patched = clip.clone()
     key = next(iter(patched.patcher.model_state_dict()))
-    patched.add_patches({key: (torch.zeros(1),)}, 0.5)
+    patched.add_patches({key: (torch.ones_like(patched.patcher.model_state_dict()[key]),)}, 0.5)
     names.add(encoding.clip_identity(patched))
     assert len(names) == 4
+    # an encode loads the LoRA into the weights, which all clones share
+    patched.patcher.patch_model()
+    assert names == {encoding.clip_identity(one) for one in (clip, skipping, longer, patched)}
+    patched.patcher.unpatch_model()
     before = encoding.vae_identity(vae)
     weight = next(iter(vae.first_stage_model.parameters()))
     old = weight.data.flatten()[0].clone()

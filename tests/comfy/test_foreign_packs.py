@@ -91,7 +91,9 @@ def test_every_region_gets_tokens_by_its_role(models, apply_to):
     ):
         ours = sample(patched, "sd15")
         conds = {name: prompt("sd15", name) for name in ("positive", "negative")}
-        seen = {name: [[with_rows(cond[0][0]), {}]] if apply_to in ("both", name) else cond for name, cond in conds.items()}
+        seen = {
+            name: [[with_rows(cond[0][0]), {}]] if apply_to in ("both", name) else cond for name, cond in conds.items()
+        }
         wide = with_rows(regional) if apply_to in ("both", "positive") else regional
         expected = sample(foreign.couple(model, wide), "sd15", **seen)
         assert relative_error(ours, expected) <= EXACT
