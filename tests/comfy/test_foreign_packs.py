@@ -99,20 +99,22 @@ def test_every_region_gets_tokens_by_its_role(models, apply_to):
         assert relative_error(ours, expected) <= EXACT
 
 
+@pytest.mark.parametrize("bank", ["positive", "negative"])
 @pytest.mark.parametrize("weight", [0.0, 0.6])
-def test_a_negative_prompt_appended_to_the_context(models, weight):
+def test_a_negative_prompt_appended_to_the_context(models, weight, bank):
     model = models["sd15"]
-    tokens = tokens_for("sd15", blocks=("down", "mid", "up"), static=True)
+    tokens = tokens_for("sd15", blocks=("down", "mid", "up"), static=True, banks=True)
     appended = seeded((1, LENGTH["sd15"], WIDTH["sd15"]), "nag", 1.0)
     with foreign.longer_context(model, appended, weight):
-        ours = sample(apply_tokens(model, tokens), "sd15", cfg=1.0)
+        ours = sample(apply_tokens(model, tokens, uncond_bank=bank), "sd15", cfg=1.0)
         plain = sample(model, "sd15", cfg=1.0)
 
-    def with_rows(text):
-        return torch.cat([text[:, :1], tokens.tokens[None], text[:, 1:]], dim=1)
+    def with_rows(text, rows):
+        return torch.cat([text[:, :1], rows[None], text[:, 1:]], dim=1)
 
-    with foreign.longer_context(model, with_rows(appended), weight):
-        positive = [[with_rows(prompt("sd15", "positive")[0][0]), {}]]
+    second = tokens.negative_tokens if bank == "negative" else tokens.tokens
+    with foreign.longer_context(model, with_rows(appended, second), weight):
+        positive = [[with_rows(prompt("sd15", "positive")[0][0], tokens.tokens), {}]]
         expected = sample(model, "sd15", cfg=1.0, positive=positive)
     assert relative_error(ours, expected) <= EXACT
     assert relative_error(ours, plain) > 1e-4
