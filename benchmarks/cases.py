@@ -90,9 +90,8 @@ def soft_tokens(case: Case, model):
 
     family = FAMILIES[case.family]
     width = family.context_width or model.model.diffusion_model.hidden_size
-    layers = 1 if family.is_unet else 5
-    tokens = torch.randn(4, width) if family.is_unet else torch.randn(layers, 4, width)
-    blocks = family.published_blocks if family.is_unet else layers
+    layers, blocks = family.recipe.layers, family.usual_blocks(family.recipe.layers)
+    tokens = torch.randn(family.shape(layers, 4, width))
     return SoftTokens(tokens, family, blocks, time_table=torch.randn(100, layers * width))
 
 

@@ -8,7 +8,7 @@ from ..softrepa import checkpoint
 from ..softrepa.comfy import folders
 from ..softrepa.comfy.patching import APPLY_TO, BANKS, apply_tokens
 from ..softrepa.errors import SoftREPAError
-from ..softrepa.families import format_blocks
+from ..softrepa.families import where
 from ..softrepa.tokens import SoftTokens
 from . import token_plot
 from .schema import ADVANCED, Tokens, schema, show_on_node
@@ -80,10 +80,8 @@ def application_inputs() -> list[io.Input]:
 
 def description_line(tokens: SoftTokens) -> str:
     """What was loaded, in a line for the node."""
-    blocks = format_blocks(tokens.blocks)
-    where = blocks if tokens.family.is_unet else f"first {blocks} blocks"
     time = "with time table" if tokens.time_table is not None else "no time table: static tokens"
-    return f"{tokens.family.title}, {tokens.count} tokens, {where}, {time}"
+    return f"{tokens.family.title}, {tokens.count} tokens, {where(tokens.blocks)}, {time}"
 
 
 class LoadTokens(io.ComfyNode):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import SoftREPAError
-from .families import Blocks, Family, family_named, family_of_shape, format_blocks, parse_blocks
+from .families import Blocks, Family, family_named, family_of_shape, format_blocks, parse_blocks, where
 from .files import write_tensors
 from .tokens import SoftTokens
 
@@ -171,16 +171,15 @@ def _assemble(
 
 
 def _published_blocks(family: Family, shape: tuple[int, ...]) -> Blocks:
-    return family.published_blocks if family.is_unet else len(shape) and shape[0]
+    return family.published_blocks or (shape[0] if shape else 0)
 
 
 def summary(tokens: SoftTokens) -> list[str]:
     """Lines that describe a file: what it is, where it acts, how large its vectors are."""
-    where = f"joint blocks 0..{tokens.blocks - 1}" if isinstance(tokens.blocks, int) else format_blocks(tokens.blocks)
     lines = [
         f"family      {tokens.family.name} ({tokens.family.title})",
         f"tokens      {list(tokens.tokens.shape)}, mean norm {tokens.tokens.norm(dim=-1).mean():.4g}",
-        f"blocks      {format_blocks(tokens.blocks)} ({where})",
+        f"blocks      {format_blocks(tokens.blocks)} ({where(tokens.blocks)})",
     ]
     if tokens.time_table is None:
         lines.append("time table  none: static tokens, the same at every timestep")

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from .errors import SoftREPAError
-
-TEXT_WIDTH = 4096
-"""Width of SD3's text encoding; soft tokens of this width go through the model's own context embedder."""
+from .errors import SoftREPAError, shown
 
 UNET_BLOCKS = ("down", "mid", "up")
 """Cross-attention blocks of a UNet, in forward order."""
+
+LONGEST_COUNT = 4
+"""Digits of a number of blocks."""
 
 Blocks = tuple[str, ...] | int
 """Where tokens act: UNet block names, or the number of leading joint blocks of an MMDiT."""
@@ -31,14 +31,54 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table. `context_width` is None where each model of the family has its own width."""
+    """One row of the table.
+
+    models: the models of the family as people call them; stream: what tokens join, and so which adapter serves it:
+    the "context" of cross-attentions, which share one bank of rows, or the text in "joint" blocks, one bank a block.
+    context_width: of the text where tokens join it, None where each model has its own width. embedded_width: of the
+    text before the network's own embedder, which rows of that width go through first; None where there is no embedder.
+    published_blocks: where the published files act; empty where they say it themselves.
+    """
 
     name: str
     title: str
-    is_unet: bool
+    models: tuple[str, ...]
+    stream: str
     context_width: int | None
+    embedded_width: int | None
     published_blocks: tuple[str, ...]
     recipe: Recipe
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether every place has a bank of rows of its own."""
+        return self.stream != "context"
+
+    @property
+    def text_width(self) -> int | None:
+        """Of the text encoding, as the text encoder gives it."""
+        return self.embedded_width or self.context_width
+
+    def usual_blocks(self, layers: int) -> Blocks:
+        """Where tokens act by the recipe, in a model of so many layers."""
+        return self.published_blocks or min(self.recipe.layers, layers)
+
+    def shape(self, layers: int, count: int, width: int) -> tuple[int, ...]:
+        """Of the tokens in a file: (m, d), or (L, m, d) where there are layers."""
+        return (layers, count, width) if self.is_layered else (count, width)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether tokens of this family may have a shape."""
+        return len(shape) == len(self.shape(1, 1, 1)) and self.context_width in (None, shape[-1])
+
+    @property
+    def shape_text(self) -> str:
+        """The shape that tokens must have, for errors."""
+        return "[layers, m, width]" if self.is_layered else f"[m, {self.context_width}]"
+
+    def size_text(self, layers: int, width: int) -> str:
+        """How errors and summaries call tokens of this size."""
+        return f"{layers} layers x {width}" if self.is_layered else f"context width {width}"
 
 
 FAMILIES = {
@@ -47,24 +87,30 @@ FAMILIES = {
         Family(
             "sd15",
             "SD1.5",
-            is_unet=True,
+            models=("SD1.5",),
+            stream="context",
             context_width=768,
+            embedded_width=None,
             published_blocks=("down",),
             recipe=Recipe(4, 1, has_time_table=True, starts_from_bos=True, denoising_weight=10.0),
         ),
         Family(
             "sdxl",
             "SDXL",
-            is_unet=True,
+            models=("SDXL",),
+            stream="context",
             context_width=2048,
+            embedded_width=None,
             published_blocks=("down", "mid"),
             recipe=Recipe(4, 1, has_time_table=False, starts_from_bos=False, denoising_weight=10.0),
         ),
         Family(
             "sd3",
             "SD3",
-            is_unet=False,
+            models=("SD3", "SD3.5"),
+            stream="joint",
             context_width=None,
+            embedded_width=4096,
             published_blocks=(),
             recipe=Recipe(4, 5, has_time_table=True, starts_from_bos=False, denoising_weight=0.0),
         ),
@@ -75,16 +121,14 @@ FAMILIES = {
 def family_named(name: str, label: str) -> Family:
     """The row called `name`; `label` is who asks, for the error."""
     if name not in FAMILIES:
-        raise SoftREPAError(f'{label}: family is "{name}", expected one of {", ".join(FAMILIES)}.')
+        raise SoftREPAError(f'{label}: family is "{shown(name)}", expected one of {", ".join(FAMILIES)}.')
     return FAMILIES[name]
 
 
 def family_of_shape(shape: tuple[int, ...], label: str) -> Family:
     """The family that a (m, d) or (L, m, d) token tensor without metadata belongs to."""
-    if len(shape) == 3:
-        return FAMILIES["sd3"]
     for family in FAMILIES.values():
-        if len(shape) == 2 and shape[1] == family.context_width:
+        if family.fits(shape):
             return family
     raise SoftREPAError(
         f"{label}: tokens have shape {list(shape)}, "
@@ -95,17 +139,27 @@ def family_of_shape(shape: tuple[int, ...], label: str) -> Family:
 def parse_blocks(text: str, family: Family, label: str) -> Blocks:
     """Reads "down,mid" (UNet) or "5" (MMDiT)."""
     names = tuple(part.strip() for part in text.split(",") if part.strip())
-    if family.is_unet:
+    if not family.is_layered:
         if names and all(name in UNET_BLOCKS for name in names):
             return tuple(name for name in UNET_BLOCKS if name in names)
         expected = f"a comma list of {', '.join(UNET_BLOCKS)}"
     else:
-        if len(names) == 1 and names[0].isdecimal() and int(names[0]) > 0:
+        if len(names) == 1 and names[0].isdecimal() and len(names[0]) <= LONGEST_COUNT and int(names[0]) > 0:
             return int(names[0])
         expected = "the number of joint blocks, 1 or more"
-    raise SoftREPAError(f'{label}: blocks is "{text}", expected {expected} ({family.title}).')
+    raise SoftREPAError(f'{label}: blocks is "{shown(text)}", expected {expected} ({family.title}).')
 
 
 def format_blocks(blocks: Blocks) -> str:
     """The inverse of `parse_blocks`."""
     return str(blocks) if isinstance(blocks, int) else ",".join(blocks)
+
+
+def depth(blocks: Blocks) -> int:
+    """How many banks of rows `blocks` take."""
+    return blocks if isinstance(blocks, int) else 1
+
+
+def where(blocks: Blocks) -> str:
+    """Blocks as a person reads them."""
+    return f"first {blocks} blocks" if isinstance(blocks, int) else format_blocks(blocks)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .errors import SoftREPAError
-from .families import TEXT_WIDTH, Blocks, Family, family_named
+from .errors import SoftREPAError, shown
+from .families import Blocks, Family, depth, family_named
 
 BUCKETS = 100
 """Rows of a time table: ten timesteps share one."""
@@ -47,16 +47,16 @@ class SoftTokens:
     @classmethod
     def of(cls, tokens: Tensor, family: str, blocks: Blocks, **rest) -> "SoftTokens":
         """Like the constructor, with the family by name."""
-        return cls(tokens, family_named(family, f'Tokens "{rest.get("name", "tokens")}"'), blocks, **rest)
+        return cls(tokens, family_named(family, f'Tokens "{shown(rest.get("name", "tokens"))}"'), blocks, **rest)
 
     @property
     def label(self) -> str:
-        return f'Tokens "{self.name}"'
+        return f'Tokens "{shown(self.name)}"'
 
     @property
     def layers(self) -> int:
-        """Banks along the depth: L for an MMDiT, 1 for a UNet."""
-        return 1 if self.family.is_unet else self.tokens.shape[0]
+        """Banks of rows, L; 1 where all places share one."""
+        return self.tokens.shape[:-2].numel()
 
     @property
     def count(self) -> int:
@@ -77,11 +77,11 @@ class SoftTokens:
     @property
     def is_text_width(self) -> bool:
         """Whether the rows first go through the model's context embedder."""
-        return not self.family.is_unet and self.width == TEXT_WIDTH
+        return self.width == self.family.embedded_width
 
     @property
     def shape_text(self) -> str:
-        return f"{self.layers} layers x {self.width}" if not self.family.is_unet else f"context width {self.width}"
+        return self.family.size_text(self.layers, self.width)
 
     def at(self, timestep: Tensor, negative: bool = False, embed: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Rows for each layer: timestep (B,) -> (B, L, m, hidden width).
@@ -89,7 +89,7 @@ class SoftTokens:
         `embed` is the model's context embedder, applied to 4096-wide rows before the time table is added.
         """
         rows = self.negative_tokens if negative and self.negative_tokens is not None else self.tokens
-        rows = rows.unsqueeze(0) if self.family.is_unet else rows
+        rows = rows.view(self.layers, self.count, self.width)
         if self.is_text_width and embed is not None:
             rows = embed(rows)
         if self.time_table is None:
@@ -119,12 +119,10 @@ class SoftTokens:
         return tensor
 
     def _check_shapes(self):
-        expected = f"[m, {self.family.context_width}]" if self.family.is_unet else "[layers, m, width]"
-        dims_fit = self.tokens.ndim == (2 if self.family.is_unet else 3)
-        if not dims_fit or (self.family.is_unet and self.width != self.family.context_width):
+        if not self.family.fits(self.tokens.shape):
             raise SoftREPAError(
                 f"{self.label}: tokens have shape {list(self.tokens.shape)}, "
-                f"expected {expected} for {self.family.title}."
+                f"expected {self.family.shape_text} for {self.family.title}."
             )
         if self.negative_tokens is not None and self.negative_tokens.shape != self.tokens.shape:
             raise SoftREPAError(
@@ -144,7 +142,7 @@ class SoftTokens:
             raise SoftREPAError(f"{self.label}: time_table has shape {table}, expected [{BUCKETS}, {width}].")
 
     def _check_blocks(self):
-        if isinstance(self.blocks, int) and self.blocks > self.layers:
+        if depth(self.blocks) > self.layers:
             raise SoftREPAError(
                 f"{self.label}: blocks is {self.blocks}, expected at most the file's {self.layers} layers."
             )

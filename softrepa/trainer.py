@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import agsm, loss, optimizers
 from .dataset import Cond
 from .errors import SoftREPAError
-from .families import INIT_STD, TEXT_WIDTH, Blocks, Family
+from .families import INIT_STD, Blocks, Family, depth
 from .noising import draw_timestep
 from .pairs import Pairs, Rows, StepBatch, backward_through_pairs
 from .tokens import BUCKETS, SoftTokens, bucket
@@ -26,7 +26,7 @@ class TrainableTokens(nn.Module):
 
     def __init__(self, start: SoftTokens):
         super().__init__()
-        self.family, self.blocks = start.family, start.blocks
+        self.family, self.blocks, self.shape = start.family, start.blocks, start.tokens.shape
         layers = (start.layers, start.count, start.width)
         self.tokens = nn.Parameter(start.tokens.reshape(layers).clone())
         self.time_table = None if start.time_table is None else nn.Parameter(start.time_table.clone())
@@ -43,7 +43,7 @@ class TrainableTokens(nn.Module):
         if negative:
             assert self.negative_tokens is not None
             rows = self.negative_tokens
-        if not self.family.is_unet and rows.shape[-1] == TEXT_WIDTH and embed is not None:
+        if rows.shape[-1] == self.family.embedded_width and embed is not None:
             rows = embed(rows)
         if self.time_table is not None:
             rows = rows + self.time_table[bucket(torch.tensor(t))].view(len(self.tokens), 1, -1).to(rows.device)
@@ -113,11 +113,7 @@ class Trainer:
         source = self.average if self.config.ema_decay else dict(self.tokens.named_parameters())
         copies = {key: value.detach().clone().cpu() for key, value in source.items()}
         family, blocks = self.tokens.family, self.tokens.blocks
-        banks = {
-            key: copies[key][0] if family.is_unet else copies[key]
-            for key in ("tokens", "negative_tokens")
-            if key in copies
-        }
+        banks = {key: copies[key].view(self.tokens.shape) for key in ("tokens", "negative_tokens") if key in copies}
         table = copies.get("time_table")
         return SoftTokens(**banks, family=family, blocks=blocks, time_table=table, name=name, metadata=metadata)
 
@@ -223,7 +219,7 @@ def new_tokens(
 ) -> SoftTokens:
     """Tokens as the references start them: `bos` (d,) in every row where it is given, otherwise N(0, 0.02)."""
     generator = torch.Generator().manual_seed(start_seed(seed))
-    layers = blocks if isinstance(blocks, int) else 1
+    layers = depth(blocks)
     tokens = torch.randn(layers, n_tokens, width, generator=generator) * INIT_STD
     if bos is not None:
         tokens = bos.float().expand_as(tokens).clone()
@@ -231,5 +227,5 @@ def new_tokens(
     banks = [tokens]
     if two_banks:
         banks.append(tokens if bos is not None else torch.randn(tokens.shape, generator=generator) * INIT_STD)
-    first, *second = (bank[0] if family.is_unet else bank for bank in banks)
+    first, *second = (bank.view(family.shape(layers, n_tokens, width)) for bank in banks)
     return SoftTokens(first, family, blocks, time_table=table, negative_tokens=second[0] if second else None)

@@ -19,7 +19,7 @@ def injected(model, *token_sets: SoftTokens):
         call["t"] = args[1] if len(args) > 1 else kwargs["timesteps"]
 
     handles.append(network.register_forward_pre_hook(remember_timesteps, with_kwargs=True))
-    if token_sets[0].family.is_unet:
+    if token_sets[0].family.stream == "context":
         for name, module in network.named_modules():
             if isinstance(module, BasicTransformerBlock):
                 active = [s for s in token_sets if STAGES[name.split(".")[0]] in s.blocks]
@@ -39,7 +39,7 @@ def injected(model, *token_sets: SoftTokens):
 
 def _rows(tokens: SoftTokens, layer: int, t: torch.Tensor, embed=None) -> torch.Tensor:
     """(B, m, d) by the definition: tokens[k] + time_table[bucket(t)]'s k-th chunk."""
-    own = tokens.tokens if tokens.family.is_unet else tokens.tokens[layer]
+    own = tokens.tokens if tokens.tokens.ndim == 2 else tokens.tokens[layer]
     if embed is not None and own.shape[-1] == 4096:
         own = embed(own)
     samples = []

@@ -10,9 +10,8 @@ from comfy.samplers import CFGGuider, calc_cond_batch, sampling_function
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
-from .mmdit import Guard
+from .families import is_guard
 from .state import KEY
-from .unet import guard
 
 ROLES = ("positive", "negative")
 
@@ -151,6 +150,5 @@ def has_plain_options(one: Pass) -> bool:
         all(options.get(key) is None for key in FOREIGN)
         and not one.model_patcher.injections
         and wrapper_keys <= {KEY, COMPILE_KEY}
-        and all(patch is guard for patch in patches)
-        and all(isinstance(patch, Guard) and patch.below is None for patch in replacements)
+        and all(map(is_guard, patches + replacements))
     )

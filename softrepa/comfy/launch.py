@@ -5,12 +5,11 @@ from collections.abc import Callable
 
 from ..dataset import Dataset
 from ..errors import SoftREPAError
-from ..families import TEXT_WIDTH
 from ..presets import with_preset
 from ..tokens import SoftTokens
 from ..training_config import TrainingConfig
 from . import folders
-from .models import model_shape
+from .families import model_shape
 from .reports import Curves, LogFile, Measured, Samples
 from .score import HeldOut
 from .session import Files, Report
@@ -115,7 +114,7 @@ def launch(
 def check_previews(model, positive, negative, vae) -> None:
     """A preview that cannot work is refused before hours have passed."""
     family = model_shape(model).family
-    expected = family.context_width or TEXT_WIDTH
+    expected = family.text_width
     for name, cond in (("preview_positive", positive), ("preview_negative", negative)):
         if not cond or cond[0][0].shape[-1] != expected:
             found = f"text of width {cond[0][0].shape[-1]}" if cond else "nothing"

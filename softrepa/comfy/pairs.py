@@ -1,8 +1,8 @@
 """Denoising errors of image-caption pairs by a MODEL's own network, and their gradients by the soft rows."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import TypeVar
@@ -20,12 +20,11 @@ from ..families import Blocks
 from ..noising import noised_eps, noised_flow, pair_error
 from ..pairs import Rows, StepBatch
 from ..tokens import SoftTokens
-from . import mmdit, unet
 from .attention import OVERRIDE
+from .families import adapter_of, model_shape
 from .frozen import ForeignTensors, differentiable_attention, frozen, ordinary
-from .models import model_shape
 from .patching import apply_tokens, compute_dtype
-from .state import KEY, CallState, Place
+from .state import KEY, CallState
 
 Found = TypeVar("Found")
 NOISING = {ModelType.FLOW: noised_flow, ModelType.EPS: noised_eps}
@@ -125,7 +124,7 @@ class PairNetwork:
     """
 
     def __init__(self, model: ModelPatcher, trained_blocks: Blocks | None = None, checkpointing: bool = True):
-        self.shape = model_shape(model)
+        self.adapter = adapter_of(model_shape(model).family)
         self.base_model = model.model
         self.device = model.load_device
         """Where the network computes, whatever part of it is offloaded."""
@@ -135,11 +134,9 @@ class PairNetwork:
         if trained_blocks is not None:
             if model.get_attachment(KEY) is not None:
                 raise SoftREPAError("Model has soft tokens on it, expected the plain model; go on with init_tokens.")
-            if not self.shape.family.is_unet:
-                model = model.clone()
-                mmdit.install_trainable(model, checkpointing, self.foreign)
-        self.trained_blocks = trained_blocks
-        self.recomputes_unet = checkpointing and self.shape.family.is_unet
+            model = self.adapter.trainable(model, checkpointing, self.foreign)
+        self.places = () if trained_blocks is None else self.adapter.places(trained_blocks)
+        self.checkpointing = checkpointing
         self.options = copy_nested_dicts(model.model_options["transformer_options"])
         merge_nested_dicts(self.options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
         self.options[OVERRIDE] = differentiable_attention(self.options, self.device, compute_dtype(self.base_model))
@@ -190,16 +187,16 @@ class PairNetwork:
     def trainable(self):
         """Within it gradients come back through the network. Nothing may be loaded or unloaded meanwhile."""
         network = self.base_model.diffusion_model
-        recomputing = unet.recomputed_blocks(network, self.foreign) if self.recomputes_unet else nullcontext()
-        with frozen(network), recomputing:
+        with frozen(network), self.adapter.recomputing(network, self.checkpointing, self.foreign):
             yield
 
     def embed(self, rows: Tensor) -> Tensor:
-        """The model's context embedder on 4096-wide rows, with its graph."""
-        rows = rows.to(self.device, compute_dtype(self.base_model))
-        embedder = self.base_model.diffusion_model.context_embedder
+        """Rows of the text's width as the network takes them, with their graph."""
+        embedder = self.adapter.embedder(self.base_model.diffusion_model)
+        if embedder is None:
+            return rows
         with frozen(embedder):
-            return embedder(rows).float()
+            return embedder(rows.to(self.device, compute_dtype(self.base_model))).float()
 
     def prepared(self, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor, Captions]:
         """sigma (), x_t and target (B, C, H, W), and the captions; on the CPU, for a batch may be large."""
@@ -244,13 +241,11 @@ class PairNetwork:
 
     def _inserting(self, options: dict, rows: Tensor, timestep: Tensor) -> dict:
         """`options` of one call in which P samples get `rows` (P, L, m, d)."""
-        blocks: Sequence = ()
-        placed: dict[Place, Tensor]
-        if isinstance(self.trained_blocks, int):
-            placed = {layer: rows[:, layer] for layer in range(self.trained_blocks)}
-            blocks, inserting = self.base_model.diffusion_model.joint_blocks, mmdit.inserting
-        else:
-            placed = {unet.STAGES[name]: rows[:, 0] for name in self.trained_blocks or ()}
-            inserting = unet.inserting
-        state = CallState("Tokens in training", timestep, [False] * len(rows), placed, blocks=blocks)
-        return inserting(options | {KEY: state}, state)
+        state = CallState(
+            "Tokens in training",
+            timestep,
+            negative=[False] * len(rows),
+            rows={place: rows[:, self.adapter.layer(place)] for place in self.places},
+            blocks=self.adapter.blocks(self.base_model.diffusion_model),
+        )
+        return self.adapter.inserting(options | {KEY: state}, state)

@@ -1,7 +1,7 @@
 """Soft tokens on a MODEL: one patch per model that holds every token set, by model-patcher hooks only.
 
 Before each call of the network a wrapper works out the rows of every block for the timestep of that very call, and puts
-hooks that insert them (`unet.py`, `mmdit.py`) into that call's own options, behind what other nodes have put there, in
+hooks that insert them (`families`) into that call's own options, behind what other nodes have put there, in
 whatever order the nodes stand. Nothing is kept on the shared model.
 """
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from ..errors import SoftREPAError
 from ..families import Blocks
 from ..tokens import SoftTokens
-from . import mmdit, unet
 from .attention import OVERRIDE, SoftKeyBias, heeds_masks
-from .models import check_fit, chosen_blocks, model_shape
+from .families import adapter_of, model_shape
+from .models import check_fit, chosen_blocks
 from .state import KEY, CallState, Entries, Place
 
 ROLES = "softrepa_roles"
@@ -59,12 +59,6 @@ class TokenSet:
             raise SoftREPAError(f'{label}: uncond_bank is "{self.uncond_bank}", expected one of {", ".join(BANKS)}.')
         if self.uncond_bank == "negative" and self.tokens.negative_tokens is None:
             raise SoftREPAError(f'{label}: uncond_bank is "negative", but the file has one bank; expected "positive".')
-
-    @property
-    def places(self) -> tuple[Place, ...]:
-        if isinstance(self.blocks, int):
-            return tuple(range(self.blocks))
-        return tuple(unet.STAGES[name] for name in self.blocks)
 
     @property
     def is_windowed(self) -> bool:
@@ -113,6 +107,7 @@ class SoftTokenPatch:
 
     def __init__(self, sets: tuple[TokenSet, ...]):
         self.sets = sets
+        self.adapter = adapter_of(sets[0].tokens.family)
         self._moved: dict[torch.device, tuple[SoftTokens, ...]] = {}
         self._heeding: dict[tuple, tuple[Callable, bool]] = {}
         self._seen_to_use_text: list[Callable] = []
@@ -139,11 +134,9 @@ class SoftTokenPatch:
         if self.has_roles:
             add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, name_roles, options, is_model_options=True)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.before_network, options, is_model_options=True)
-        layers = [token_set.blocks for token_set in self.sets if isinstance(token_set.blocks, int)]
-        if layers:
-            mmdit.install(model, layers=max(layers))
-        else:
-            unet.install(model)
+        self.adapter.guard(
+            model, tuple({place: None for one in self.sets for place in self.adapter.places(one.blocks)})
+        )
 
     def before_network(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
@@ -156,12 +149,12 @@ class SoftTokenPatch:
         is_compiled = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
         state = self.state(base_model, t, negative, is_fixed=is_compiled)
         if state.weighs:
-            refuse_replaced_attention(state, options)
+            self.adapter.refuse_unweighable(options, state)
             state.attention = self._weighing(options, x.device, compute_dtype(base_model))
             options[OVERRIDE] = state.attention
         options[KEY] = state
-        inserting = unet.inserting if self.sets[0].tokens.family.is_unet else mmdit.inserting
-        return executor(x, t, c_concat, c_crossattn, control, inserting(options, state), **kwargs)
+        options = self.adapter.inserting(options, state)
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def _weighing(self, options: dict, device: torch.device, dtype: torch.dtype) -> SoftKeyBias:
         """What gives attention its biases, above an override that is there already."""
@@ -189,9 +182,8 @@ class SoftTokenPatch:
             if not any(per_sample) and not is_fixed:
                 continue
             layers = self._rows(base_model, token_set, tokens, timestep, negative)
-            for place in token_set.places:
-                layer = place if isinstance(place, int) else 0
-                rows.setdefault(place, []).append(layers[:, layer])
+            for place in self.adapter.places(token_set.blocks):
+                rows.setdefault(place, []).append(layers[:, self.adapter.layer(place)])
                 strengths.setdefault(place, []).extend([per_sample] * tokens.count)
         dtype = compute_dtype(base_model)
 
@@ -206,7 +198,7 @@ class SoftTokenPatch:
             rows={
                 place: (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(dtype) for place, parts in rows.items()
             },
-            blocks=() if self.sets[0].tokens.family.is_unet else base_model.diffusion_model.joint_blocks,
+            blocks=self.adapter.blocks(base_model.diffusion_model),
             has_roles=self.has_roles,
             made_for=made_for,
             seen_to_use_text=self._seen_to_use_text,
@@ -221,7 +213,8 @@ class SoftTokenPatch:
         """(B, L, m, d), the negative bank for samples that ask for it."""
 
         def embed(rows: Tensor) -> Tensor:
-            return base_model.diffusion_model.context_embedder(rows.to(compute_dtype(base_model))).float()
+            embedder = self.adapter.embedder(base_model.diffusion_model)
+            return rows if embedder is None else embedder(rows.to(compute_dtype(base_model))).float()
 
         rows = tokens.at(timestep, embed=embed)
         if token_set.uncond_bank == "negative" and any(negative):
@@ -289,14 +282,3 @@ def negative_rows(roles: dict[UUID, bool], uuids, batch: int) -> list[bool]:
             "the batch, and only apply_to both with uncond_bank positive works with it."
         )
     return [roles.get(uuid, True) for uuid in uuids for _ in range(repeats)]
-
-
-def refuse_replaced_attention(state: CallState, options: dict) -> None:
-    """An attn2 replacement computes attention out of our reach: it can carry soft tokens, but not weigh them."""
-    for block in options.get("patches_replace", {}).get("attn2", {}):
-        if block[0] in state.bias:
-            raise SoftREPAError(
-                f"{state.label}: strength other than 0 or 1, or apply_to other than both, cannot "
-                f"act where another node replaces cross-attention (block {block[0]} {block[1]}); "
-                "expected strength 1 and apply_to both, or that node removed."
-            )

@@ -16,14 +16,15 @@ from torch import Tensor
 from .. import training_state
 from ..dataset import Cond, Dataset
 from ..errors import SoftREPAError
-from ..families import TEXT_WIDTH, Blocks, format_blocks, parse_blocks
+from ..families import Blocks, depth, format_blocks, parse_blocks
 from ..loss import denoising_loss
 from ..pairs import MOST_KEPT, StepBatch
 from ..tokens import SoftTokens
 from ..trainer import StepRecord, Trainer, new_tokens
 from ..training_config import TrainingConfig
+from .families import ModelShape, model_shape
 from .identity import base_model, description, identity
-from .models import ModelShape, check_fit, model_shape
+from .models import check_fit
 from .pairs import PairNetwork, halving, is_out_of_memory
 from .score_matching import regression
 from .session import Files, Report, Session
@@ -74,10 +75,9 @@ class TokenPlan:
 
     def _blocks(self, shape: ModelShape) -> Blocks:
         if self.blocks is None:
-            published = shape.family.published_blocks
-            return published if shape.family.is_unet else min(shape.family.recipe.layers, shape.layers)
+            return shape.family.usual_blocks(shape.layers)
         blocks = parse_blocks(self.blocks, shape.family, "Training")
-        if isinstance(blocks, int) and blocks > shape.layers:
+        if depth(blocks) > shape.layers:
             raise SoftREPAError(f"Training: blocks is {blocks}, expected at most the model's {shape.layers} layers.")
         return blocks
 
@@ -312,7 +312,7 @@ def checked_model(model: ModelPatcher) -> ModelShape:
 
 def check_dataset(dataset: Dataset, shape: ModelShape, channels: int, config: TrainingConfig) -> None:
     """Matching widths and latent channels, and enough different captions for a batch."""
-    expected = shape.family.context_width or TEXT_WIDTH
+    expected = shape.family.text_width
     width = dataset.empty["cross_attn"].shape[-1]
     if width != expected:
         raise SoftREPAError(

@@ -19,7 +19,7 @@ def gradients(model, family, checkpointing=True, micro_batch=2):
     with torch.inference_mode(False), torch.enable_grad():
         tokens = golden_tokens(family)
         network = PairNetwork(model, tokens.blocks, checkpointing)
-        rows = seeded((1 if tokens.family.is_unet else 5, 4, tokens.hidden_width), "rows", 0.5)
+        rows = seeded((tokens.layers, 4, tokens.hidden_width), "rows", 0.5)
         return network.gradients(rows, StepBatch.of_all(*batch(family), TIMESTEP[family]), micro_batch)
 
 

@@ -20,7 +20,7 @@ def test_few_gradients_at_a_time_on_the_real_network(models, family, relative):
 
     def gradient(most_kept):
         tokens = golden_tokens(family)
-        shape = (1 if tokens.family.is_unet else 5, 4, tokens.hidden_width)
+        shape = (tokens.layers, 4, tokens.hidden_width)
         with torch.inference_mode(False), torch.enable_grad():
             rows = seeded(shape, "rows", 0.5).clone().requires_grad_()
             network = PairNetwork(models[family], tokens.blocks)

@@ -1,18 +1,20 @@
 """SD1.5 and SDXL: the context of a cross-attention becomes [BOS ; soft ; rest], in every 77-token chunk."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..errors import SoftREPAError
-from .attention import key_bias
-from .frozen import ForeignTensors, Recomputed
-from .state import CallState, Entries, call_state, refuse_unweighed, with_appended
+from ...errors import SoftREPAError
+from ...families import FAMILIES
+from ..attention import key_bias
+from ..frozen import ForeignTensors, Recomputed
+from ..state import CallState, Entries, Place, call_state, refuse_unweighed, with_appended
+from .adapter import ModelShape
 
 CHUNK = 77
 STAGES = {"down": "input", "mid": "middle", "up": "output"}
@@ -25,37 +27,77 @@ UNCONDITIONAL = 1
 """A kind in ComfyUI's `cond_or_uncond`: Attention Couple makes regions of all others."""
 
 
-def install(model) -> None:
-    """Guards the cross-attentions; what inserts rows comes with each call, behind whatever changes the context then."""
-    patches = model.model_options["transformer_options"].get("patches", {}).get(PATCHES, [])
-    if guard not in patches:
-        model.set_model_attn2_patch(guard)
+class UNet:
+    """The adapter: a place is a stage of the UNet, and all cross-attentions share one bank of rows."""
+
+    stream = "context"
+
+    def recognised(self, network, config) -> ModelShape | None:
+        width = config.get("context_dim")
+        width = width[0] if isinstance(width, list) else width
+        for family in FAMILIES.values():
+            if isinstance(network, UNetModel) and family.stream == self.stream and family.context_width == width:
+                return ModelShape(family, width, 1, f"{family.title} (context width {width})")
+        return None
+
+    def places(self, blocks) -> tuple[Place, ...]:
+        return tuple(STAGES[name] for name in blocks)
+
+    def layer(self, place: Place) -> int:
+        return 0
+
+    def blocks(self, network):
+        return []
+
+    def guard(self, model, places) -> None:
+        patches = model.model_options["transformer_options"].get("patches", {}).get(PATCHES, [])
+        if guard not in patches:
+            model.set_model_attn2_patch(guard)
+
+    def is_guard(self, hook) -> bool:
+        return hook is guard
+
+    def inserting(self, options: dict, state: CallState) -> dict:
+        """Last of all patches, whatever the order of nodes: NegPip takes keys and values out of one context in turn,
+        Attention Couple appends the texts of regions, and both must have done so before chunks are counted.
+        """
+        patches = dict(options.get("patches", {}))
+        patches[PATCHES] = [*patches.get(PATCHES, []), insert_rows]
+        if state.weighs:
+            patches[OUTPUT_PATCHES] = [check_weighed, *patches.get(OUTPUT_PATCHES, [])]
+        replacements = options.get("patches_replace", {})
+        if REPLACE in replacements:
+            watched = {
+                block: Watched(replacement) if block[0] in state.rows else replacement
+                for block, replacement in replacements[REPLACE].items()
+            }
+            replacements = replacements | {REPLACE: watched}
+        return options | {"patches": patches, "patches_replace": replacements}
+
+    def refuse_unweighable(self, options: dict, state: CallState) -> None:
+        """An attn2 replacement computes attention out of our reach: it can carry soft tokens, but not weigh them."""
+        for block in options.get("patches_replace", {}).get(REPLACE, {}):
+            if block[0] in state.bias:
+                raise SoftREPAError(
+                    f"{state.label}: strength other than 0 or 1, or apply_to other than both, cannot act where another "
+                    f"node replaces cross-attention (block {block[0]} {block[1]}); "
+                    "expected strength 1 and apply_to both, or that node removed."
+                )
+
+    def trainable(self, model, checkpointing: bool, foreign: ForeignTensors):
+        return model
+
+    def recomputing(self, network, checkpointing: bool, foreign: ForeignTensors):
+        return recomputed_blocks(network, foreign) if checkpointing else nullcontext()
+
+    def embedder(self, network):
+        return None
 
 
 def guard(query, context, value, extra_options):
     """attn2 patch that changes nothing: refuses calls that did not go through the model's wrappers."""
     call_state(extra_options)
     return query, context, value
-
-
-def inserting(options: dict, state: CallState) -> dict:
-    """`options` of one call in which the cross-attentions get the rows of `state`.
-
-    Last of all patches, whatever the order of nodes: NegPip takes keys and values out of one context in turn, Attention
-    Couple appends the texts of regions, and both must have done so before chunks are counted.
-    """
-    patches = dict(options.get("patches", {}))
-    patches[PATCHES] = [*patches.get(PATCHES, []), insert_rows]
-    if state.weighs:
-        patches[OUTPUT_PATCHES] = [check_weighed, *patches.get(OUTPUT_PATCHES, [])]
-    replacements = options.get("patches_replace", {})
-    if REPLACE in replacements:
-        watched = {
-            block: Watched(replacement) if block[0] in state.rows else replacement
-            for block, replacement in replacements[REPLACE].items()
-        }
-        replacements = replacements | {REPLACE: watched}
-    return options | {"patches": patches, "patches_replace": replacements}
 
 
 def insert_rows(query, context, value, extra_options):

@@ -1,38 +1,72 @@
 """SD3 and SD3.5: before a joint block the text stream becomes [soft ; text], after it the soft rows are dropped."""
 
-import torch
+from contextlib import nullcontext
 
-from ..errors import SoftREPAError
-from .attention import key_bias
-from .frozen import ForeignTensors, Recomputed
-from .state import CallState, Place, call_state, refuse_unweighed, with_appended
+import torch
+from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
+
+from ...errors import SoftREPAError
+from ...families import FAMILIES
+from ..attention import key_bias
+from ..frozen import ForeignTensors, Recomputed
+from ..state import CallState, Place, call_state, refuse_unweighed, with_appended
+from .adapter import ModelShape
 
 REPLACE = "dit"
 BLOCK = "double_block"
 
 
-def install(model, layers: int) -> None:
-    """Guards the first joint blocks; what inserts rows comes with each call, around whatever replaces a block then."""
-    for layer in range(layers):
-        below = _replacement(model.model_options["transformer_options"], layer)
-        if not isinstance(below, Guard):
-            model.set_model_patch_replace(Guard(layer, below), REPLACE, BLOCK, layer)
+class Joint:
+    """The adapter: a place is the index of a joint block, and each has rows of its own."""
 
+    stream = "joint"
 
-def inserting(options: dict, state: CallState) -> dict:
-    """`options` of one call in which the blocks get the rows of `state`."""
-    replacements = options.get("patches_replace", {})
-    blocks = dict(replacements.get(REPLACE, {}))
-    for layer in state.rows:
-        blocks[BLOCK, layer] = JointBlockHook(layer, _replacement(options, layer))
-    return options | {"patches_replace": replacements | {REPLACE: blocks}}
+    def recognised(self, network, config) -> ModelShape | None:
+        if not isinstance(network, MMDiT):
+            return None
+        family, width, layers = FAMILIES["sd3"], network.hidden_size, len(network.joint_blocks)
+        return ModelShape(family, width, layers, f"{family.title} ({layers} joint blocks x {width})")
 
+    def places(self, blocks) -> tuple[Place, ...]:
+        return tuple(range(blocks))
 
-def install_trainable(model, checkpointing: bool, foreign: ForeignTensors) -> None:
-    """Makes every joint block that nobody replaces one that autograd can go through."""
-    for layer, block in enumerate(model.get_model_object("diffusion_model").joint_blocks):
-        if _replacement(model.model_options["transformer_options"], layer) is None:
-            model.set_model_patch_replace(TrainableBlock(block, checkpointing, foreign), REPLACE, BLOCK, layer)
+    def layer(self, place: Place) -> int:
+        return int(place)
+
+    def blocks(self, network):
+        return network.joint_blocks
+
+    def guard(self, model, places: tuple[Place, ...]) -> None:
+        for layer in places:
+            below = _replacement(model.model_options["transformer_options"], layer)
+            if not isinstance(below, Guard):
+                model.set_model_patch_replace(Guard(layer, below), REPLACE, BLOCK, layer)
+
+    def is_guard(self, hook) -> bool:
+        return isinstance(hook, Guard) and hook.below is None
+
+    def inserting(self, options: dict, state: CallState) -> dict:
+        replacements = options.get("patches_replace", {})
+        blocks = dict(replacements.get(REPLACE, {}))
+        for layer in state.rows:
+            blocks[BLOCK, layer] = JointBlockHook(layer, _replacement(options, layer))
+        return options | {"patches_replace": replacements | {REPLACE: blocks}}
+
+    def refuse_unweighable(self, options: dict, state: CallState) -> None:
+        """Seen only when a block runs."""
+
+    def trainable(self, model, checkpointing: bool, foreign: ForeignTensors):
+        model = model.clone()
+        for layer, block in enumerate(model.get_model_object("diffusion_model").joint_blocks):
+            if _replacement(model.model_options["transformer_options"], layer) is None:
+                model.set_model_patch_replace(TrainableBlock(block, checkpointing, foreign), REPLACE, BLOCK, layer)
+        return model
+
+    def recomputing(self, network, checkpointing: bool, foreign: ForeignTensors):
+        return nullcontext()  # `TrainableBlock` does it
+
+    def embedder(self, network):
+        return network.context_embedder
 
 
 def _replacement(options: dict, layer: Place):

@@ -1,0 +1,36 @@
+"""How tokens come into a network: one adapter for each way in. Everything else asks the adapter of a MODEL."""
+
+from comfy.model_patcher import ModelPatcher
+
+from ...errors import SoftREPAError
+from ...families import FAMILIES, Family
+from .adapter import Adapter, ModelShape
+from .joint import Joint
+from .unet import UNet
+
+__all__ = ["ADAPTERS", "Adapter", "ModelShape", "adapter_of", "is_guard", "model_shape"]
+
+ADAPTERS: dict[str, Adapter] = {adapter.stream: adapter for adapter in (UNet(), Joint())}
+"""By the `stream` of a family's row."""
+
+
+def adapter_of(family: Family) -> Adapter:
+    return ADAPTERS[family.stream]
+
+
+def model_shape(model: ModelPatcher) -> ModelShape:
+    """Recognises the model by its network. Raises SoftREPAError for a family without soft tokens."""
+    network = model.get_model_object("diffusion_model")
+    network = getattr(network, "_orig_mod", network)  # torch.compile wraps the module
+    for adapter in ADAPTERS.values():
+        if shape := adapter.recognised(network, model.model.model_config.unet_config):
+            return shape
+    found, width = type(model.model).__name__, model.model.model_config.unet_config.get("context_dim")
+    found += f" (context width {width})" if width else ""
+    titles = [name for family in FAMILIES.values() for name in family.models]
+    raise SoftREPAError(f"Model is {found}, expected {', '.join(titles[:-1])} or {titles[-1]}.")
+
+
+def is_guard(hook) -> bool:
+    """Whether a hook that is found on a model is one of ours, which change nothing by themselves."""
+    return any(adapter.is_guard(hook) for adapter in ADAPTERS.values())
