@@ -196,10 +196,10 @@ def _read_tables(listing: Listing, lookup: "_Lookup", tables: list[tuple[str, So
     rows = [(name, row) for name, source, layout in tables for row in _rows(listing, name, source, layout)]
     images = lookup.find_all([(posixpath.dirname(name), row.reference) for name, row in rows])
     for (name, row), image in zip(rows, images, strict=True):
-        if image is None:
-            listing.left_out.add(row.reference, f"named in {name}, but no file here, or several")
-        elif not row.captions:
+        if not row.captions:
             listing.left_out.add(row.reference, f"no caption in {name}")
+        elif image is None:
+            listing.left_out.add(row.reference, f"named in {name}, but no file here, or several")
         else:
             listing.add(image, row.captions)
 
@@ -245,20 +245,20 @@ class _Lookup:
     def find_all(self, references: list[tuple[str, str]]) -> list[str | None]:
         """For (folder of the table, file as it says): the image, or None."""
         cleaned = [(table, self._cleaned(reference)) for table, reference in references]
-        found = [self._exactly(table, reference) for table, reference in cleaned]
-        named = {image for image in found if image}
-        beside = {table for (table, reference), image in zip(cleaned, found, strict=True) if image and "/" not in reference}
+        exact = [self._exactly(table, reference) for table, reference in cleaned]
+        taken = {image for image in exact if image}
+        pairs = list(zip(cleaned, exact, strict=True))
+        relative = {table for (table, reference), image in pairs if image and "/" not in reference}
         guessed = [
-            self._by_end(reference) if image is None and ("/" in reference or table not in beside) else None
-            for (table, reference), image in zip(cleaned, found, strict=True)
+            None if image or ("/" not in reference and table in relative) else self._by_end(reference)
+            for (table, reference), image in pairs
         ]
-        claims: dict[str, set[str]] = {}
+        claims: dict[str | None, set[str]] = {}
         for (_, reference), image in zip(cleaned, guessed, strict=True):
-            if image:
-                claims.setdefault(image, set()).add(reference)
+            claims.setdefault(image, set()).add(reference)
         return [
-            exact or (guess if guess and guess not in named and len(claims[guess]) == 1 else None)
-            for exact, guess in zip(found, guessed, strict=True)
+            image or (guess if guess not in taken and len(claims[guess]) == 1 else None)
+            for image, guess in zip(exact, guessed, strict=True)
         ]
 
     def _cleaned(self, reference: str) -> str:

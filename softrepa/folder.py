@@ -77,7 +77,8 @@ class Index:
         if not self.is_changed:
             return
         files = {
-            name: [mark, file.identity, file.size, file.problem, file.digest] for name, (mark, file) in self.files.items()
+            name: [mark, file.identity, file.size, file.problem, file.digest]
+            for name, (mark, file) in self.files.items()
         }
         content = json.dumps({"files": files})
         try:

@@ -22,6 +22,9 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "TGA", "P
 NARROWEST = 16
 """Longer side to shorter side: of a longer strip hardly anything would be seen."""
 
+FAR = 4
+"""Of a picture that is longer than its training size by this factor, the ends are cut off before it is resized."""
+
 ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
@@ -62,22 +65,29 @@ def prepared(data: bytes, size: tuple[int, int]) -> Tensor:
     """Pixels (height, width, 3) float32 in 0..1 at `size` (width, height).
 
     The shorter side is resized (bicubic) so that the size is covered, and the centre is cut out of the rest: for a
-    square the arithmetic of torchvision's Resize and CenterCrop. What is cut off is never computed.
+    square the arithmetic of torchvision's Resize and CenterCrop.
     """
-    image = decode(data)
+    image = _without_far_ends(decode(data), size)
     target_width, target_height = size
     width, height = image.size
     if target_width * height >= target_height * width:
         covering = target_width, height * target_width // width
     else:
         covering = width * target_height // height, target_height
+    image = image.resize(covering, Image.Resampling.BICUBIC)
     left, top = (round((have - want) / 2) for have, want in zip(covering, size, strict=True))
-    across, down = width / covering[0], height / covering[1]
-    right, bottom = (left + target_width) * across, (top + target_height) * down
-    box = (left * across, top * down, min(right, width), min(bottom, height))
-    image = image.resize(size, Image.Resampling.BICUBIC, box)
+    image = image.crop((left, top, left + target_width, top + target_height))
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(target_height, target_width, 3).float() / 255
+
+
+def _without_far_ends(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The middle of a strip: what would be cut off anyway need not be enlarged before."""
+    width, height = image.size
+    kept_width = min(width, FAR * max(1, height * size[0] // size[1]))
+    kept_height = min(height, FAR * max(1, width * size[1] // size[0]))
+    left, top = (width - kept_width) // 2, (height - kept_height) // 2
+    return image.crop((left, top, left + kept_width, top + kept_height))
 
 
 def _opened(file: IO[bytes]) -> Image.Image:

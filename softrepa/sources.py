@@ -116,8 +116,8 @@ def tar_members(path: Path) -> Iterator[tuple[str, Part]]:
                 archive.members.clear()  # type: ignore[attr-defined] # they would pile up
                 if member.isreg() and not member.issparse():
                     yield member.name, Part(path, member.offset_data, member.size)
-            archive.fileobj.seek(archive.offset)  # type: ignore[union-attr]
-            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # type: ignore[union-attr]  # it stops in silence
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # it would stop in silence
                 raise tarfile.ReadError("a header is damaged")
     except BROKEN_TAR as error:
         raise UnreadableError(f"a .tar that cannot be read to its end ({error})") from None

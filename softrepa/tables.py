@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import StringIO
 
-from .files import UnreadableError
 from .sources import Cell, Source, WholeFile, opened_parquet
 
 FILE_KEYS = ("file_name", "image_path", "image", "image_name", "filename", "file", "path")
@@ -116,7 +115,9 @@ def _rows_of_coco(content: dict) -> Rows:
     files = {
         image["id"]: image["file_name"]
         for image in images
-        if isinstance(image, dict) and isinstance(image.get("file_name"), str) and isinstance(image.get("id"), (int, str))
+        if isinstance(image, dict)
+        and isinstance(image.get("file_name"), str)
+        and isinstance(image.get("id"), (int, str))
     }
     for number, note in enumerate(content["annotations"], 1):
         place = f"annotation {number}"
@@ -135,19 +136,18 @@ def rows_of_csv(source: Source) -> Rows:
     """Columns by their names in the first line, parted by commas, tabs, semicolons or bars."""
     text = decoded(source.read(MOST_TABLE))
     header = next((line for line in lines_of(text) if line.strip()), "")
-    parted = {mark: _columns(_cells(header, mark)) for mark in ",\t;|"}
-    marks = [mark for mark, columns in parted.items() if None not in columns]
-    if not marks:
+    parted = {mark: columns for mark in ",\t;|" if (columns := _columns(_cells(header, mark)))}
+    if not parted:
         raise BadTable(f"no column {' or '.join(FILE_KEYS)} beside one of {', '.join(CAPTION_KEYS)}")
-    file, caption = parted[marks[0]]
-    rows = csv.reader(StringIO(text, newline=""), delimiter=marks[0], skipinitialspace=True)
+    mark, (file, caption) = next(iter(parted.items()))
+    rows = csv.reader(StringIO(text, newline=""), delimiter=mark)
     try:
         width = len(next(cells for cells in rows if any(cells)))
         for cells in rows:
             if not any(cells):
                 continue
             if len(cells) > width and caption == width - 1:  # marks of a text that nobody quoted
-                cells[caption:] = [marks[0].join(cells[caption:])]
+                cells[caption:] = [mark.join(cells[caption:])]
             if len(cells) != width:
                 yield Problem(f"line {rows.line_num}", f"{len(cells)} cells where the first line has {width}")
                 continue
@@ -245,17 +245,15 @@ def checked(texts: list) -> list[str]:
     return trimmed
 
 
-def _columns(cells: list[str]) -> tuple[int | None, int | None]:
-    """Where the file and the caption stand."""
+def _columns(cells: list[str]) -> tuple[int, int] | None:
+    """Where the file and the caption stand, if both are there."""
     names = [cell.strip().lower() for cell in cells]
-    file, caption = (
-        next((names.index(key) for key in keys if key in names), None) for keys in (FILE_KEYS, CAPTION_KEYS)
-    )
-    return file, caption
+    files, captions = ([names.index(key) for key in keys if key in names] for keys in (FILE_KEYS, CAPTION_KEYS))
+    return (files[0], captions[0]) if files and captions else None
 
 
 def _cells(line: str, mark: str) -> list[str]:
-    return next(csv.reader([line], delimiter=mark, skipinitialspace=True), [])
+    return next(csv.reader([line], delimiter=mark), [])
 
 
 def _parsed(text: str):

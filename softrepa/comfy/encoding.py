@@ -181,11 +181,10 @@ class FolderEncodings:
 
     def _is_text(self, entry: dict[str, Tensor]) -> bool:
         """Of any length, and of the width that the encoder gives."""
-        names = [name for name in ("cross_attn", "pooled_output") if self.empty[name] is not None]
-        if sorted(entry) != names:
+        widths = {name: tensor.shape[-1] for name, tensor in self.empty.items() if isinstance(tensor, Tensor)}
+        if {name: tensor.shape[-1] for name, tensor in entry.items() if tensor.ndim} != widths:
             return False
-        widths = all(entry[name].shape[-1] == self.empty[name].shape[-1] for name in names)
-        return widths and entry["cross_attn"].ndim == 3 and entry["cross_attn"].shape[0] == 1
+        return entry["cross_attn"].ndim == 3 and len(entry["cross_attn"]) == 1
 
     def _text_size(self) -> int:
         """Bytes of the shortest text."""
