@@ -10,11 +10,11 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from .left_out import LeftOut
 from .sources import Source, WholeFile, tar_members
-from .tables import TABLES, BadTable, Layout, Row, json_captions, layout_of, text_captions
+from .tables import TABLES, BadTable, Layout, Row, is_text, json_captions, layout_of, text_captions
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".jxl", ".jp2")
 OTHER_SUFFIXES = (".bmp", ".tif", ".tiff", ".gif", ".tga", ".ppm")
@@ -59,8 +59,8 @@ class Listing:
 def list_folder(root: Path, caption_lines: str = EACH) -> Listing:
     """All images below `root` that have captions."""
     listing, tables, beside = Listing(), [], []
-    folders, paths = walked(root)
-    for name, source in _files(root, paths, listing.left_out):
+    folders = dict(folders_in(root))
+    for name, source in _files(root, folders, listing.left_out):
         suffix = posixpath.splitext(name)[1].lower()
         if suffix in IMAGE_SUFFIXES:
             listing.sources[name] = source
@@ -78,7 +78,8 @@ def list_folder(root: Path, caption_lines: str = EACH) -> Listing:
             tables.append((name, source, layout))
         elif not name.lower().endswith(".json"):  # other .json files say other things
             listing.left_out.add(name, "no image of this name")
-    _read_tables(listing, _Lookup(root, folders, listing.sources), tables)
+    if tables:
+        _read_tables(listing, _Lookup(root, folders, listing.sources), tables)
     for name in sorted(listing.sources):
         if not listing.captions.get(name) and (folder := repeats_of(root, name)):
             listing.add(name, [folder[1]])
@@ -89,27 +90,25 @@ def list_folder(root: Path, caption_lines: str = EACH) -> Listing:
     return listing
 
 
-def walked(root: Path) -> tuple[list[Path], list[Path]]:
-    """Every folder and every file below `root`, the files by name.
+def folders_in(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """`root` and every folder below it, with the names of its files.
 
     Hidden ones are passed over, linked folders are entered once.
     """
-    entered: dict[str, Path] = {}
-    found = []
+    entered = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in entered:
             folders.clear()
             continue
-        entered[real] = Path(folder)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder) / name for name in files if not name.startswith(".")]
-    return list(entered.values()), sorted(found, key=lambda path: name_in(root, path))
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(folder), [name for name in files if not name.startswith(".")]
 
 
-def may_hold_images(path: PurePath) -> bool:
+def may_hold_images(file_name: str) -> bool:
     """By its name alone: an image, or what images are packed in."""
-    return path.suffix.lower() in (*IMAGE_SUFFIXES, SHARD_SUFFIX, ".parquet")
+    return posixpath.splitext(file_name)[1].lower() in (*IMAGE_SUFFIXES, SHARD_SUFFIX, ".parquet")
 
 
 def name_in(root: Path, path: Path) -> str:
@@ -124,10 +123,10 @@ def repeats_of(root: Path, name: str) -> tuple[int, str] | None:
     return (int(found[1]), found[2].strip()) if found and found[2].strip() else None
 
 
-def _files(root: Path, paths: list[Path], left_out: LeftOut) -> Iterator[tuple[str, Source]]:
-    """Regular files with names that are text, those in shards among them."""
-    for path in paths:
-        name = name_in(root, path)
+def _files(root: Path, folders: dict[Path, list[str]], left_out: LeftOut) -> Iterator[tuple[str, Source]]:
+    """By name: regular files whose names are text, those in shards among them."""
+    paths = {name_in(root, folder / name): folder / name for folder, names in folders.items() for name in names}
+    for name, path in sorted(paths.items()):
         is_ours = path.suffix.lower() in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, SHARD_SUFFIX) or layout_of(path.name)
         if not is_text(name):
             left_out.add(name, "its name is no text that can be written")
@@ -145,11 +144,6 @@ def _files(root: Path, paths: list[Path], left_out: LeftOut) -> Iterator[tuple[s
                         yield f"{name}/{posixpath.normpath(inside)}", part
             except OSError as error:
                 left_out.add(name, reason_of(error))
-
-
-def is_text(name: str) -> bool:
-    """False with bytes that are no UTF-8, which Python carries as lone surrogates."""
-    return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def reason_of(error: OSError) -> str:
@@ -231,7 +225,7 @@ class _Lookup:
     exactly, or two rows that differ would get it: then the file of the row is gone.
     """
 
-    def __init__(self, root: Path, folders: list[Path], images: Iterable[str]):
+    def __init__(self, root: Path, folders: Iterable[Path], images: Iterable[str]):
         self.root = root.absolute().as_posix()
         self.exact: dict[str, list[str]] = {}
         self.by_end: dict[str, list[str]] = {}

@@ -8,7 +8,7 @@ REASONS = 8
 """Reasons that are told; of the others only how many there are."""
 EXAMPLES = 2
 """Names told of each reason."""
-LONGEST = 80
+LONGEST, LONGEST_REASON = 80, 120
 """Characters told of a name, and of a reason."""
 
 
@@ -37,4 +37,4 @@ class LeftOut:
     def _reason(self, reason: str, count: int) -> str:
         names = [shown(name, LONGEST) for name in self.examples[reason]]
         number, more = (f" ({count})", ", ...") if count > len(names) else ("", "")
-        return f"{shown(reason, LONGEST)}{number}: {', '.join(names)}{more}"
+        return f"{shown(reason, LONGEST_REASON)}{number}: {', '.join(names)}{more}"

@@ -149,7 +149,7 @@ def rows_of_csv(source: Source) -> Rows:
             if len(cells) > width and caption == width - 1:  # marks of a text that nobody quoted
                 cells[caption:] = [mark.join(cells[caption:])]
             if len(cells) != width:
-                yield Problem(f"line {rows.line_num}", f"{len(cells)} cells where the first line has {width}")
+                yield Problem(f"line {rows.line_num}", "more or fewer cells than in the first line")
                 continue
             try:
                 yield Row(cells[file].strip(), checked([cells[caption]]))
@@ -240,9 +240,18 @@ def checked(texts: list) -> list[str]:
     trimmed = [text.strip() for text in texts if text.strip()]
     if any(len(text) > LONGEST_CAPTION for text in trimmed):
         raise BadTable(TOO_LONG)
-    if any("\ud800" <= char <= "\udfff" for text in trimmed for char in text if not text.isascii()):
+    if not all(map(is_text, trimmed)):
         raise BadTable(NO_TEXT)
     return trimmed
+
+
+def is_text(text: str) -> bool:
+    """False with lone surrogates, in which Python carries bytes of a file name that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _columns(cells: list[str]) -> tuple[int, int] | None:

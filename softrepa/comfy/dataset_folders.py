@@ -5,9 +5,10 @@ from pathlib import Path, PurePath
 
 import folder_paths
 
-from ..captions import is_text, may_hold_images, walked
+from ..captions import folders_in, may_hold_images
 from ..errors import SoftREPAError, shown
 from ..sources import file_stamp
+from ..tables import is_text
 
 FOLDER = "softrepa_datasets"
 SHOWN, LONGEST = 8, 60
@@ -53,7 +54,7 @@ def dataset_path(name: str) -> Path:
 def fingerprint(root: Path) -> str:
     """Changes with any file that is written, replaced, renamed or exchanged; none is read."""
     digest = hashlib.sha256()
-    for path in walked(root)[1]:
+    for path in sorted(folder / name for folder, names in folders_in(root) for name in names):
         if path.exists():
             digest.update(repr((str(path), file_stamp(path.stat()))).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
@@ -62,9 +63,9 @@ def fingerprint(root: Path) -> str:
 def _with_images(root: Path) -> list[Path]:
     """`root` and folders below it that may be datasets, by names alone: the files are not opened."""
     found: dict[Path, None] = {}
-    for path in walked(root)[1]:
-        if may_hold_images(path) and path.parent not in found:
-            for above in path.parents:
+    for folder, names in folders_in(root):
+        if any(map(may_hold_images, names)):
+            for above in (folder, *folder.parents):
                 found[above] = None
                 if above == root:
                     break

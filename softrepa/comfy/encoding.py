@@ -224,7 +224,8 @@ class FolderEncodings:
             )
         if not latent.isfinite().all():
             raise SoftREPAError(
-                f"vae gives NaN or infinite values for {example.name}, expected numbers; run ComfyUI with --fp32-vae."
+                f"vae gives NaN or infinite values for {shown(example.name)}, expected numbers; "
+                "run ComfyUI with --fp32-vae."
             )
         return ordinary(latent[0])
 

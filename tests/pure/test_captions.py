@@ -288,8 +288,9 @@ def test_captions_and_names_that_no_file_can_hold(tmp_path):
     listing.left_out.told().encode()
 
 
-@pytest.mark.skipif("not hasattr(os, 'mkfifo')")
 def test_pipes_and_devices_are_passed_over(tmp_path):
+    if not hasattr(os, "mkfifo"):  # on Windows no folder holds any
+        return
     picture(tmp_path / "1.png")
     write(tmp_path / "1.txt", "a dog")
     for name in ("2.png", "2.txt", "metadata.jsonl", "shard.tar", "more.parquet", "captions.json"):
@@ -369,8 +370,7 @@ def test_rows_that_do_not_fit_are_counted(tmp_path):
     listing = list_folder(tmp_path)
     assert captions(listing) == {"0.png": ["a dog", "fine", "one"]}
     assert reasons(listing) == {
-        "in a.csv: 3 cells where the first line has 2": ["line 3"],
-        "in a.csv: 1 cells where the first line has 2": ["line 4"],
+        "in a.csv: more or fewer cells than in the first line": ["line 3", "line 4"],
         "in a.csv: a caption of more than 10,000 characters": ["line 5"],
         f"no column {' or '.join(FILE_KEYS)} beside one of {', '.join(CAPTION_KEYS)}": ["b.csv"],
         "unreadable from line 3 on (field larger than field limit (131072))": ["c.csv"],
