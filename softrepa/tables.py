@@ -134,27 +134,33 @@ def _rows_of_coco(content: dict) -> Rows:
 
 def rows_of_csv(source: Source) -> Rows:
     """Columns by their names in the first line, parted by commas, tabs, semicolons or bars."""
-    text = decoded(source.read(MOST_TABLE))
-    header = next((line for line in lines_of(text) if line.strip()), "")
-    parted = {mark: columns for mark in ",\t;|" if (columns := _columns(_cells(header, mark)))}
+    text = decoded(source.read(MOST_TABLE)).replace("\r\n", "\n").replace("\r", "\n").lstrip("\n")
+    header = text.partition("\n")[0]
+    parted = {mark: columns for mark in ",\t;|" if (columns := _columns(header, mark))}
     if not parted:
         raise BadTable(f"no column {' or '.join(FILE_KEYS)} beside one of {', '.join(CAPTION_KEYS)}")
     mark, (file, caption) = next(iter(parted.items()))
-    rows = csv.reader(StringIO(text, newline=""), delimiter=mark)
+    rows = _cells(text, mark)
+    _, first = next(rows)
+    for number, cells in rows:
+        if len(cells) > len(first) == caption + 1:  # marks in a text that nobody quoted
+            cells[caption:] = [mark.join(cells[caption:])]
+        if len(cells) != len(first):
+            yield Problem(f"line {number}", "more or fewer cells than in the first line")
+            continue
+        try:
+            yield Row(cells[file].strip(), checked([cells[caption]]))
+        except BadTable as problem:
+            yield Problem(f"line {number}", str(problem))
+
+
+def _cells(text: str, mark: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a .csv file that are not empty, and the numbers of the lines where they end. Raises BadTable."""
+    rows = csv.reader(StringIO(text), delimiter=mark)
     try:
-        width = len(next(cells for cells in rows if any(cells)))
         for cells in rows:
-            if not any(cells):
-                continue
-            if len(cells) > width and caption == width - 1:  # marks of a text that nobody quoted
-                cells[caption:] = [mark.join(cells[caption:])]
-            if len(cells) != width:
-                yield Problem(f"line {rows.line_num}", "more or fewer cells than in the first line")
-                continue
-            try:
-                yield Row(cells[file].strip(), checked([cells[caption]]))
-            except BadTable as problem:
-                yield Problem(f"line {rows.line_num}", str(problem))
+            if any(cells):
+                yield rows.line_num, cells
     except csv.Error as error:
         raise BadTable(f"unreadable from line {rows.line_num} on ({error})") from None
 
@@ -254,15 +260,11 @@ def is_text(text: str) -> bool:
     return True
 
 
-def _columns(cells: list[str]) -> tuple[int, int] | None:
+def _columns(header: str, mark: str) -> tuple[int, int] | None:
     """Where the file and the caption stand, if both are there."""
-    names = [cell.strip().lower() for cell in cells]
+    names = [cell.strip().lower() for _, cells in _cells(header, mark) for cell in cells]
     files, captions = ([names.index(key) for key in keys if key in names] for keys in (FILE_KEYS, CAPTION_KEYS))
     return (files[0], captions[0]) if files and captions else None
-
-
-def _cells(line: str, mark: str) -> list[str]:
-    return next(csv.reader([line], delimiter=mark), [])
 
 
 def _parsed(text: str):

@@ -344,6 +344,7 @@ def test_captions_in_a_folder_beside_the_images(tmp_path):
         ("metadata.csv", 'file_name,text\n0.png,"a dog, asleep"\n1.png,a cat\n'),
         ("metadata.csv", '\ufefffile_name;width;prompt\r\n0.png;3;a dog, asleep\r\n\r\n1.png;4;"a cat"\r\n'),
         ("list.tsv", "caption\tfilename\na dog, asleep\t0.png\na cat\t1.png\n"),
+        ("old.csv", "image,caption\r0.png,a dog, asleep\r1.png,a cat\r"),
         ("captions.txt", "image,caption\n0.png,a dog, asleep\n1.png,a cat\n"),
         ("results.csv", "image_name| comment_number| caption\n0.png| 0| a dog, asleep\n1.png| 0| a cat\n"),
         ("Flickr8k.token.txt", "0.png#0\ta dog, asleep\n1.png#4\ta cat\n"),
