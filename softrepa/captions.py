@@ -112,8 +112,13 @@ def may_hold_images(file_name: str) -> bool:
 
 
 def name_in(root: Path, path: Path) -> str:
-    """The path below `root` with forward slashes; composed, as macOS may list the accents of a name apart."""
-    return unicodedata.normalize("NFC", path.relative_to(root).as_posix())
+    """The path below `root` with forward slashes."""
+    return composed(path.relative_to(root).as_posix())
+
+
+def composed(name: str) -> str:
+    """One form for what looks the same: macOS may list the accents of a name apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def repeats_of(root: Path, name: str) -> tuple[int, str] | None:
@@ -125,7 +130,10 @@ def repeats_of(root: Path, name: str) -> tuple[int, str] | None:
 
 def _files(root: Path, folders: dict[Path, list[str]], left_out: LeftOut) -> Iterator[tuple[str, Source]]:
     """By name: regular files whose names are text, those in shards among them."""
-    paths = {name_in(root, folder / name): folder / name for folder, names in folders.items() for name in names}
+    paths = {}
+    for folder, names in folders.items():
+        inside = name_in(root, folder)
+        paths |= {posixpath.normpath(f"{inside}/{composed(name)}"): folder / name for name in names}
     for name, path in sorted(paths.items()):
         is_ours = path.suffix.lower() in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, SHARD_SUFFIX) or layout_of(path.name)
         if not is_text(name):
@@ -141,7 +149,7 @@ def _files(root: Path, folders: dict[Path, list[str]], left_out: LeftOut) -> Ite
             try:
                 for inside, part in tar_members(path):
                     if is_text(inside) and not posixpath.basename(inside).startswith("."):
-                        yield f"{name}/{posixpath.normpath(inside)}", part
+                        yield f"{name}/{posixpath.normpath(composed(inside))}", part
             except OSError as error:
                 left_out.add(name, reason_of(error))
 
@@ -256,7 +264,7 @@ class _Lookup:
         ]
 
     def _cleaned(self, reference: str) -> str:
-        return unicodedata.normalize("NFC", reference.replace("\\", "/")).removeprefix("./")
+        return composed(reference.replace("\\", "/")).removeprefix("./")
 
     def _exactly(self, table: str, reference: str) -> str | None:
         path = posixpath.normpath(posixpath.join(table, reference))

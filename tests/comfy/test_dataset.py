@@ -8,9 +8,10 @@ import folder_paths
 import pytest
 import torch
 from comfyui_softrepa.nodes import dataset as dataset_nodes
-from comfyui_softrepa.softrepa import images
+from comfyui_softrepa.softrepa import headless, images
 from comfyui_softrepa.softrepa.cache import Cache
 from comfyui_softrepa.softrepa.comfy import dataset_folders, encoding
+from comfyui_softrepa.softrepa.comfy.launch import launch
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.sources import WholeFile
 from PIL import Image
@@ -275,6 +276,16 @@ def test_a_text_as_one_caption(encoders, photos):
     assert {caption for _, caption, _, _ in drawn(dataset)} == {f"Picture {i}.\n- Mood: calm" for i in range(4)}
     assert dataset.settings["caption_lines"] == "whole"
     assert "several lines" not in dataset.summary
+
+
+def test_the_command_line_makes_the_same_dataset(encoders, photos):
+    for number in range(4):
+        (photos / f"{number}.txt").write_text(f"Picture {number}.\n- Mood: calm", encoding="utf-8")
+    whole = {"folder": "photos", "resolution": SIDE, "caption_lines": "whole"}
+    headless.check_inputs(whole, launch)
+    node, command = read(encoders, caption_lines="whole"), headless.load_dataset(dict(whole), *encoders)
+    assert command.fingerprint == node.fingerprint != read(encoders).fingerprint
+    headless.check_inputs(command.settings, launch)  # as the file of a trained run says
 
 
 def test_a_large_damaged_file_is_left_out_and_the_rest_encoded(encoders, photos, encoded):

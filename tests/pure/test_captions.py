@@ -131,11 +131,19 @@ def test_parquet(tmp_path):
 def test_a_file_that_is_gone_gives_its_captions_to_no_other(tmp_path):
     for name in ("cats/001.png", "cats/002.png", "dogs/002.png"):
         picture(tmp_path / name)
-    names = ("cats/001.png", "cats/002.png", "dogs/001.png", "dogs/002.png", "birds/001.png", "001.png")
+    names = ("cats/001.png", "cats/002.png", "dogs/001.png", "dogs/002.png")
     write(tmp_path / "metadata.jsonl", [{"file_name": name, "text": f"about {name}"} for name in names])
     listing = list_folder(tmp_path)
     assert captions(listing) == {name: [f"about {name}"] for name in ("cats/001.png", "cats/002.png", "dogs/002.png")}
-    assert listing.left_out.counts == {"named in metadata.jsonl, but no file here, or several": 3}
+    assert listing.left_out.counts == {"named in metadata.jsonl, but no file here, or several": 1}
+
+
+@pytest.mark.parametrize("gone", ["birds/001.png", "001.png", "/disk/of/others/001.png"])
+def test_a_file_that_another_row_names_exactly_is_its_own(tmp_path, gone):
+    picture(tmp_path / "cats/001.png")
+    write(tmp_path / "metadata.jsonl", [{"file_name": "cats/001.png", "text": "a cat"}])
+    write(tmp_path / "more.jsonl", [{"file_name": gone, "text": "a bird"}])
+    assert captions(list_folder(tmp_path)) == {"cats/001.png": ["a cat"]}
 
 
 def test_an_emptied_folder_is_still_a_folder(tmp_path):
