@@ -87,7 +87,12 @@ def json_captions(source: Source) -> list[str]:
 def rows_of_jsonl(source: Source) -> Rows:
     for number, line in enumerate(lines_of(decoded(source.read(MOST_TABLE))), 1):
         if line.strip():
-            yield _row(line, f"line {number}", is_json=True)
+            try:
+                entry = _parsed(line)
+            except BadTable as problem:
+                yield Problem(f"line {number}", str(problem))
+            else:
+                yield _row(entry, f"line {number}")
 
 
 def rows_of_json(source: Source) -> Rows:
@@ -274,13 +279,12 @@ def _parsed(text: str):
         raise BadTable("not JSON") from None
 
 
-def _row(entry, place: str, image: Cell | None = None, is_json: bool = False) -> Row | Problem:
+def _row(entry, place: str, image: Cell | None = None) -> Row | Problem:
+    found = [entry[key] for key in FILE_KEYS if isinstance(entry.get(key), str)] if isinstance(entry, dict) else []
+    if not found and image is None:
+        return Problem(place, f"none of {', '.join(FILE_KEYS)}")
     try:
-        row = _parsed(entry) if is_json else entry
-        found = [row[key] for key in FILE_KEYS if isinstance(row.get(key), str)] if isinstance(row, dict) else []
-        if not found and image is None:
-            raise BadTable(f"none of {', '.join(FILE_KEYS)}")
-        return Row(found[0] if found else place, _captions_of(row), image)
+        return Row(found[0] if found else place, _captions_of(entry), image)
     except BadTable as problem:
         return Problem(place, str(problem))
 
