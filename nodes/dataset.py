@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..softrepa.captions import CAPTION_LINES, EACH
 from ..softrepa.comfy import dataset_folders
 from ..softrepa.comfy.encoding import dataset_of_folder
 from ..softrepa.errors import SoftREPAError
@@ -70,6 +71,15 @@ class CaptionImageFolder(io.ComfyNode):
                     "encoded again each time.",
                     **ADVANCED,
                 ),
+                io.Combo.Input(
+                    "caption_lines",
+                    options=list(CAPTION_LINES),
+                    optional=True,
+                    default=EACH,
+                    tooltip="In a text file beside an image: each line is a caption, or the whole text is one, as "
+                    "vision models write them.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[
                 Dataset.Output(display_name="dataset", tooltip="For Train SoftREPA Tokens or the Alignment Score."),
@@ -96,10 +106,20 @@ class CaptionImageFolder(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, folder, clip, vae, resolution=512, bucketing=False, validation_percent=0.0, cache_gb=50.0
+        cls,
+        folder,
+        clip,
+        vae,
+        resolution=512,
+        bucketing=False,
+        validation_percent=0.0,
+        cache_gb=50.0,
+        caption_lines=EACH,
     ) -> io.NodeOutput:
         path = dataset_folders.dataset_path(folder)
-        dataset = dataset_of_folder(path, folder, clip, vae, resolution, bucketing, validation_percent, cache_gb)
+        dataset = dataset_of_folder(
+            path, folder, clip, vae, resolution, bucketing, validation_percent, cache_gb, caption_lines
+        )
         show_on_node(cls, dataset.summary)
         return io.NodeOutput(dataset, dataset.summary)
 

@@ -20,12 +20,17 @@ def caption_key(caption: str) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """One image. `image` is the digest of its file, `size` the training size (width, height) and so its bucket."""
+    """One image: `size` is the training size (width, height) and so its bucket.
+
+    `image` says what it contains, whatever its name: two examples with the same are copies of one image. It is drawn
+    `repeats` times in a pass, in as many batches.
+    """
 
     name: str
     image: str
     captions: tuple[str, ...]
     size: tuple[int, int]
+    repeats: int = 1
 
     @cached_property
     def caption_keys(self) -> frozenset[str]:
@@ -51,12 +56,15 @@ Drawn = tuple[Example, str]
 def epoch_batches(examples: list[Example], batch_size: int, rng: random.Random) -> list[list[Drawn]]:
     """One pass over the images in random order, each with one of its captions at random; a batch is of one size.
 
+    An image with repeats is there as often, each time with a caption of its own, in different batches.
+
     What is left over in a size is not used in this pass. A size that cannot fill one batch gives a smaller one, of two
     or more.
     """
     batches = []
     for bucket in by_size(examples).values():
-        drawn = [(example, rng.choice(example.captions)) for example in rng.sample(bucket, len(bucket))]
+        repeated = [example for example in bucket for _ in range(example.repeats)]
+        drawn = [(example, rng.choice(example.captions)) for example in rng.sample(repeated, len(repeated))]
         made = list(compatible_batches(drawn, batch_size))
         batches += [batch for batch in made if len(batch) == batch_size] or [batch for batch in made if len(batch) > 1]
     rng.shuffle(batches)

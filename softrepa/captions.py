@@ -1,250 +1,294 @@
-"""Which image files a folder holds and which captions they have: text files beside them, and caption tables.
+"""Which images a folder holds and which captions they have, in every layout that is known here.
 
-Tables: *.jsonl (Hugging Face `file_name` + `text`, kohya `image_path` + `caption`), captions*.json (a name -> caption
-object, a list of such rows, or COCO) and *.parquet. An image has the captions of all sources together.
+Captions stand beside the image, in tables, in shards or in the name of the folder; an image has those of all sources
+together, and the folder's name where there is none.
 """
 
-import json
 import os
 import posixpath
+import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
+
+from .left_out import LeftOut
+from .sources import Source, WholeFile, tar_members
+from .tables import TABLES, BadTable, Layout, Row, is_text, json_captions, layout_of, text_captions
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".jxl", ".jp2")
 OTHER_SUFFIXES = (".bmp", ".tif", ".tiff", ".gif", ".tga", ".ppm")
 IMAGE_SUFFIXES = frozenset(PHOTO_SUFFIXES + OTHER_SUFFIXES)
 """Files with these names are opened or, where PIL knows no way, reported."""
 
-SIDECAR_SUFFIXES = (".txt", ".caption")
-FILE_KEYS = ("file_name", "image_path")
-CAPTION_KEYS = ("text", "caption", "captions")
+TEXT_SUFFIXES = (".txt", ".caption")
+SHARD_SUFFIX = ".tar"
+COMPRESSED_SHARDS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+CAPTION_FOLDER, IMAGE_FOLDER = "captions", "images"
+REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")
+"""A folder's name as kohya reads it: how often its images count, and what they show."""
 
-Row = tuple[str, list[str]]
-"""A file as a table calls it, and its captions."""
-Rows = Iterator["Row | _BadTable"]
+EACH, WHOLE = CAPTION_LINES = ("each", "whole")
+"""What is a caption in a text file: every line, or the whole text."""
 
-
-@dataclass(frozen=True)
-class Rejected:
-    """Something of the folder that is not used, and why."""
-
-    name: str
-    reason: str
+LOOKED_FOR = (
+    "a.txt, a.caption, a.jpg.txt or a.json beside a.jpg",
+    f"a.txt in {CAPTION_FOLDER} for a.jpg in {IMAGE_FOLDER}",
+    "a folder named 10_caption",
+    f"WebDataset *{SHARD_SUFFIX}",
+    *(layout.title for layout in TABLES),
+)
+"""The layouts, as a message lists them."""
 
 
 @dataclass
 class Listing:
     """Images by their name, the path below the folder with forward slashes, sorted; and what was left out."""
 
-    paths: dict[str, Path] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
     captions: dict[str, list[str]] = field(default_factory=dict)
-    rejected: list[Rejected] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
+    several_lines: int = 0
+    """Text files of which every line is a caption, with more than one."""
 
     def add(self, name: str, captions: list[str]) -> None:
         known = self.captions.setdefault(name, [])
         known += [caption for caption in dict.fromkeys(captions) if caption not in known]
 
-    def reject(self, name: str, reason: str) -> None:
-        self.rejected.append(Rejected(name, reason))
 
-
-def list_folder(root: Path) -> Listing:
+def list_folder(root: Path, caption_lines: str = EACH) -> Listing:
     """All images below `root` that have captions."""
-    listing, tables, sidecars = Listing(), [], []
-    for path in sorted_files(root):
-        name = name_in(root, path)
-        suffix = path.suffix.lower()
+    listing, tables, beside = Listing(), [], []
+    folders = dict(folders_in(root))
+    for name, source in _files(root, folders, listing.left_out):
+        suffix = posixpath.splitext(name)[1].lower()
         if suffix in IMAGE_SUFFIXES:
-            listing.paths[name] = path
-        elif suffix in SIDECAR_SUFFIXES:
-            sidecars.append((name, path))
-        elif is_table(path):
-            tables.append((name, path))
-    _read_sidecars(listing, sidecars)
-    lookup = _Lookup(listing.paths)
-    for name, path in tables:
-        _read_table(listing, lookup, name, path)
-    for name in [name for name in listing.paths if not listing.captions.get(name)]:
-        del listing.paths[name]
-        listing.reject(name, "no caption")
+            listing.sources[name] = source
+        elif suffix in TEXT_SUFFIXES or suffix == ".json":
+            beside.append((name, source))
+        elif layout := layout_of(posixpath.basename(name)):
+            tables.append((name, source, layout))
+    images = _by_stem(listing.sources)
+    for name, source in beside:
+        stem = posixpath.splitext(name)[0]
+        found = images.get(stem) or images.get(_image_folder(stem), [])
+        if found:
+            _read_beside(listing, name, source, found, caption_lines)
+        elif layout := layout_of(posixpath.basename(name)):
+            tables.append((name, source, layout))
+        elif not name.lower().endswith(".json"):  # other .json files say other things
+            listing.left_out.add(name, "no image of this name")
+    if tables:
+        _read_tables(listing, _Lookup(root, folders, listing.sources), tables)
+    for name in sorted(listing.sources):
+        if not listing.captions.get(name) and (folder := repeats_of(root, name)):
+            listing.add(name, [folder[1]])
+        if not listing.captions.get(name):
+            del listing.sources[name]
+            listing.left_out.add(name, "no caption")
+    listing.sources = dict(sorted(listing.sources.items()))
     return listing
 
 
-def sorted_files(root: Path) -> list[Path]:
-    """Every file below `root` by name; hidden ones are passed over, linked folders are entered once."""
-    found, entered = [], set()
+def folders_in(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """`root` and every folder below it, with the names of its files.
+
+    Hidden ones are passed over, linked folders are entered once.
+    """
+    entered = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        folders[:] = [] if real in entered else [name for name in folders if not name.startswith(".")]
-        if real not in entered:
-            found += [Path(folder) / name for name in files if not name.startswith(".")]
+        if real in entered:
+            folders.clear()
+            continue
         entered.add(real)
-    return sorted(found, key=lambda path: name_in(root, path))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(folder), [name for name in files if not name.startswith(".")]
 
 
-def is_table(path: PurePath) -> bool:
-    suffix = path.suffix.lower()
-    return suffix in (".jsonl", ".parquet") or (suffix == ".json" and path.name.lower().startswith("captions"))
+def may_hold_images(file_name: str) -> bool:
+    """By its name alone: an image, or what images are packed in."""
+    return posixpath.splitext(file_name)[1].lower() in (*IMAGE_SUFFIXES, SHARD_SUFFIX, ".parquet")
 
 
 def name_in(root: Path, path: Path) -> str:
-    """The path below `root` with forward slashes; composed, as macOS may list the accents of a name apart."""
-    return unicodedata.normalize("NFC", path.relative_to(root).as_posix())
+    """The path below `root` with forward slashes."""
+    return composed(path.relative_to(root).as_posix())
 
 
-def _read_sidecars(listing: Listing, sidecars: list[tuple[str, Path]]) -> None:
-    by_stem: dict[str, list[str]] = {}
-    for image in listing.paths:
-        by_stem.setdefault(posixpath.splitext(image)[0], []).append(image)
-    for name, path in sidecars:
-        images = by_stem.get(posixpath.splitext(name)[0])
-        if images is None:
-            listing.reject(name, "no image of this name")
-            continue
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            listing.reject(name, "not UTF-8")
-            continue
-        except OSError as error:
-            listing.reject(name, f"cannot be read ({error.strerror})")
-            continue
-        captions = [line.strip() for line in lines if line.strip()]
-        if not captions:
-            listing.reject(name, "empty")
-        for image in images:
-            listing.add(image, captions)
+def composed(name: str) -> str:
+    """One form for what looks the same: macOS may list the accents of a name apart."""
+    return unicodedata.normalize("NFC", name)
 
 
-def _read_table(listing: Listing, lookup: "_Lookup", name: str, path: Path) -> None:
+def repeats_of(root: Path, name: str) -> tuple[int, str] | None:
+    """How often an image counts, and its folder's caption, where the folder is named 10_caption."""
+    folder = posixpath.basename(posixpath.dirname(name)) or root.name
+    found = REPEATS.fullmatch(folder)
+    return (int(found[1]), found[2].strip()) if found and found[2].strip() else None
+
+
+def _files(root: Path, folders: dict[Path, list[str]], left_out: LeftOut) -> Iterator[tuple[str, Source]]:
+    """By name: regular files whose names are text, those in shards among them."""
+    paths = {}
+    for folder, names in folders.items():
+        inside = name_in(root, folder)
+        paths |= {posixpath.normpath(f"{inside}/{composed(name)}"): folder / name for name in names}
+    for name, path in sorted(paths.items()):
+        is_ours = path.suffix.lower() in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, SHARD_SUFFIX) or layout_of(path.name)
+        if not is_text(name):
+            left_out.add(name, "its name is no text that can be written")
+        elif not path.is_file():
+            if is_ours:
+                left_out.add(name, "no regular file")
+        elif name.lower().endswith(COMPRESSED_SHARDS):
+            left_out.add(name, f"a compressed archive, expected {SHARD_SUFFIX}")
+        elif path.suffix.lower() != SHARD_SUFFIX:
+            yield name, WholeFile(path)
+        else:
+            try:
+                for inside, part in tar_members(path):
+                    if is_text(inside) and not posixpath.basename(inside).startswith("."):
+                        yield f"{name}/{posixpath.normpath(composed(inside))}", part
+            except OSError as error:
+                left_out.add(name, reason_of(error))
+
+
+def reason_of(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+    """Images by path without suffix, and by the whole of it: a.txt and a.jpg.txt both belong to a.jpg."""
+    images: dict[str, list[str]] = {}
+    for name in names:
+        for key in (posixpath.splitext(name)[0], name):
+            images.setdefault(key, []).append(name)
+    return images
+
+
+def _image_folder(stem: str) -> str:
+    """Where the image lies of which `stem` is a caption in a folder of captions."""
+    folders, last = posixpath.split(stem)
+    parts = folders.split("/")
+    for place in reversed(range(len(parts))):
+        if parts[place] == CAPTION_FOLDER:
+            return posixpath.join(*parts[:place], IMAGE_FOLDER, *parts[place + 1 :], last)
+    return ""
+
+
+def _read_beside(listing: Listing, name: str, source: Source, images: list[str], caption_lines: str) -> None:
+    is_json = name.lower().endswith(".json")
     try:
-        for row in READERS[path.suffix.lower()](path):
-            if isinstance(row, _BadTable):
-                listing.reject(name, str(row))
-                continue
-            reference, captions = row
-            image = lookup.find(posixpath.dirname(name), reference)
-            if image is None:
-                listing.reject(reference, f"named in {name}, but no file here, or several")
-            elif not captions:
-                listing.reject(reference, f"no caption in {name}")
+        captions = json_captions(source) if is_json else text_captions(source, caption_lines == WHOLE)
+    except OSError as error:
+        listing.left_out.add(name, f"cannot be read ({reason_of(error)})")
+        return
+    except BadTable as problem:
+        listing.left_out.add(name, str(problem))
+        return
+    if not captions and not is_json:
+        listing.left_out.add(name, "empty")
+    listing.several_lines += len(captions) > 1 and not is_json
+    for image in images:
+        listing.add(image, captions)
+
+
+def _read_tables(listing: Listing, lookup: "_Lookup", tables: list[tuple[str, Source, Layout]]) -> None:
+    rows = [(name, row) for name, source, layout in tables for row in _rows(listing, name, source, layout)]
+    images = lookup.find_all([(posixpath.dirname(name), row.reference) for name, row in rows])
+    for (name, row), image in zip(rows, images, strict=True):
+        if not row.captions:
+            listing.left_out.add(row.reference, f"no caption in {name}")
+        elif image is None:
+            listing.left_out.add(row.reference, f"named in {name}, but no file here, or several")
+        else:
+            listing.add(image, row.captions)
+
+
+def _rows(listing: Listing, name: str, source: Source, layout: Layout) -> Iterator[Row]:
+    """The rows that name files; images that the table itself holds are added to the listing."""
+    try:
+        for row in layout.rows(source):
+            if not isinstance(row, Row):
+                listing.left_out.add(row.place, f"in {name}: {row.reason}")
+            elif row.image is None:
+                yield row
             else:
-                listing.add(image, captions)
-    except UnicodeDecodeError:
-        listing.reject(name, "not UTF-8")
-    except (_BadTable, OSError) as error:
-        listing.reject(name, str(error))
-
-
-class _BadTable(Exception):
-    """Why a table, or a row of it, cannot be read."""
+                image = f"{name}/{row.image.group}.{row.image.row:06}"
+                listing.sources[image] = row.image
+                listing.add(image, row.captions)
+    except OSError as error:
+        listing.left_out.add(name, reason_of(error))
+    except BadTable as problem:
+        listing.left_out.add(name, str(problem))
 
 
 class _Lookup:
-    """Finds the image a table means: relative to the table, else the only image of that file name.
+    """Finds the image a row means.
 
     Tables name files with and without folder, with and without suffix, and with paths of the machine they were made on;
-    COCO's stand beside the image folders.
+    COCO's stand beside the image folders. So where no file has the name that a row gives, relative to its table, the
+    only one counts that ends like it - unless the folder that the row names is here, another row names that file
+    exactly, or two rows that differ would get it: then the file of the row is gone.
     """
 
-    def __init__(self, names):
-        self.names = frozenset(names)
-        self.by_key: dict[str, list[str]] = {}
-        for name in self.names:
-            base = posixpath.basename(name)
-            for key in {name, base, posixpath.splitext(name)[0], posixpath.splitext(base)[0]}:
-                self.by_key.setdefault(key, []).append(name)
+    def __init__(self, root: Path, folders: Iterable[Path], images: Iterable[str]):
+        self.root = root.absolute().as_posix()
+        self.exact: dict[str, list[str]] = {}
+        self.by_end: dict[str, list[str]] = {}
+        self.folder_ends = {end for folder in folders for end in _ends(name_in(root, folder))}
+        for name in images:
+            for whole in (name, posixpath.splitext(name)[0]):
+                self.exact.setdefault(whole, []).append(name)
+                for end in _ends(whole):
+                    self.by_end.setdefault(end, []).append(name)
 
-    def find(self, table_folder: str, reference: str) -> str | None:
-        reference = unicodedata.normalize("NFC", reference.replace("\\", "/"))
-        beside = posixpath.normpath(posixpath.join(table_folder, reference))
-        if beside in self.names:
-            return beside
-        for key in (beside, posixpath.basename(reference)):
-            names = self.by_key.get(key, [])
-            if len(names) == 1:
-                return names[0]
+    def find_all(self, references: list[tuple[str, str]]) -> list[str | None]:
+        """For (folder of the table, file as it says): the image, or None."""
+        cleaned = [(table, self._cleaned(reference)) for table, reference in references]
+        exact = [self._exactly(table, reference) for table, reference in cleaned]
+        taken = {image for image in exact if image}
+        pairs = list(zip(cleaned, exact, strict=True))
+        relative = {table for (table, reference), image in pairs if image and "/" not in reference}
+        guessed = [
+            None if image or ("/" not in reference and table in relative) else self._by_end(reference)
+            for (table, reference), image in pairs
+        ]
+        claims: dict[str | None, set[str]] = {}
+        for (_, reference), image in zip(cleaned, guessed, strict=True):
+            claims.setdefault(image, set()).add(reference)
+        return [
+            image or (guess if guess not in taken and len(claims[guess]) == 1 else None)
+            for image, guess in zip(exact, guessed, strict=True)
+        ]
+
+    def _cleaned(self, reference: str) -> str:
+        return composed(reference.replace("\\", "/")).removeprefix("./")
+
+    def _exactly(self, table: str, reference: str) -> str | None:
+        path = posixpath.normpath(posixpath.join(table, reference))
+        if reference.startswith(f"{self.root}/"):
+            path = posixpath.relpath(reference, self.root)
+        if path in self.exact and path in self.exact[path]:
+            return path
+        return _only(self.exact.get(path, []))
+
+    def _by_end(self, reference: str) -> str | None:
+        parts = [part for part in reference.split("/") if part not in ("", ".", "..")]
+        for place in range(len(parts)):
+            if names := self.by_end.get("/".join(parts[place:])):
+                return _only(names)
+            if "/".join(parts[place:-1]) in self.folder_ends:
+                return None  # the folder is here, the file is not
         return None
 
 
-def _rows_of_jsonl(path: Path) -> Rows:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if line.strip():
-            try:
-                yield _row(_parsed(line), f"line {number}")
-            except _BadTable as problem:
-                yield _BadTable(f"line {number} is {problem}")
+def _ends(path: str) -> list[str]:
+    """a/b/c, b/c and c."""
+    parts = path.split("/")
+    return ["/".join(parts[place:]) for place in range(len(parts))]
 
 
-def _rows_of_json(path: Path) -> Rows:
-    content = _parsed(path.read_text(encoding="utf-8-sig"))
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        yield from _rows_of_coco(content)
-    elif isinstance(content, dict):
-        for reference, value in content.items():
-            captions = _texts(_captions_of(value) if isinstance(value, dict) else value)
-            yield _BadTable(f"{reference} has captions that are no text") if captions is None else (reference, captions)
-    elif isinstance(content, list):
-        for number, entry in enumerate(content, 1):
-            yield _row(entry, f"entry {number}")
-    else:
-        raise _BadTable("neither an object nor a list")
-
-
-def _rows_of_coco(content: dict) -> Rows:
-    try:
-        files = {image["id"]: image["file_name"] for image in content["images"]}
-        captions: dict[str, list[str]] = {}
-        for note in content["annotations"]:
-            captions.setdefault(files[note["image_id"]], []).append(note["caption"].strip())
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _BadTable(f"not COCO captions ({type(error).__name__}: {error})") from None
-    yield from captions.items()
-
-
-def _rows_of_parquet(path: Path) -> Rows:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise _BadTable("pyarrow is not installed") from None
-    try:
-        with ParquetFile(path) as file:
-            columns = [key for key in (*FILE_KEYS, *CAPTION_KEYS) if key in file.schema_arrow.names]
-            for batch in file.iter_batches(columns=columns):
-                for number, row in enumerate(batch.to_pylist(), 1):
-                    yield _row(row, f"row {number}")
-    except ArrowException as error:
-        raise _BadTable(f"not a parquet file ({error})") from None
-
-
-READERS = {".jsonl": _rows_of_jsonl, ".json": _rows_of_json, ".parquet": _rows_of_parquet}
-
-
-def _parsed(text: str):
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise _BadTable("not JSON") from None
-
-
-def _row(entry, where: str) -> "Row | _BadTable":
-    reference = next((entry[key] for key in FILE_KEYS if key in entry), None) if isinstance(entry, dict) else None
-    if not isinstance(reference, str):
-        return _BadTable(f"{where} has no {' or '.join(FILE_KEYS)}")
-    captions = _texts(_captions_of(entry))
-    return _BadTable(f"{where} has captions that are no text") if captions is None else (reference, captions)
-
-
-def _captions_of(entry: dict):
-    return next((entry[key] for key in CAPTION_KEYS if entry.get(key) is not None), [])
-
-
-def _texts(value) -> list[str] | None:
-    """The captions in a table's cell, one text or a list of them."""
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        return None
-    return [text.strip() for text in texts if text.strip()]
+def _only(names: list[str]) -> str | None:
+    return names[0] if len(names) == 1 else None

@@ -6,18 +6,18 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from .batches import Drawn, Example, Sampler, by_size, compatible_batches, variety
-from .errors import SoftREPAError
+from .errors import SoftREPAError, shown
 from .swaps import sense, swaps
 
-SHOWN = 3
-"""Examples named in a line of the summary."""
+SHOWN, LONGEST = 3, 80
+"""Examples named in a line of the summary, and characters of each."""
 
 
 class Cond(TypedDict):
@@ -87,7 +87,7 @@ class Dataset:
 
     @property
     def label(self) -> str:
-        return f'Dataset "{self.name}"'
+        return f'Dataset "{shown(self.name)}"'
 
     @property
     def empty(self) -> Cond:
@@ -112,9 +112,9 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any image, caption, size, their order, or the division into training and validation."""
+        """Changes with any image, caption, size, repeats, their order, or the division into training and validation."""
         parts = [
-            [(one.image, list(one.captions), list(one.size)) for one in part]  # drawing goes by this order
+            [_facts(one) for one in part]  # drawing goes by this order
             for part in (self.train, self.validation)
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -139,13 +139,15 @@ class Dataset:
         return self._encoded(drawn, self._wrong(drawn, hard_negatives) if hard_negatives else None)
 
     def one_epoch(self, batch_size: int) -> Iterator[Batch]:
-        """Batches as `batch` gives them, until an image would come again."""
-        yield self.batch(batch_size)
-        epoch = self.state()["epoch"]
-        drawn = self._sampler.next(batch_size)
-        while self.state()["epoch"] == epoch:
+        """Batches as `batch` gives them from the start, each image once whatever its repeats."""
+        view = copy.copy(self)
+        view._sampler = Sampler([replace(one, repeats=1) for one in self.train], self.state()["seed"])
+        yield view.batch(batch_size)
+        epoch = view.state()["epoch"]
+        drawn = view._sampler.next(batch_size)
+        while view.state()["epoch"] == epoch:
             yield self._encoded(drawn)
-            drawn = self._sampler.next(batch_size)
+            drawn = view._sampler.next(batch_size)
 
     def prepare_hard_negatives(self) -> str:
         """Encodes every wrong caption that training can draw; says in a line how many there are.
@@ -221,11 +223,20 @@ def divide(examples: list[Example], validation_percent: float) -> tuple[list[Exa
     return train, [one for one in examples if one.image in held_out]
 
 
+def _facts(example: Example) -> list:
+    """What of an example decides a run: repeats only where there are any, as they were not always known."""
+    facts = [example.image, list(example.captions), list(example.size)]
+    return facts if example.repeats == 1 else [*facts, example.repeats]
+
+
 def _counted(train: list[Example], validation: list[Example]) -> list[str]:
     examples = train + validation
     captions = sum(len(one.captions) for one in examples)
     different = len({key for one in examples for key in one.caption_keys})
     lines = [f"{len(examples)} images, {captions} captions ({different} different)"]
+    drawn = sum(one.repeats for one in train)
+    if drawn != len(train):
+        lines.append(f"{drawn} images in a pass, by the repeats that folders are named with")
     if validation:
         lines.append(f"{len(train)} for training, {len(validation)} for validation")
     sizes = [f"{width}x{height} ({len(group)})" for (width, height), group in by_size(examples).items()]
@@ -240,7 +251,7 @@ def _repeated(examples: list[Example]) -> list[str]:
     shared = [key for key, count in keys.items() if count > 1]
     if shared:
         shared.sort(key=keys.__getitem__, reverse=True)
-        named = named_examples([f'"{key}" ({keys[key]} images)' for key in shared])
+        named = named_examples([f'"{shown(key, LONGEST // 2)}" ({keys[key]} images)' for key in shared])
         lines.append(f"{len(shared)} captions of several images, which never meet in a batch: {named}")
     if copies:
         names = [" = ".join(one.name for one in examples if one.image == image) for image in copies[:SHOWN]]
@@ -251,4 +262,4 @@ def _repeated(examples: list[Example]) -> list[str]:
 def named_examples(names: list[str], total: int | None = None) -> str:
     """The first few of `names`, and a sign that there are more."""
     more = ", ..." if (total or len(names)) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(shown(name, LONGEST) for name in names[:SHOWN]) + more

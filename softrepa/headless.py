@@ -16,7 +16,13 @@ from .timesteps import parse_timesteps
 from .tokens import SoftTokens
 from .training_config import TrainingConfig
 
-DATA = {"resolution": 512, "bucketing": False, "validation_percent": 0.0, "cache_gb": 50.0}
+DATA = {
+    "resolution": 512,
+    "bucketing": False,
+    "validation_percent": 0.0,
+    "cache_gb": 50.0,
+    "caption_lines": "each",
+}
 CLIP = {"tokenizer_options": {}, "clip_layer": 0}
 """What nodes between the checkpoint and the dataset may have set on the CLIP, as `comfy.sd.CLIP` names it."""
 KINDS: dict[object, type] = {int: int, str: str, bool: bool}

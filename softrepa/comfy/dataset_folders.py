@@ -1,14 +1,18 @@
 """The folders a dataset can be: below ComfyUI's input folder, and the `softrepa_datasets` of extra_model_paths.yaml."""
 
-import os
+import hashlib
 from pathlib import Path, PurePath
 
 import folder_paths
 
-from ..captions import IMAGE_SUFFIXES, SIDECAR_SUFFIXES, is_table, sorted_files
-from ..errors import SoftREPAError
+from ..captions import folders_in, may_hold_images
+from ..errors import SoftREPAError, shown
+from ..sources import file_stamp
+from ..tables import is_text
 
 FOLDER = "softrepa_datasets"
+SHOWN, LONGEST = 8, 60
+"""Names in an error, and characters of each."""
 
 
 def dataset_names() -> list[str]:
@@ -16,64 +20,53 @@ def dataset_names() -> list[str]:
 
 
 def dataset_paths() -> dict[str, Path]:
-    """Folders with a captioned image, or with images and a caption table, in them or below them, by name.
+    """Folders with an image, or with what images are packed in, in them or below them, by name.
 
-    A folder of the input folder is called by its path there, one of `softrepa_datasets` by its own name and the path
-    below it; where that name is taken, with the whole path behind it.
+    With captions or without: what is missing is said when the folder is read. A folder of the input folder is called
+    by its path there, one of `softrepa_datasets` by its own name and the path below it; where that name is taken, with
+    the whole path behind it.
     """
     found = {}
     source = Path(folder_paths.get_input_directory())
-    for path in _captioned(source):
+    for path in _with_images(source):
         if path != source:
             found[path.relative_to(source).as_posix()] = path
     for root in map(Path, folder_paths.folder_names_and_paths.get(FOLDER, ([],))[0]):
-        for path in _captioned(root):
+        for path in _with_images(root):
             name = (PurePath(root.name) / path.relative_to(root)).as_posix()
             found[f"{name} ({path})" if name in found else name] = path
-    return found
+    return {name: path for name, path in found.items() if is_text(name)}
 
 
 def dataset_path(name: str) -> Path:
     paths = dataset_paths()
     if name not in paths:
-        expected = f"one of {', '.join(sorted(paths))}" if paths else "a folder of images with captions there"
+        names = [shown(one, LONGEST) for one in sorted(paths)]
+        more = ", ..." if len(names) > SHOWN else ""
+        expected = f"one of {', '.join(names[:SHOWN])}{more}" if paths else "a folder of images with captions there"
         raise SoftREPAError(
-            f'folder is "{name}", which holds no captioned images below ComfyUI\'s input folder or {FOLDER}, '
+            f'folder is "{shown(name)}", which holds no images below ComfyUI\'s input folder or {FOLDER}, '
             f"expected {expected}."
         )
     return paths[name]
 
 
-def fingerprint(root: Path) -> list[tuple[str, int, int]]:
-    """Name, date and length of every file: changes with any image or caption."""
-    facts = [(path, path.stat()) for path in sorted_files(root) if path.exists()]
-    return [(str(path), stat.st_mtime_ns, stat.st_size) for path, stat in facts]
+def fingerprint(root: Path) -> str:
+    """Changes with any file that is written, replaced, renamed or exchanged; none is read."""
+    digest = hashlib.sha256()
+    for path in sorted(folder / name for folder, names in folders_in(root) for name in names):
+        if path.exists():
+            digest.update(repr((str(path), file_stamp(path.stat()))).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
-def _captioned(root: Path) -> list[Path]:
+def _with_images(root: Path) -> list[Path]:
     """`root` and folders below it that may be datasets, by names alone: the files are not opened."""
-    holds = {}
-    for folder, folders, files in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in holds:  # a link back
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        holds[os.path.realpath(folder)] = Path(folder), _kinds(files)
-    total: dict[Path, set[str]] = {}
-    for path, kinds in holds.values():
-        for above in (path, *path.parents):
-            total.setdefault(above, set()).update(kinds)
-            if above == root:
-                break
-    return [path for path, kinds in total.items() if "captioned" in kinds or {"image", "table"} <= kinds]
-
-
-def _kinds(files: list[str]) -> set[str]:
-    paths = [PurePath(name) for name in files if not name.startswith(".")]
-    images = {path.stem for path in paths if path.suffix.lower() in IMAGE_SUFFIXES}
-    kinds = {"image"} if images else set()
-    if any(path.stem in images and path.suffix.lower() in SIDECAR_SUFFIXES for path in paths):
-        kinds.add("captioned")
-    if any(is_table(path) for path in paths):
-        kinds.add("table")
-    return kinds
+    found: dict[Path, None] = {}
+    for folder, names in folders_in(root):
+        if any(map(may_hold_images, names)):
+            for above in (folder, *folder.parents):
+                found[above] = None
+                if above == root:
+                    break
+    return list(found)

@@ -7,9 +7,9 @@ depend on what was cached; only the empty caption, which tokens may start from, 
 
 import hashlib
 import logging
+import math
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import comfy.model_management
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from ..batches import Example
-from ..cache import HEADER, Cache
+from ..cache import Cache
+from ..captions import CAPTION_LINES, EACH
 from ..dataset import Cond, Dataset
-from ..errors import SoftREPAError
-from ..folder import ImageFolder, read_folder
+from ..errors import SoftREPAError, shown
+from ..folder import ImageFolder, UnusableImageError, read_folder
 from ..images import PREPARATION
 from ..latent_lists import cond_of
 from .identity import encoder
@@ -43,21 +44,39 @@ def dataset_of_folder(
     bucketing: bool,
     validation_percent: float,
     cache_gb: float,
+    caption_lines: str = EACH,
 ) -> Dataset:
     """Reads and encodes the folder; what the cache has no room for is encoded whenever it is drawn."""
     check_resolution(resolution, vae)
-    home = cache_folder()
-    index = home / "files" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
-    images = read_folder(root, name, resolution, bucketing, validation_percent, index, tick=reading_progress())
-    encodings = FolderEncodings(images, clip, vae, Cache(home, int(cache_gb * GIGABYTE)))
-    dataset = Dataset(name, images.train, images.validation, encodings, images.notes)  # refuses before any encoding
-    dataset.settings = {"folder": name, "resolution": resolution, "bucketing": bucketing}
-    dataset.settings["validation_percent"] = validation_percent
+    if caption_lines not in CAPTION_LINES:
+        raise SoftREPAError(f'caption_lines is "{shown(caption_lines)}", expected {" or ".join(CAPTION_LINES)}.')
+    settings = {
+        "folder": name,
+        "resolution": resolution,
+        "bucketing": bucketing,
+        "validation_percent": validation_percent,
+        "caption_lines": caption_lines,
+    }
     if clip.tokenizer_options:
-        dataset.settings["tokenizer_options"] = dict(clip.tokenizer_options)
+        settings["tokenizer_options"] = dict(clip.tokenizer_options)
     if clip.layer_idx is not None:
-        dataset.settings["clip_layer"] = clip.layer_idx
-    images.notes.append(encodings.fill())
+        settings["clip_layer"] = clip.layer_idx
+    home = cache_folder()
+    index = home / "files" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
+    cache = Cache(home, int(cache_gb * GIGABYTE))
+
+    def encoded() -> tuple[ImageFolder, Dataset]:
+        tick = reading_progress()
+        images = read_folder(root, name, resolution, bucketing, validation_percent, index, tick, caption_lines)
+        encodings = FolderEncodings(images, clip, vae, cache)
+        dataset = Dataset(name, images.train, images.validation, encodings, images.notes)  # refuses before any encoding
+        dataset.settings = settings
+        images.notes.append(encodings.fill())
+        return images, dataset
+
+    images, dataset = encoded()
+    if images.is_outdated:  # a large file is damaged behind its head: now that is known, it is left out with the reason
+        images, dataset = encoded()
     return dataset
 
 
@@ -73,16 +92,8 @@ def check_resolution(resolution: int, vae: comfy.sd.VAE) -> None:
         raise SoftREPAError(f"resolution is {resolution}, expected a multiple of {step}, as this VAE needs.")
 
 
-@dataclass(frozen=True)
-class Work:
-    """Something to encode: its bytes in the cache (for a caption those of a short one) and the call."""
-
-    size: int
-    encode: Callable[[], object]
-
-
 class FolderEncodings:
-    """Encodings by content: the digest of a file and its size, or a caption, and who encodes it."""
+    """Encodings by content: the digest of an image's file and its size, or a caption, and who encodes it."""
 
     def __init__(self, images: ImageFolder, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, cache: Cache):
         self.images, self.clip, self.vae, self.cache = images, clip, vae, cache
@@ -100,10 +111,16 @@ class FolderEncodings:
         return self._empty
 
     def latent(self, example: Example) -> Tensor:
-        return self._kept(self._image_key(example), lambda: {"latent": self._encode_image(example)})["latent"]
+        shape = self._latent_shape(example)
+        stored = self._kept(
+            self._image_key(example),
+            lambda entry: {name: tensor.shape for name, tensor in entry.items()} == {"latent": shape},
+            lambda: {"latent": self._encode_image(example)},
+        )
+        return stored["latent"]
 
     def cond(self, caption: str) -> Cond:
-        stored = self._kept(self._text_key(caption), lambda: self._encode_text(caption))
+        stored = self._kept(self._text_key(caption), self._is_text, lambda: self._encode_text(caption))
         return {"cross_attn": stored["cross_attn"].float(), "pooled_output": stored.get("pooled_output")}
 
     def prepare(self, captions: list[str]) -> str:
@@ -112,26 +129,31 @@ class FolderEncodings:
     def fill(self, further: Sequence[str] = ()) -> str:
         """Encodes what is not in the cache, as far as it has room; says in a line what lies where.
 
-        `further` are captions beside those of the images.
+        `further` are captions beside those of the images. Of images that have no room nothing is read.
         """
-        images, texts = self._work(further)
-        work = images | texts
-        missing = {key: item for key, item in work.items() if not self.cache.has(key)}
-        needed = sum(item.size for item in missing.values())
-        self.cache.make_room(needed, keep=set(work))
-        if missing:
+        examples = self.images.train + self.images.validation
+        captions = sorted({caption for one in examples for caption in one.captions}.union(further))
+        known = [self._image_key(one) for one in examples if self.images.known_digest(one)]
+        texts = {caption: self._text_key(caption) for caption in captions}
+        self.cache.survey(keep={*known, *texts.values()})
+        new_images = [one for one in examples if not self._has_latent(one)]
+        new_texts = [caption for caption, key in texts.items() if not self.cache.has(key)]
+        if new_images or new_texts:
             logging.info(
-                "SoftREPA: %d images and %d captions to encode, about %s; the cache in %s has room for %s",
-                *(len(missing.keys() & images), len(missing.keys() & texts), megabytes(needed)),
-                *(self.cache.folder, megabytes(self.cache.room)),
+                "SoftREPA: up to %d images and %d captions to encode; the cache in %s takes %s, its limit is %s",
+                *(len(new_images), len(new_texts), self.cache.folder),
+                *(megabytes(self.cache.used), megabytes(self.cache.limit)),
             )
-        bar = comfy.utils.ProgressBar(len(missing))
-        for item in missing.values():
-            if item.size <= self.cache.room:
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                item.encode()
-            bar.update(1)
-        absent = [sum(not self.cache.has(key) for key in part) for part in (images, texts)]
+        bar = comfy.utils.ProgressBar(len(new_images) + len(new_texts))
+        try:
+            self._encode(bar, new_images, self._latent_size, self.latent, self._has_latent)
+            self._encode(bar, new_texts, lambda _: self._text_size(), self.cond, lambda one: self.cache.has(texts[one]))
+        finally:
+            self.images.finish()
+        absent = (
+            sum(not self._has_latent(one) for one in new_images),
+            sum(not self.cache.has(texts[one]) for one in new_texts),
+        )
         if not any(absent):
             return "encoded and cached"
         return (
@@ -139,31 +161,57 @@ class FolderEncodings:
             "room: they are encoded again whenever they are drawn"
         )
 
-    def _work(self, further: Sequence[str]) -> tuple[dict[str, "Work"], dict[str, "Work"]]:
-        """All images and all captions, by key."""
-        examples = self.images.train + self.images.validation
-        captions = sorted({caption for one in examples for caption in one.captions}.union(further))
-        pooled = self.empty["pooled_output"]
-        text_size = 2 * self.empty["cross_attn"].numel() + (0 if pooled is None else 4 * pooled.numel()) + HEADER
-        return (
-            {self._image_key(one): Work(self._latent_size(one), partial(self.latent, one)) for one in examples},
-            {self._text_key(caption): Work(text_size, partial(self.cond, caption)) for caption in captions},
-        )
+    def _encode(self, bar, items: list, size: Callable, encode: Callable, has: Callable) -> None:
+        """In order, until there is no room for one of at least `size` bytes, or one has turned out to be larger."""
+        for item in items:
+            if not self.cache.has_room(size(item)):
+                return
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            try:
+                encode(item)
+            except UnusableImageError:  # whoever reads the folder is told
+                continue
+            finally:
+                bar.update(1)
+            if not has(item):
+                return
+
+    def _has_latent(self, example: Example) -> bool:
+        return bool(self.images.known_digest(example)) and self.cache.has(self._image_key(example))
+
+    def _is_text(self, entry: dict[str, Tensor]) -> bool:
+        """Of any length, and of the width that the encoder gives."""
+        widths = {name: tensor.shape[-1] for name, tensor in self.empty.items() if isinstance(tensor, Tensor)}
+        if {name: tensor.shape[-1] for name, tensor in entry.items() if tensor.ndim} != widths:
+            return False
+        return entry["cross_attn"].ndim == 3 and len(entry["cross_attn"]) == 1
+
+    def _text_size(self) -> int:
+        """Bytes of the shortest text."""
+        return 2 * self.empty["cross_attn"].numel()
 
     def _latent_size(self, example: Example) -> int:
-        width, height = (side // self.vae.spacial_compression_encode() for side in example.size)
-        return 4 * self.vae.latent_channels * width * height + HEADER
+        return 4 * math.prod(self._latent_shape(example))
 
-    def _kept(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _latent_shape(self, example: Example) -> tuple[int, int, int]:
+        width, height = (side // self.vae.spacial_compression_encode() for side in example.size)
+        return self.vae.latent_channels, height, width
+
+    def _kept(
+        self, key: str, is_right: Callable[[dict[str, Tensor]], bool], make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """From the cache, unless it is not there or not what it should be."""
         stored = self.cache.read(key)
-        if stored is None:
-            stored = make()
-            try:
-                self.cache.write(key, stored)
-            except OSError as error:
-                self.cache.room = 0  # what does not fit is encoded again whenever it is drawn
-                logging.warning("SoftREPA: the cache in %s cannot be written (%s)", self.cache.folder, error)
-        return stored
+        if stored is not None and is_right(stored):
+            return stored
+        self.cache.drop(key)
+        made = make()
+        try:
+            self.cache.write(key, made)
+        except OSError as error:
+            self.cache.limit = 0  # what does not fit is encoded again whenever it is drawn
+            logging.warning("SoftREPA: the cache in %s cannot be written (%s)", self.cache.folder, error)
+        return made
 
     def _encode_image(self, example: Example) -> Tensor:
         pixels = self.images.pixels(example)
@@ -176,7 +224,8 @@ class FolderEncodings:
             )
         if not latent.isfinite().all():
             raise SoftREPAError(
-                f"vae gives NaN or infinite values for {example.name}, expected numbers; run ComfyUI with --fp32-vae."
+                f"vae gives NaN or infinite values for {shown(example.name)}, expected numbers; "
+                "run ComfyUI with --fp32-vae."
             )
         return ordinary(latent[0])
 
@@ -189,7 +238,8 @@ class FolderEncodings:
 
     def _image_key(self, example: Example) -> str:
         width, height = example.size
-        return f"latent/{self.vae_name}/{example.image[:2]}/{example.image}-{width}x{height}-{PREPARATION}"
+        digest = self.images.digest(example)
+        return f"latent/{self.vae_name}/{digest[:2]}/{digest}-{width}x{height}-{PREPARATION}"
 
     def _text_key(self, caption: str) -> str:
         digest = hashlib.sha256(caption.encode()).hexdigest()

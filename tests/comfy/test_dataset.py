@@ -1,13 +1,19 @@
 """Caption-Image Folder on a real ComfyUI: what is encoded, what is kept, and what happens when files change."""
 
+import os
+import tarfile
+
 import comfy.model_management
 import folder_paths
 import pytest
 import torch
 from comfyui_softrepa.nodes import dataset as dataset_nodes
-from comfyui_softrepa.softrepa import images
+from comfyui_softrepa.softrepa import headless, images
+from comfyui_softrepa.softrepa.cache import Cache
 from comfyui_softrepa.softrepa.comfy import dataset_folders, encoding
+from comfyui_softrepa.softrepa.comfy.launch import launch
 from comfyui_softrepa.softrepa.errors import SoftREPAError
+from comfyui_softrepa.softrepa.sources import WholeFile
 from PIL import Image
 from softrepa_tests.conftest import ROOT
 
@@ -176,6 +182,152 @@ def test_a_damaged_entry_is_made_anew(encoders, photos, encoded, tmp_path):
     assert len(encoded) == repaired
 
 
+def test_flipped_bytes_are_noticed(encoders, photos, encoded, tmp_path):
+    expected = drawn(read(encoders))
+    for path in cached(tmp_path):
+        content = bytearray(path.read_bytes())
+        content[-100:-90] = bytes(255 - byte for byte in content[-100:-90])
+        path.write_bytes(content)
+    encoded.clear()
+    dataset = read(encoders)
+    assert same(drawn(dataset), expected)
+    assert encoded.count("image") == 4
+    assert {caption for caption in encoded if caption in CAPTIONS} == set(CAPTIONS)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"latent": torch.zeros(4, 8, 9), "cross_attn": torch.zeros(1, 77, 4), "pooled_output": torch.zeros(1, 768)},
+        {"cross_attn": torch.zeros(77, 768), "pooled_output": torch.zeros(1, 768)},
+        {"cross_attn": torch.zeros(1, 77, 768)},
+        {"something": torch.zeros(3)},
+    ],
+)
+def test_entries_of_other_names_and_shapes_are_made_anew(encoders, photos, encoded, tmp_path, tensors):
+    expected = drawn(read(encoders))
+    cache = Cache(tmp_path / "user" / "__softrepa" / "cache", 10**9)
+    cache.survey(set())
+    for path in cached(tmp_path):
+        key = str(path.relative_to(cache.folder).with_suffix(""))
+        if key.startswith("latent"):
+            assert cache.write(key, {name: value for name, value in tensors.items() if name in ("latent", "something")})
+        else:
+            assert cache.write(key, {name: value for name, value in tensors.items() if name != "latent"})
+    encoded.clear()
+    assert same(drawn(read(encoders)), expected)
+    assert encoded.count("image") == 4
+
+
+def test_an_index_of_wrong_types_is_as_none(encoders, photos, encoded, tmp_path):
+    expected = drawn(read(encoders))
+    (index,) = (tmp_path / "user").rglob("*.json")
+    for content in ("null", "[1]", '{"files": {"0.png": null, "1.png": [1, 2, 3]}}', "{"):
+        index.write_text(content, encoding="utf-8")
+        assert same(drawn(read(encoders)), expected)
+    assert encoded.count("image") == 4
+
+
+def test_exchanged_files_are_noticed(encoders, photos):
+    for number in (0, 1):
+        Image.new("RGB", (90, 70), COLOURS[number]).save(photos / f"{number}.png")
+        (photos / f"{number}.png").write_bytes((photos / f"{number}.png").read_bytes().ljust(1000, b"\0"))
+        os.utime(photos / f"{number}.png", ns=(10**18, 10**18))
+    latents = {key: latent for key, _, latent, _ in drawn(read(encoders))}
+    marks = Folder.fingerprint_inputs(folder="photos", clip=None, vae=None)
+    assert Folder.fingerprint_inputs(folder="photos", clip=None, vae=None) == marks
+    (photos / "0.png").rename(photos / "other.png")
+    (photos / "1.png").rename(photos / "0.png")
+    (photos / "other.png").rename(photos / "1.png")
+    assert {(photos / f"{i}.png").stat().st_mtime_ns for i in (0, 1)} == {10**18}
+    assert Folder.fingerprint_inputs(folder="photos", clip=None, vae=None) != marks
+    after = {key: latent for key, _, latent, _ in drawn(read(encoders))}
+    assert torch.equal(after["0.png"], latents["1.png"])
+    assert torch.equal(after["1.png"], latents["0.png"])
+    assert not torch.equal(after["0.png"], latents["0.png"])
+
+
+def test_long_captions_have_room(encoders, photos, encoded, caplog):
+    for number in range(4):
+        (photos / f"{number}.txt").write_text(f"{number} " + "a rather long caption " * 30, encoding="utf-8")
+    caplog.set_level("INFO")
+    dataset = read(encoders)
+    assert "encoded and cached" in dataset.summary.splitlines()
+    assert "up to 4 images and 4 captions to encode; the cache in" in caplog.text
+    assert "takes 0.0 MB, its limit is 50,000.0 MB" in caplog.text
+    encoded.clear()
+    drawn(dataset)
+    assert not encoded
+
+
+def test_without_room_no_caption_is_encoded_ahead(encoders, photos, encoded):
+    for number in range(4):
+        (photos / f"{number}.txt").write_text(f"{number} " + "a rather long caption " * 30, encoding="utf-8")
+    dataset = read(encoders, cache_gb=0.0002)  # room for a short text beside the latents, not for these
+    assert "except 0 images and 4 captions" in dataset.summary
+    assert len([text for text in encoded if len(text) > 9]) == 1  # it was tried once
+
+
+def test_a_text_as_one_caption(encoders, photos):
+    for number in range(4):
+        (photos / f"{number}.txt").write_text(f"Picture {number}.\n- Mood: calm", encoding="utf-8")
+    assert "4 text files have several lines" in read(encoders).summary
+    dataset = read(encoders, caption_lines="whole")
+    assert {caption for _, caption, _, _ in drawn(dataset)} == {f"Picture {i}.\n- Mood: calm" for i in range(4)}
+    assert dataset.settings["caption_lines"] == "whole"
+    assert "several lines" not in dataset.summary
+
+
+def test_the_command_line_makes_the_same_dataset(encoders, photos):
+    for number in range(4):
+        (photos / f"{number}.txt").write_text(f"Picture {number}.\n- Mood: calm", encoding="utf-8")
+    whole = {"folder": "photos", "resolution": SIDE, "caption_lines": "whole"}
+    headless.check_inputs(whole, launch)
+    node, command = read(encoders, caption_lines="whole"), headless.load_dataset(dict(whole), *encoders)
+    assert command.fingerprint == node.fingerprint != read(encoders).fingerprint
+    headless.check_inputs(command.settings, launch)  # as the file of a trained run says
+
+
+def test_a_large_damaged_file_is_left_out_and_the_rest_encoded(encoders, photos, encoded):
+    Image.new("RGB", (900, 700), "red").save(photos / "large.bmp")
+    content = (photos / "large.bmp").read_bytes()
+    (photos / "large.txt").write_text("a large one", encoding="utf-8")
+    (photos / "large.bmp").write_bytes(content[:-1000])
+    dataset = read(encoders)
+    assert sorted(one.name for one in dataset.train) == [f"{i}.png" for i in range(4)]
+    assert "left out 1 (image file is truncated: large.bmp)" in dataset.summary
+    (photos / "large.bmp").write_bytes(content)
+    assert len(read(encoders)) == 5
+    assert encoded.count("image") == 5
+
+
+def test_without_room_large_files_are_not_read_whole(encoders, photos, monkeypatch):
+    for path in photos.glob("*.png"):
+        Image.open(path).resize((900, 700)).save(path.with_suffix(".bmp"))
+        path.unlink()
+    whole = []
+    real = WholeFile.read
+    monkeypatch.setattr(WholeFile, "read", lambda source, most: whole.append(source.path.suffix) or real(source, most))
+    dataset = read(encoders, cache_gb=0.0)
+    assert ".bmp" not in whole
+    dataset.batch(2)
+    assert whole.count(".bmp") >= 2
+
+
+def test_shards_are_encoded_like_files(encoders, photos, encoded):
+    expected = drawn(read(encoders))
+    with tarfile.open(photos / "00.tar", "w") as archive:
+        for path in sorted(photos.glob("[0-9].*")):
+            archive.add(path, path.name)
+    for path in photos.glob("[0-9].*"):
+        path.unlink()
+    encoded.clear()
+    found = drawn(read(encoders))
+    assert [key for key, *_ in found] == [f"00.tar/{key}" for key, *_ in expected]
+    assert same([("", *rest) for _, *rest in found], [("", *rest) for _, *rest in expected])
+    assert "image" not in encoded  # by content, wherever it lies
+
+
 def test_an_interrupted_run_is_taken_up(encoders, photos, encoded, tmp_path, monkeypatch):
     made = []
 
@@ -270,15 +422,18 @@ def test_the_list_of_folders(photos, tmp_path, monkeypatch):
     fill(source / "coco" / "val2017", "1.jpg")
     fill(source / "coco" / "annotations", "captions_val2017.json")
     fill(source / "uncaptioned", "1.jpg", "other.txt")
+    fill(source / "shards", "00.tar")
+    fill(source / "cells", "train.parquet")
     fill(source / "texts only", "1.txt")
     fill(source / ".hidden", "1.jpg", "1.txt")
     fill(source / "深い" / "sub", "1.webp", "1.caption")
     (source / "photos" / "loop").symlink_to(source / "photos", target_is_directory=True)
-    assert dataset_folders.dataset_names() == ["coco", "photos", "深い", "深い/sub"]
+    below = ["cells", "coco", "coco/val2017", "photos", "shards", "uncaptioned", "深い", "深い/sub"]
+    assert dataset_folders.dataset_names() == below
     extra = tmp_path / "disk" / "photos"
     fill(extra / "set", "1.png", "metadata.jsonl")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "softrepa_datasets", ([str(extra)], set()))
-    assert dataset_folders.dataset_names() == ["coco", "photos", f"photos ({extra})", "photos/set", "深い", "深い/sub"]
+    assert dataset_folders.dataset_names() == sorted([*below, f"photos ({extra})", "photos/set"])
     assert dataset_folders.dataset_path("photos") == photos
     assert dataset_folders.dataset_path(f"photos ({extra})") == extra
     assert "photos/set" in Folder.INPUT_TYPES()["required"]["folder"][1]["options"]
@@ -289,12 +444,45 @@ def test_names_that_are_no_folder(photos):
     assert Folder.validate_inputs(None) is True
     for name in ("gone", "../user", "", str(photos)):
         assert Folder.validate_inputs(name) == (
-            f'folder is "{name}", which holds no captioned images below ComfyUI\'s input folder or softrepa_datasets, '
+            f'folder is "{name}", which holds no images below ComfyUI\'s input folder or softrepa_datasets, '
             "expected one of photos."
         )
 
 
+def test_a_folder_without_captions_is_listed_and_says_why(encoders, photos):
+    for path in photos.glob("*.txt"):
+        path.unlink()
+    assert Folder.validate_inputs("photos") is True
+    with pytest.raises(SoftREPAError, match=r"no caption \(4\): 0.png, 1.png, ...\)\), looked for a.txt.*\*.csv"):
+        read(encoders)
+
+
+def test_names_in_messages_are_bounded(encoders, photos):
+    for number in range(30):
+        (photos / f"{number} {'x' * 150}").mkdir()
+        (photos / f"{number} {'x' * 150}" / "1.png").touch()
+    for name in ("gone" * 10_000, "\udcff"):
+        message = Folder.validate_inputs(name)
+        assert len(message) < 1_000
+        message.encode()
+
+
+def test_names_that_are_no_text_are_left_out(encoders, photos):
+    try:
+        (photos / "caf\udce9.png").write_bytes((photos / "0.png").read_bytes())
+        (photos.parent / "caf\udce9").mkdir()
+    except OSError:
+        return  # a file system that refuses them itself
+    (photos.parent / "caf\udce9" / "1.png").touch()
+    assert dataset_folders.dataset_names() == ["photos"]
+    summary = read(encoders).summary
+    assert "its name is no text that can be written: caf\\udce9.png" in summary
+    summary.encode()
+
+
 def test_wrong_inputs(encoders, photos):
+    with pytest.raises(SoftREPAError, match='caption_lines is "all", expected each or whole'):
+        read(encoders, caption_lines="all")
     with pytest.raises(SoftREPAError, match="resolution is 100, expected a multiple of 8"):
         read(encoders, resolution=100)
     assert [len(part) for part in (read(encoders, validation_percent=10.0).train, read(encoders).train)] == [2, 4]
@@ -362,6 +550,9 @@ def test_the_optional_inputs_and_their_defaults(photos):
     inputs = Folder.INPUT_TYPES()
     assert list(inputs["required"]) == ["folder", "clip", "vae"]
     defaults = {name: options["default"] for name, (_, options) in inputs["optional"].items()}
-    assert defaults == {"resolution": 512, "bucketing": False, "validation_percent": 0.0, "cache_gb": 50.0}
+    assert defaults == {"resolution": 512, "bucketing": False, "validation_percent": 0.0, "cache_gb": 50.0} | {
+        "caption_lines": "each"
+    }
+    assert list(defaults)[-1] == "caption_lines"  # widgets_values of saved graphs are positional
     assert Folder.RETURN_TYPES == ["SOFTREPA_DATASET", "STRING"]
     assert FromLatents.INPUT_IS_LIST is True

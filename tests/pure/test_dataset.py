@@ -1,156 +1,29 @@
 """Folders of captioned images: what is read, what is refused, and which batches are drawn."""
 
+import hashlib
 import json
 import os
 import random
-import re
+import struct
 import subprocess
 import sys
-import unicodedata
 from collections import Counter
 from dataclasses import replace
+from io import BytesIO
 
 import pytest
 import torch
 from comfyui_softrepa.softrepa import buckets, folder, images
 from comfyui_softrepa.softrepa.batches import Example, Sampler, caption_key, compatible_batches, epoch_batches
-from comfyui_softrepa.softrepa.cache import Cache
-from comfyui_softrepa.softrepa.captions import list_folder
 from comfyui_softrepa.softrepa.dataset import Dataset, divide
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.folder import read_folder
 from comfyui_softrepa.softrepa.latent_lists import dataset_of_lists
+from comfyui_softrepa.softrepa.sources import WholeFile, identity_of
+from comfyui_softrepa.softrepa.tables import TABLES
 from PIL import Image
 from softrepa_tests.conftest import ROOT
-
-
-def picture(path, size=(40, 30), colour=(200, 30, 30), **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path, **options)
-    return path
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
-def reasons(listing):
-    return {one.name: one.reason for one in listing.rejected}
-
-
-# captions
-
-
-def test_text_files_beside_images(tmp_path):
-    for name in ("b.jpg", "a/c.PNG", "a/d.webp", "bare.png", ".hidden/x.png"):
-        picture(tmp_path / name)
-    write(tmp_path / "b.txt", "\ufeffone\n\n  two \none\n")
-    write(tmp_path / "b.caption", "three\ntwo")
-    write(tmp_path / "a/c.txt", "see")
-    write(tmp_path / "a/d.txt", " \n")
-    write(tmp_path / "lonely.txt", "nobody")
-    (tmp_path / "bare.caption").write_bytes(b"caf\xe9")
-    listing = list_folder(tmp_path)
-    assert list(listing.paths) == ["a/c.PNG", "b.jpg"]
-    assert listing.captions["b.jpg"] == ["three", "two", "one"]  # .caption comes before .txt; both count, none twice
-    assert reasons(listing) == {
-        "a/d.txt": "empty",
-        "a/d.webp": "no caption",
-        "lonely.txt": "no image of this name",
-        "bare.caption": "not UTF-8",
-        "bare.png": "no caption",
-    }
-
-
-def test_names_with_accents_match_however_they_are_composed(tmp_path):
-    apart, together = (unicodedata.normalize(form, "été 夏") for form in ("NFD", "NFC"))
-    assert apart != together
-    picture(tmp_path / f"{apart}.png")
-    write(tmp_path / "metadata.jsonl", json.dumps({"file_name": f"{together}.png", "text": "summer"}))
-    listing = list_folder(tmp_path)
-    assert listing.captions == {f"{together}.png": ["summer"]}
-    assert listing.paths[f"{together}.png"].exists()
-
-
-def test_jsonl_of_hugging_face_and_kohya(tmp_path):
-    for name in ("train/1.png", "train/2.png", "train/sub/3.png", "same.png", "train/sub/same.png"):
-        picture(tmp_path / name)
-    rows = [
-        {"file_name": "1.png", "text": ["first", "uno"], "width": 5},
-        {"image_path": "C:\\sets\\mine\\2.png", "caption": "second"},
-        {"image_path": "/home/else/3.png", "caption": "third"},
-        {"file_name": "../same.png", "text": "above"},
-        {"file_name": "elsewhere/same.png", "text": "two files of this name"},
-        {"file_name": "../../../etc/passwd", "text": "outside"},
-        {"text": "no file"},
-        {"file_name": "1.png", "text": 7},
-        {"file_name": "1.png"},
-    ]
-    write(tmp_path / "train/metadata.jsonl", "\n".join([json.dumps(row) for row in rows[:4]] + ["{not json"]))
-    write(tmp_path / "train/more.jsonl", "\n".join(json.dumps(row) for row in rows[4:]))
-    listing = list_folder(tmp_path)
-    assert listing.captions == {
-        "train/1.png": ["first", "uno"],
-        "train/2.png": ["second"],
-        "train/sub/3.png": ["third"],
-        "same.png": ["above"],
-    }
-    found = [(one.name, one.reason) for one in listing.rejected]
-    assert found == [
-        ("train/metadata.jsonl", "line 5 is not JSON"),
-        ("elsewhere/same.png", "named in train/more.jsonl, but no file here, or several"),
-        ("../../../etc/passwd", "named in train/more.jsonl, but no file here, or several"),
-        ("train/more.jsonl", "line 3 has no file_name or image_path"),
-        ("train/more.jsonl", "line 4 has captions that are no text"),
-        ("1.png", "no caption in train/more.jsonl"),
-        ("train/sub/same.png", "no caption"),
-    ]
-
-
-def test_captions_json_and_coco(tmp_path):
-    for name in ("set/1.png", "set/2.png", "val/000007.jpg", "val/000008.jpg"):
-        picture(tmp_path / name)
-    write(tmp_path / "set/captions.json", json.dumps({"1.png": "one", "2": {"caption": ["two", "zwei"]}, "3.png": "x"}))
-    coco = {
-        "images": [{"id": 1, "file_name": "000007.jpg"}, {"id": 2, "file_name": "000008.jpg"}],
-        "annotations": [{"image_id": i, "caption": f"caption {i}{j}\n"} for j in "ab" for i in (1, 2)],
-    }
-    write(tmp_path / "annotations/captions_val.json", json.dumps(coco))
-    write(tmp_path / "captions_broken.json", json.dumps({"annotations": [{"image_id": 1}], "images": []}))
-    write(tmp_path / "settings.json", "not even json, and none of our business")
-    listing = list_folder(tmp_path)
-    assert listing.captions == {
-        "set/1.png": ["one"],
-        "set/2.png": ["two", "zwei"],
-        "val/000007.jpg": ["caption 1a", "caption 1b"],
-        "val/000008.jpg": ["caption 2a", "caption 2b"],
-    }
-    assert reasons(listing) == {
-        "3.png": "named in set/captions.json, but no file here, or several",
-        "captions_broken.json": "not COCO captions (KeyError: 1)",
-    }
-
-
-def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
-    picture(tmp_path / "1.png")
-    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert reasons(list_folder(tmp_path))["metadata.parquet"] == "pyarrow is not installed"
-
-
-def test_parquet(tmp_path):
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    picture(tmp_path / "1.png")
-    table = pa.table({"file_name": ["1.png", "2.png"], "text": [["one", "uno"], ["two"]], "score": [1, 2]})
-    parquet.write_table(table, tmp_path / "metadata.parquet")
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really PAR1")
-    listing = list_folder(tmp_path)
-    assert listing.captions == {"1.png": ["one", "uno"]}
-    assert reasons(listing)["broken.parquet"].startswith("not a parquet file")
-
+from softrepa_tests.folders import picture, write
 
 # images
 
@@ -168,7 +41,7 @@ def test_orientation_is_followed(tmp_path):
     exif[images.ORIENTATION] = 6  # to be turned clockwise: the red left half comes to the top
     image.save(tmp_path / "phone.png", exif=exif)
     data = (tmp_path / "phone.png").read_bytes()
-    assert images.upright_size(data) == (20, 40)
+    assert [images.upright_size(BytesIO(data), whole) for whole in (True, False)] == [(20, 40)] * 2
     upright = images.decode(data)
     assert upright.size == (20, 40)
     assert (upright.getpixel((10, 5)), upright.getpixel((10, 35))) == ((255, 0, 0), (255, 255, 255))
@@ -201,6 +74,76 @@ def test_palette_with_transparency(tmp_path):
     image.save(tmp_path / "clear.png", transparency=1)
     assert centre(tmp_path / "opaque.png") == [10, 200, 30]
     assert centre(tmp_path / "clear.png") == [255, 255, 255]
+
+
+def tiff(bits: int, samples: int, inverted: bool, data: bytes) -> bytes:
+    """16 x 16 grey pixels; `samples` is 1 for unsigned numbers, 2 for signed ones."""
+    tags = [(256, 16), (257, 16), (258, bits), (259, 1), (262, 0 if inverted else 1), (273, 0), (277, 1), (278, 16)]
+    tags += [(279, len(data)), (339, samples)]
+    start = 14 + 12 * len(tags)
+    body = b"".join(struct.pack("<HHII", tag, 4, 1, start if tag == 273 else value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + body + bytes(4) + data
+
+
+@pytest.mark.parametrize(
+    ("bits", "samples", "inverted", "data", "expected"),
+    [
+        (12, 1, False, bytes.fromhex("800800") * 128, 128),  # two pixels of 0x800
+        (12, 1, False, b"\xff" * 384, 255),
+        (16, 1, False, struct.pack("<H", 128 * 257) * 256, 128),
+        (16, 1, True, struct.pack("<H", 55 * 257) * 256, 200),
+        (16, 1, True, bytes(512), 255),
+        (32, 1, False, struct.pack("<I", 2**31) * 256, None),
+        (32, 2, False, struct.pack("<i", 1000) * 256, None),
+        (16, 2, False, struct.pack("<h", 1000) * 256, None),
+    ],
+)
+def test_grey_tiffs_are_right_or_left_out(bits, samples, inverted, data, expected):
+    content = tiff(bits, samples, inverted, data)
+    if expected is None:
+        for look in (images.decode, lambda data: images.upright_size(BytesIO(data), whole=False)):
+            with pytest.raises(ValueError, match="pixels of signed or of 32-bit numbers"):
+                look(content)
+    else:
+        assert images.decode(content).getpixel((8, 8)) == (expected,) * 3
+
+
+def test_a_strip_is_left_out_before_it_is_enlarged(tmp_path):
+    strip = picture(tmp_path / "strip.png", (1, 20_000))
+    assert strip.stat().st_size < 1000
+    with pytest.raises(ValueError, match="a strip whose sides are over 16:1"):
+        images.prepared(strip.read_bytes(), (512, 512))
+
+
+@pytest.mark.parametrize("size", [(16, 1000), (1000, 100), (60, 300)])
+def test_what_is_cut_off_is_not_enlarged(tmp_path, monkeypatch, size):
+    enlarged = []
+    real = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda *args: enlarged.append(args[1]) or real(*args))
+    image = Image.new("RGB", size, "white")
+    image.paste("red", (size[0] // 2 - 5, size[1] // 2 - 5, size[0] // 2 + 5, size[1] // 2 + 5))
+    image.save(tmp_path / "long.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "NARROWEST", 1000)
+        pixels = images.prepared((tmp_path / "long.png").read_bytes(), (64, 64))
+    assert max(enlarged[0]) <= 4 * 64
+    assert min(enlarged[0]) == 64
+    assert (255 * pixels[32, 32]).tolist() == [255, 0, 0]
+    assert torch.equal(pixels, pixels.flip(0)) or (pixels - pixels.flip(0)).abs().max() < 0.5  # the middle
+
+
+def test_only_pictures_are_opened_whatever_their_name(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **rest: started.append(args))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n%%EOF\n"
+    write(tmp_path / "photos/eps.jpg", eps)
+    write(tmp_path / "photos/eps.txt", "a program")
+    Image.open(BytesIO(eps))  # PIL itself would
+    with pytest.raises(SoftREPAError, match=r"no image that can be opened: eps.jpg"):
+        read(tmp_path / "photos")
+    assert not started
 
 
 @pytest.mark.parametrize("size", [(301, 200), (200, 301), (64, 64), (90, 64), (50, 33)])
@@ -332,6 +275,36 @@ def test_a_restored_sampler_goes_on(drawn):
     assert [restored.next(4) for _ in range(15)] == expected
 
 
+def repeated(count, repeats, prefix="r"):
+    return [replace(one, repeats=repeats) for one in examples(count, prefix=prefix)]
+
+
+def test_repeats_say_how_often_an_image_comes_in_a_pass():
+    batches = epoch_batches(repeated(20, 3) + examples(40), 4, random.Random(0))
+    check_batches(batches)
+    drawn = Counter(one.name for batch in batches for one, _ in batch)
+    assert sum(map(len, batches)) >= 92  # of 100: what is left over at the end may not fit together
+    assert max(drawn[f"r{i}.png"] for i in range(20)) == 3
+    assert sum(drawn[f"r{i}.png"] for i in range(20)) >= 52
+    assert max(drawn[f"{i}.png"] for i in range(40)) == 1
+
+
+def test_an_image_meets_no_copy_of_itself_however_often_it_comes():
+    sampler = Sampler(repeated(1, 10) + examples(4), 0)
+    batches = [sampler.next(2) for _ in range(40)]
+    check_batches(batches)
+    counts = Counter(one.name for batch in batches for one, _ in batch)
+    assert counts["r0.png"] > 1.5 * max(counts[f"{i}.png"] for i in range(4))
+
+
+def test_measuring_takes_each_image_once():
+    data = dataset(repeated(6, 5))
+    plain = dataset(examples(6, prefix="r"))
+    assert [batch.keys for batch in data.one_epoch(2)] == [batch.keys for batch in plain.one_epoch(2)]
+    assert sorted(key for batch in data.one_epoch(2) for key in batch.keys) == sorted(one.name for one in data.train)
+    assert data.state() == dataset(repeated(6, 5)).state()
+
+
 # the dataset
 
 
@@ -407,6 +380,7 @@ def test_the_fingerprint_changes_with_the_data_only():
         dataset([*base[:9], replace(base[9], size=(8, 8))]),
         dataset(base[:8], base[8:]),
         dataset(reversed(base)),  # other names: other batches
+        dataset([*base[:9], replace(base[9], repeats=2)]),
     ):
         assert changed.fingerprint != dataset(base).fingerprint
 
@@ -481,7 +455,7 @@ def test_the_summary_tells_what_is_there_and_what_is_not(photos):
     Image.new("RGB", (9, 9)).save(photos / "moving.gif", save_all=True, append_images=[Image.new("RGB", (9, 9), "red")])
     write(photos / "moving.txt", "a film")
     picture(photos / "bare.png")
-    assert re.sub(r" \(\d+ bytes not processed\)", "", summary(read(photos))).splitlines() == [
+    assert summary(read(photos)).splitlines() == [
         "14 images, 14 captions (13 different)",
         "trained at 128x128 (14)",
         '1 captions of several images, which never meet in a batch: "picture 3" (2 images)',
@@ -489,7 +463,7 @@ def test_the_summary_tells_what_is_there_and_what_is_not(photos):
         "originals from 50x60 to 300x200",
         "1 are enlarged: small.jpg",
         "left out 4 (no caption: bare.png; image file is truncated: cut.png; "
-        "no image that can be opened: fake.jpg; 2 frames or pages: moving.gif)",
+        "no image that can be opened: fake.jpg; several frames or pages: moving.gif)",
     ]
 
 
@@ -508,7 +482,7 @@ def test_buckets_of_a_folder(photos):
 def test_files_are_read_once_and_changes_are_noticed(photos, monkeypatch):
     inspected = []
     real = folder.upright_size
-    monkeypatch.setattr(folder, "upright_size", lambda data: inspected.append(len(data)) or real(data))
+    monkeypatch.setattr(folder, "upright_size", lambda *args, **rest: inspected.append(args) or real(*args, **rest))
     first = read(photos)
     assert len(inspected) == 12
     again = read(photos)
@@ -519,8 +493,115 @@ def test_files_are_read_once_and_changes_are_noticed(photos, monkeypatch):
     assert len(inspected) == 13
     differing = [a.name for a, b in zip(first.train, changed.train, strict=True) if a.image != b.image]
     assert differing == ["03.png"]
-    (photos.parent / "index.json").write_text("{broken")
-    assert read(photos).train == changed.train
+    for entry in ("null", "[]", '[[], "", [1], 2, 3]', '[[], "x", ["1", 2], "", ""]'):
+        broken_files = f'{{"files": {{"03.png": {entry}}}}}'
+        (photos.parent / "index.json").write_text(broken_files)
+        assert read(photos).train == changed.train
+    for broken in ("{broken", "null", "[]", '{"files": null}', "[" * 100_000):
+        (photos.parent / "index.json").write_text(broken)
+        assert read(photos).train == changed.train
+
+
+def test_two_files_exchanged_are_noticed(photos):
+    one, other = (large(photos / name, colour) for name, colour in (("a.bmp", (1, 2, 3)), ("b.bmp", (4, 5, 6))))
+    date = one.stat().st_mtime_ns
+    os.utime(other, ns=(date, date))
+    assert one.stat().st_size == other.stat().st_size
+    before = {example.name: example.image for example in read(photos).train}
+    for source, target in ((one, photos / "x"), (other, one), (photos / "x", other)):
+        source.rename(target)
+    assert [path.stat().st_mtime_ns for path in (one, other)] == [date, date]
+    after = {example.name: example.image for example in read(photos).train}
+    assert before["a.bmp"] != before["b.bmp"]
+    assert (after["a.bmp"], after["b.bmp"]) == (before["b.bmp"], before["a.bmp"])
+
+
+def large(path, colour=(5, 6, 7), mark=(0, 0)):
+    """1.5 MB, not compressed."""
+    image = Image.new("RGB", (800, 640), colour)
+    image.putpixel(mark, (255, 255, 255))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, "BMP")
+    write(path.with_suffix(".txt"), f"large {path.stem}")
+    return path
+
+
+def test_of_large_files_a_part_is_read_and_the_whole_when_it_is_needed(photos, monkeypatch):
+    paths = [large(photos / f"large {i}.bmp", (i, i, i)) for i in range(3)]
+    whole = []
+    real = WholeFile.read
+    monkeypatch.setattr(WholeFile, "read", lambda source, most: whole.append(source.path.name) or real(source, most))
+    found = read(photos, validation_percent=20.0)
+    found.index.write()
+    assert not [name for name in whole if name.endswith(".bmp")]
+    one = next(example for example in found.train + found.validation if example.name == "large 0.bmp")
+    assert found.known_digest(one) == ""
+    assert found.digest(one) == found.digest(one) == hashlib.sha256(paths[0].read_bytes()).hexdigest()
+    assert whole.count("large 0.bmp") == 1
+    found.finish()
+    again = read(photos)
+    assert again.known_digest(one) == found.digest(one)
+    assert again.pixels(one).shape == (128, 128, 3)
+
+
+def test_the_identity_of_a_large_file_is_of_all_its_parts(photos):
+    place = large(photos / "a.bmp")
+    (photos / "copy.bmp").write_bytes(place.read_bytes())
+    write(photos / "copy.txt", "the same")
+    for row in range(0, 640, 60):
+        large(photos / f"b{row}.bmp", mark=(400, row))
+    kinds = {one.name: one.image for one in read(photos).train}
+    assert kinds["a.bmp"] == kinds["copy.bmp"]
+    content = (photos / "03.png").read_bytes()
+    assert kinds["03.png"] == hashlib.sha256(content).hexdigest() == identity_of(content)
+    large(photos / "a.bmp", (9, 9, 9))
+    assert {one.name: one.image for one in read(photos).train}["a.bmp"] != kinds["a.bmp"]
+
+
+def test_a_large_file_that_is_damaged_behind_its_head(photos):
+    path = large(photos / "cut.bmp")
+    content = path.read_bytes()[:-100_000]
+    path.write_bytes(content)
+    found = read(photos)
+    one = next(example for example in found.train if example.name == "cut.bmp")
+    with pytest.raises(folder.UnusableImageError, match="cut.bmp cannot be used any more .*truncated"):
+        found.pixels(one)
+    assert found.is_outdated
+    found.finish()
+    assert "image file is truncated: cut.bmp" in summary(read(photos))
+
+
+def test_several_lines_are_told(photos):
+    for i in range(3):
+        write(photos / f"{i:02}.txt", f"A room {i}.\n- Mood: calm")
+    told = "3 text files have several lines, each of them a caption: set caption_lines to whole if they are one text"
+    assert told in summary(read(photos)).splitlines()
+    found = read_folder(photos, "photos", 128, False, 0.0, photos.parent / "index.json", caption_lines="whole")
+    assert "caption_lines" not in summary(found)
+    assert found.train[0].captions == ("A room 0.\n- Mood: calm",)
+
+
+def test_repeats_of_a_folder(photos):
+    picture(photos / "10_red ball/a.png")
+    found = read(photos)
+    assert {one.name: one.repeats for one in found.train if one.repeats > 1} == {"10_red ball/a.png": 10}
+    assert "22 images in a pass, by the repeats that folders are named with" in summary(found)
+
+
+def test_a_summary_is_short_whatever_is_in_it(photos):
+    for i in range(12):
+        write(photos / f"{i:02}.txt", f"picture {i // 2} " + "x" * 9_000)
+    for i in range(300):
+        write(photos / f"table {i}.jsonl", [{"width": 1}] * 3)
+    told = summary(read(photos))
+    assert "and 292 more reasons" in told
+    assert len(told) < 3_000
+
+
+def test_an_index_that_cannot_be_written_is_no_reason_to_stop(photos, caplog):
+    index = photos / "00.png" / "index.json"  # below a file
+    assert len(read_folder(photos, "photos", 128, False, 0.0, index).train) == 12
+    assert "cannot be written" in caplog.text
 
 
 def test_reading_that_is_stopped_remembers_what_it_read(photos, monkeypatch):
@@ -535,7 +616,7 @@ def test_reading_that_is_stopped_remembers_what_it_read(photos, monkeypatch):
     with pytest.raises(Stop):
         read_folder(photos, "photos", 128, False, 0.0, photos.parent / "index.json", tick)
     inspected = []
-    monkeypatch.setattr(folder, "upright_size", lambda data: inspected.append(data) or (300, 200))
+    monkeypatch.setattr(folder, "upright_size", lambda *args, **rest: inspected.append(args) or (300, 200))
     read(photos)
     assert len(inspected) == 7
 
@@ -551,69 +632,16 @@ def test_an_image_that_goes_away_later(photos):
         assert str(caught.value).startswith(f'Dataset "photos": {name} cannot be used any more ({reason}), expected')
 
 
-def test_a_folder_without_captions(tmp_path):
+def test_a_folder_without_captions_says_what_was_looked_for(tmp_path):
     picture(tmp_path / "photos" / "1.png")
-    with pytest.raises(SoftREPAError, match=r'folder "photos" has no captioned image \(no caption: 1.png\), expected'):
+    looked_for = "a.txt, a.caption, a.jpg.txt or a.json beside a.jpg"
+    with pytest.raises(SoftREPAError, match="has no captioned image") as caught:
         read(tmp_path / "photos")
-
-
-# the cache
-
-
-def entry(size=1000):
-    return {"x": torch.arange(size, dtype=torch.float32)}
-
-
-def test_the_cache_keeps_its_limit_and_drops_the_oldest(tmp_path):
-    cache = Cache(tmp_path, limit=20_000)
-    cache.make_room(12_600, keep=set())
-    for number, key in enumerate(("a/1", "a/2", "b/3")):
-        assert cache.write(key, entry())
-        os.utime(cache.path(key), (number, number))
-    cache.make_room(9_000, keep={"a/1"})
-    assert [cache.has(key) for key in ("a/1", "a/2", "b/3")] == [True, False, True]
-    written = [cache.write(f"c/{i}", entry()) for i in range(5)]
-    assert written == [True, True, False, False, False]
-    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 20_000
-
-
-def test_a_smaller_limit_counts_once_something_is_written(tmp_path):
-    cache = Cache(tmp_path, limit=10**6)
-    cache.make_room(10**5, keep=set())
-    for i in range(10):
-        cache.write(str(i), entry())
-    small = Cache(tmp_path, limit=5_000)
-    small.make_room(0, keep=set())
-    assert sum(small.has(str(i)) for i in range(10)) == 10
-    Cache(tmp_path, limit=0).make_room(4_500, keep=set())
-    assert sum(small.has(str(i)) for i in range(10)) == 10
-    small.make_room(9_000, keep=set())
-    assert not any(small.has(str(i)) for i in range(10))
-    assert [small.write(f"new {i}", entry()) for i in range(2)] == [True, False]
-
-
-def test_a_dataset_larger_than_the_limit_keeps_what_it_has(tmp_path):
-    cache = Cache(tmp_path, limit=9_000)
-    cache.make_room(9_000, keep=set())
-    assert [cache.write(str(i), entry()) for i in range(3)] == [True, True, False]
-    cache.make_room(4_500, keep={"0", "1", "2"})
-    assert [cache.has(str(i)) for i in range(3)] == [True, True, False]
-    assert not cache.write("2", entry())
-
-
-def test_damaged_entries_are_as_absent(tmp_path):
-    cache = Cache(tmp_path, limit=10**6)
-    cache.make_room(10**5, keep=set())
-    cache.write("k", entry())
-    assert torch.equal(cache.read("k")["x"], entry()["x"])
-    cache.make_room(0, keep={"k"})
-    cache.path("k").write_bytes(cache.path("k").read_bytes()[:-10])
-    assert cache.read("k") is None
-    assert not cache.has("k")
-    assert cache.write("k", entry())
-    assert torch.equal(cache.read("k")["x"], entry()["x"])
-    assert cache.read("never") is None
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert str(caught.value).startswith(
+        f'folder "photos" has no captioned image (left out 1 (no caption: 1.png)), looked for {looked_for}; '
+    )
+    for title in (*(layout.title for layout in TABLES), "10_caption", "*.tar"):
+        assert title in str(caught.value)
 
 
 # ComfyUI's own training lists

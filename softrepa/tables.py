@@ -1,0 +1,299 @@
+"""Files that hold the captions of many images, and those of one image beside it: how they are read.
+
+A table gives rows, each a file as the table calls it and its captions; what cannot be read is a problem with its place.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import StringIO
+
+from .sources import Cell, Source, WholeFile, opened_parquet
+
+FILE_KEYS = ("file_name", "image_path", "image", "image_name", "filename", "file", "path")
+CAPTION_KEYS = ("text", "caption", "captions", "prompt", "tags")
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+"""Columns of a parquet file that may hold the images themselves."""
+
+LONGEST_CAPTION = 10_000
+"""Characters: a text encoder would make hundreds of chunks of more, and it is rather a book or a log."""
+MOST_SIDECAR = 2**18
+MOST_TABLE = 2**28
+"""Bytes of a caption file beside an image, and of a table."""
+
+NO_TEXT = "captions that are no text"
+TOO_LONG = f"a caption of more than {LONGEST_CAPTION:,} characters"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A file as a table calls it, and its captions; or the image itself."""
+
+    reference: str
+    captions: list[str]
+    image: Cell | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row that cannot be used: which one, and why."""
+
+    place: str
+    reason: str
+
+
+class BadTable(Exception):
+    """Why a table as a whole, or its rest, cannot be read."""
+
+
+Rows = Iterator[Row | Problem]
+
+
+def decoded(data: bytes) -> str:
+    """UTF-8, or with a byte-order mark UTF-16. Raises BadTable."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
+    else:
+        encoding = "utf-8-sig"
+        if b"\0" in data:
+            raise BadTable("no text (it has NUL bytes, as UTF-16 without a byte-order mark)")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        raise BadTable(f"not {encoding.removesuffix('-sig').upper()}") from None
+    if "\0" in text:
+        raise BadTable("no text (it has NUL characters)")
+    return text
+
+
+def lines_of(text: str) -> list[str]:
+    """Split where a file has line ends, and not at what Unicode calls one: U+2028 stands inside of captions."""
+    return text.replace("\r\n", "\n").split("\n")
+
+
+def text_captions(source: Source, whole: bool) -> list[str]:
+    """Of a text file: every line, or the `whole` of it. Raises BadTable and OSError."""
+    text = decoded(source.read(MOST_SIDECAR))
+    return checked([text.replace("\r\n", "\n")] if whole else lines_of(text))
+
+
+def json_captions(source: Source) -> list[str]:
+    """Of a .json file beside an image. Raises BadTable and OSError."""
+    return _captions_of(_parsed(decoded(source.read(MOST_SIDECAR))))
+
+
+def rows_of_jsonl(source: Source) -> Rows:
+    for number, line in enumerate(lines_of(decoded(source.read(MOST_TABLE))), 1):
+        if line.strip():
+            try:
+                entry = _parsed(line)
+            except BadTable as problem:
+                yield Problem(f"line {number}", str(problem))
+            else:
+                yield _row(entry, f"line {number}")
+
+
+def rows_of_json(source: Source) -> Rows:
+    """A name -> caption object, a list of rows, or COCO."""
+    content = _parsed(decoded(source.read(MOST_TABLE)))
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        yield from _rows_of_coco(content)
+    elif isinstance(content, dict):
+        for reference, value in content.items():
+            try:
+                yield Row(reference, _captions_of(value))
+            except BadTable as problem:
+                yield Problem(reference, str(problem))
+    elif isinstance(content, list):
+        for number, entry in enumerate(content, 1):
+            yield _row(entry, f"entry {number}")
+    else:
+        raise BadTable("neither an object nor a list")
+
+
+def _rows_of_coco(content: dict) -> Rows:
+    images = content.get("images")
+    if not isinstance(images, list):
+        raise BadTable("COCO annotations without a list of images")
+    files = {
+        image["id"]: image["file_name"]
+        for image in images
+        if isinstance(image, dict)
+        and isinstance(image.get("file_name"), str)
+        and isinstance(image.get("id"), (int, str))
+    }
+    for number, note in enumerate(content["annotations"], 1):
+        place = f"annotation {number}"
+        image_id = note.get("image_id") if isinstance(note, dict) else None
+        file = files.get(image_id) if isinstance(image_id, (int, str)) else None
+        if file is None:
+            yield Problem(place, "no image of this annotation's image_id")
+            continue
+        try:
+            yield Row(file, checked([note.get("caption")]))
+        except BadTable as problem:
+            yield Problem(place, str(problem))
+
+
+def rows_of_csv(source: Source) -> Rows:
+    """Columns by their names in the first line, parted by commas, tabs, semicolons or bars."""
+    text = decoded(source.read(MOST_TABLE)).replace("\r\n", "\n").replace("\r", "\n").lstrip("\n")
+    header = text.partition("\n")[0]
+    parted = {mark: columns for mark in ",\t;|" if (columns := _columns(header, mark))}
+    if not parted:
+        raise BadTable(f"no column {' or '.join(FILE_KEYS)} beside one of {', '.join(CAPTION_KEYS)}")
+    mark, (file, caption) = next(iter(parted.items()))
+    rows = _cells(text, mark)
+    _, first = next(rows)
+    for number, cells in rows:
+        if len(cells) > len(first) == caption + 1:  # marks in a text that nobody quoted
+            cells[caption:] = [mark.join(cells[caption:])]
+        if len(cells) != len(first):
+            yield Problem(f"line {number}", "more or fewer cells than in the first line")
+            continue
+        try:
+            yield Row(cells[file].strip(), checked([cells[caption]]))
+        except BadTable as problem:
+            yield Problem(f"line {number}", str(problem))
+
+
+def _cells(text: str, mark: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a .csv file that are not empty, and the numbers of the lines where they end. Raises BadTable."""
+    rows = csv.reader(StringIO(text), delimiter=mark)
+    try:
+        for cells in rows:
+            if any(cells):
+                yield rows.line_num, cells
+    except csv.Error as error:
+        raise BadTable(f"unreadable from line {rows.line_num} on ({error})") from None
+
+
+TOKEN = re.compile(r"(.+?)#\d+\t(.*)")
+"""A line of Flickr8k.token.txt."""
+
+
+def rows_of_flickr(source: Source) -> Rows:
+    """Flickr8k: `image,caption` with a header, or the older lines `name.jpg#0`, a tab and the caption."""
+    lines = lines_of(decoded(source.read(MOST_TABLE)))
+    if not TOKEN.match(next((line for line in lines if line.strip()), "")):
+        yield from rows_of_csv(source)
+        return
+    for number, line in enumerate(lines, 1):
+        found = TOKEN.fullmatch(line)
+        try:
+            if found:
+                yield Row(found[1], checked([found[2]]))
+            elif line.strip():
+                yield Problem(f"line {number}", "no name.jpg#0 with a tab behind it")
+        except BadTable as problem:
+            yield Problem(f"line {number}", str(problem))
+
+
+def rows_of_parquet(source: Source) -> Rows:
+    """Rows that name files, or hold the images themselves."""
+    if not isinstance(source, WholeFile):
+        raise BadTable("a parquet file inside a shard")
+    with opened_parquet(source.path) as file:
+        schema = file.schema_arrow
+        image = _image_column(schema)
+        columns = [key for key in (*FILE_KEYS, *CAPTION_KEYS) if key in schema.names and key != image.partition(".")[0]]
+        total = 0
+        for group in range(file.num_row_groups):
+            number = 0
+            for batch in file.iter_batches(row_groups=[group], columns=columns):
+                for row in batch.to_pylist():
+                    total += 1
+                    yield _row(row, f"row {total}", Cell(source.path, group, number, image) if image else None)
+                    number += 1
+
+
+def _image_column(schema) -> str:
+    """As pyarrow names the column of the images' bytes, or an empty text: Hugging Face keeps them in a struct."""
+    for name in IMAGE_COLUMNS:
+        if name in schema.names:
+            kind = str(schema.field(name).type)
+            if kind.startswith("struct<") and re.search("bytes: (large_)?binary", kind):
+                return f"{name}.bytes"
+            if kind in ("binary", "large_binary"):
+                return name
+    return ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tables of one kind: what they are called in a message, their file names in lower case, how they are read."""
+
+    title: str
+    names: re.Pattern
+    rows: Callable[[Source], Rows]
+
+
+TABLES = (
+    Layout("captions.txt", re.compile(r"captions\.txt|.*\.token(\.txt)?"), rows_of_flickr),
+    Layout("*.jsonl", re.compile(r".*\.jsonl"), rows_of_jsonl),
+    Layout("*.csv", re.compile(r".*\.[ct]sv"), rows_of_csv),
+    Layout("captions*.json", re.compile(r"captions.*\.json"), rows_of_json),
+    Layout("meta_*.json", re.compile(r"meta_.*\.json"), rows_of_json),
+    Layout("*.parquet", re.compile(r".*\.parquet"), rows_of_parquet),
+)
+
+
+def layout_of(file_name: str) -> Layout | None:
+    return next((layout for layout in TABLES if layout.names.fullmatch(file_name.lower())), None)
+
+
+def checked(texts: list) -> list[str]:
+    """Captions that can be used, trimmed, without the empty ones. Raises BadTable."""
+    if not all(isinstance(text, str) for text in texts):
+        raise BadTable(NO_TEXT)
+    trimmed = [text.strip() for text in texts if text.strip()]
+    if any(len(text) > LONGEST_CAPTION for text in trimmed):
+        raise BadTable(TOO_LONG)
+    if not all(map(is_text, trimmed)):
+        raise BadTable(NO_TEXT)
+    return trimmed
+
+
+def is_text(text: str) -> bool:
+    """False with lone surrogates, in which Python carries bytes of a file name that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _columns(header: str, mark: str) -> tuple[int, int] | None:
+    """Where the file and the caption stand, if both are there."""
+    names = [cell.strip().lower() for _, cells in _cells(header, mark) for cell in cells]
+    files, captions = ([names.index(key) for key in keys if key in names] for keys in (FILE_KEYS, CAPTION_KEYS))
+    return (files[0], captions[0]) if files and captions else None
+
+
+def _parsed(text: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadTable("not JSON") from None
+
+
+def _row(entry, place: str, image: Cell | None = None) -> Row | Problem:
+    found = [entry[key] for key in FILE_KEYS if isinstance(entry.get(key), str)] if isinstance(entry, dict) else []
+    if not found and image is None:
+        return Problem(place, f"none of {', '.join(FILE_KEYS)}")
+    try:
+        return Row(found[0] if found else place, _captions_of(entry), image)
+    except BadTable as problem:
+        return Problem(place, str(problem))
+
+
+def _captions_of(value) -> list[str]:
+    """The captions in a cell, one text or a list of them, or in the first caption column of an object."""
+    if isinstance(value, dict):
+        key = next((key for key in CAPTION_KEYS if value.get(key) is not None), None)
+        value = value.get(key, [])
+        if key == "tags" and isinstance(value, list) and all(isinstance(tag, str) for tag in value):
+            value = ", ".join(value)
+    return checked(value if isinstance(value, list) else [value])

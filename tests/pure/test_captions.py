@@ -1,0 +1,506 @@
+"""Which images a folder holds and which captions they get, in the layouts that people have."""
+
+import io
+import json
+import os
+import sys
+import tarfile
+import threading
+import unicodedata
+
+import pytest
+from comfyui_softrepa.softrepa.captions import WHOLE, list_folder, repeats_of
+from comfyui_softrepa.softrepa.left_out import LeftOut
+from comfyui_softrepa.softrepa.tables import CAPTION_KEYS, FILE_KEYS
+from PIL import Image
+from softrepa_tests.folders import captions, picture, reasons, write
+
+
+def test_text_files_beside_images(tmp_path):
+    for name in ("b.jpg", "a/c.PNG", "a/d.webp", "bare.png", ".hidden/x.png"):
+        picture(tmp_path / name)
+    write(tmp_path / "b.txt", "\ufeffone\n\n  two \none\n")
+    write(tmp_path / "b.caption", "three\ntwo")
+    write(tmp_path / "a/c.txt", "see")
+    write(tmp_path / "a/d.txt", " \n")
+    write(tmp_path / "lonely.txt", "nobody")
+    write(tmp_path / "bare.caption", b"caf\xe9")
+    listing = list_folder(tmp_path)
+    assert list(listing.sources) == ["a/c.PNG", "b.jpg"]
+    assert listing.captions["b.jpg"] == ["three", "two", "one"]  # .caption comes before .txt; both count, none twice
+    assert reasons(listing) == {
+        "empty": ["a/d.txt"],
+        "no image of this name": ["lonely.txt"],
+        "not UTF-8": ["bare.caption"],
+        "no caption": ["a/d.webp", "bare.png"],
+    }
+
+
+def test_names_with_accents_match_however_they_are_composed(tmp_path):
+    apart, together = (unicodedata.normalize(form, "été 夏") for form in ("NFD", "NFC"))
+    assert apart != together
+    picture(tmp_path / f"{apart}.png")
+    write(tmp_path / "metadata.jsonl", json.dumps({"file_name": f"{together}.png", "text": "summer"}))
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {f"{together}.png": ["summer"]}
+    assert listing.sources[f"{together}.png"].read(10**6)
+
+
+def test_jsonl_of_hugging_face_and_kohya(tmp_path):
+    for name in ("train/1.png", "train/2.png", "train/sub/3.png", "same.png", "train/sub/same.png"):
+        picture(tmp_path / name)
+    rows = [
+        {"file_name": "1.png", "text": ["first", "uno"], "width": 5},
+        {"image_path": "C:\\sets\\mine\\2.png", "caption": "second"},
+        {"image_path": "/home/else/3.png", "caption": "third"},
+        {"file_name": "../same.png", "text": "above"},
+        {"file_name": "elsewhere/same.png", "text": "two files of this name"},
+        {"file_name": "../../../etc/passwd", "text": "outside"},
+        {"text": "no file"},
+        {"file_name": "1.png", "text": 7},
+        {"file_name": "1.png"},
+    ]
+    write(tmp_path / "train/metadata.jsonl", "\n".join([json.dumps(row) for row in rows[:4]] + ["{not json"]))
+    write(tmp_path / "train/more.jsonl", "\n".join(json.dumps(row) for row in rows[4:]))
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {
+        "train/1.png": ["first", "uno"],
+        "train/2.png": ["second"],
+        "train/sub/3.png": ["third"],
+        "same.png": ["above"],
+    }
+    assert reasons(listing) == {
+        "in train/metadata.jsonl: not JSON": ["line 5"],
+        "named in train/more.jsonl, but no file here, or several": ["elsewhere/same.png", "../../../etc/passwd"],
+        f"in train/more.jsonl: none of {', '.join(FILE_KEYS)}": ["line 3"],
+        "in train/more.jsonl: captions that are no text": ["line 4"],
+        "no caption in train/more.jsonl": ["1.png"],
+        "no caption": ["train/sub/same.png"],
+    }
+
+
+def test_captions_json_and_coco(tmp_path):
+    for name in ("set/1.png", "set/2.png", "val/000007.jpg", "val/000008.jpg"):
+        picture(tmp_path / name)
+    write(tmp_path / "set/captions.json", json.dumps({"1.png": "one", "2": {"caption": ["two", "zwei"]}, "3.png": "x"}))
+    coco = {
+        "images": [{"id": 1, "file_name": "000007.jpg"}, {"id": 2, "file_name": "000008.jpg"}],
+        "annotations": [{"image_id": i, "caption": f"caption {i}{j}\n"} for j in "ab" for i in (1, 2)],
+    }
+    write(tmp_path / "annotations/captions_val.json", json.dumps(coco))
+    write(tmp_path / "captions_broken.json", json.dumps({"annotations": [{"image_id": 1}], "images": []}))
+    write(tmp_path / "settings.json", "not even json, and none of our business")
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {
+        "set/1.png": ["one"],
+        "set/2.png": ["two", "zwei"],
+        "val/000007.jpg": ["caption 1a", "caption 1b"],
+        "val/000008.jpg": ["caption 2a", "caption 2b"],
+    }
+    assert reasons(listing) == {
+        "named in set/captions.json, but no file here, or several": ["3.png"],
+        "in captions_broken.json: no image of this annotation's image_id": ["annotation 1"],
+    }
+
+
+def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
+    picture(tmp_path / "1.png")
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert reasons(list_folder(tmp_path))["pyarrow is not installed"] == ["metadata.parquet"]
+
+
+def test_parquet(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    picture(tmp_path / "1.png")
+    table = pa.table({"file_name": ["1.png", "2.png"], "text": [["one", "uno"], ["two"]], "score": [1, 2]})
+    parquet.write_table(table, tmp_path / "metadata.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really PAR1")
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"1.png": ["one", "uno"]}
+    assert any(
+        why.startswith("not a parquet file") and names == ["broken.parquet"] for why, names in reasons(listing).items()
+    )
+
+
+# a row and the file it means
+
+
+def test_a_file_that_is_gone_gives_its_captions_to_no_other(tmp_path):
+    for name in ("cats/001.png", "cats/002.png", "dogs/002.png"):
+        picture(tmp_path / name)
+    names = ("cats/001.png", "cats/002.png", "dogs/001.png", "dogs/002.png")
+    write(tmp_path / "metadata.jsonl", [{"file_name": name, "text": f"about {name}"} for name in names])
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {name: [f"about {name}"] for name in ("cats/001.png", "cats/002.png", "dogs/002.png")}
+    assert listing.left_out.counts == {"named in metadata.jsonl, but no file here, or several": 1}
+
+
+@pytest.mark.parametrize("gone", ["birds/001.png", "001.png", "/disk/of/others/001.png"])
+def test_a_file_that_another_row_names_exactly_is_its_own(tmp_path, gone):
+    picture(tmp_path / "cats/001.png")
+    write(tmp_path / "metadata.jsonl", [{"file_name": "cats/001.png", "text": "a cat"}])
+    write(tmp_path / "more.jsonl", [{"file_name": gone, "text": "a bird"}])
+    assert captions(list_folder(tmp_path)) == {"cats/001.png": ["a cat"]}
+
+
+def test_an_emptied_folder_is_still_a_folder(tmp_path):
+    picture(tmp_path / "cats/001.png")
+    (tmp_path / "dogs").mkdir()
+    write(tmp_path / "metadata.jsonl", [{"file_name": "/disk/of/others/dogs/001.png", "text": "a dog"}])
+    assert captions(list_folder(tmp_path)) == {}
+
+
+def test_two_rows_for_one_file_name_no_other(tmp_path):
+    picture(tmp_path / "set/001.png")
+    picture(tmp_path / "set/002.png")
+    rows = [("cats/001.png", "a cat"), ("dogs/001.png", "a dog"), ("cats/002.png", "one"), ("cats/002.png", "more")]
+    write(tmp_path / "metadata.jsonl", [{"file_name": name, "text": text} for name, text in rows])
+    assert captions(list_folder(tmp_path)) == {"set/002.png": ["one", "more"]}
+
+
+def test_names_beside_a_table_are_not_looked_for_elsewhere(tmp_path):
+    picture(tmp_path / "train/1.png")
+    picture(tmp_path / "other/2.png")
+    write(tmp_path / "train/metadata.jsonl", [{"file_name": f"{i}.png", "text": f"train {i}"} for i in (1, 2)])
+    assert captions(list_folder(tmp_path)) == {"train/1.png": ["train 1"]}
+
+
+def test_the_longest_end_of_a_path_counts(tmp_path):
+    picture(tmp_path / "mine/cats/1.png")
+    picture(tmp_path / "mine/dogs/1.png")
+    rows = [{"image_path": f"D:\\sets\\{kind}\\1.png", "caption": f"a {kind[:-1]}"} for kind in ("cats", "dogs")]
+    write(tmp_path / "meta.jsonl", rows)
+    assert captions(list_folder(tmp_path)) == {"mine/cats/1.png": ["a cat"], "mine/dogs/1.png": ["a dog"]}
+    write(tmp_path / "meta.jsonl", [{"file_name": str(tmp_path / "mine/cats/1.png"), "text": "whole path"}])
+    assert captions(list_folder(tmp_path)) == {"mine/cats/1.png": ["whole path"]}
+
+
+# what is told
+
+
+def test_a_table_that_nobody_understands_is_one_line(tmp_path):
+    for i in range(3):
+        picture(tmp_path / f"images/{i}.png")
+        write(tmp_path / f"images/{i}.txt", f"scene {i}")
+    write(tmp_path / "log.jsonl", [{"image": f"images/{i}.png", "note": "x"} for i in range(10_000)])
+    write(tmp_path / "more.jsonl", [{"width": i} for i in range(10_000)])
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {f"images/{i}.png": [f"scene {i}"] for i in range(3)}
+    told = listing.left_out.told()
+    assert told.startswith("left out 20000 (")
+    assert "no caption in log.jsonl (10000): images/0.png, images/1.png, ..." in told
+    assert "(10000): line 1, line 2, ..." in told
+    assert len(told) < 400
+
+
+def test_what_is_told_is_bounded_however_much_is_wrong():
+    left_out = LeftOut()
+    for number in range(1000):
+        left_out.add("n" * 10_000, f"{number} " + "r" * 10_000)
+    assert len(left_out.told()) < 2000
+    assert "and 992 more reasons" in left_out.told()
+    assert left_out.counts.total() == 1000
+
+
+def test_one_stray_row_refuses_no_coco_file(tmp_path):
+    for i in range(2):
+        picture(tmp_path / f"{i}.jpg")
+    notes = [(0, "a dog"), (1, "a cat"), (1, None), (7, "of nobody"), ([], "no id"), (None, "none")]
+    coco = {
+        "images": [*({"id": i, "file_name": f"{i}.jpg"} for i in range(2)), {"file_name": "1.jpg"}, 5],
+        "annotations": [*({"image_id": i, "caption": caption} for i, caption in notes), "text"],
+    }
+    write(tmp_path / "captions_val.json", json.dumps(coco))
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"0.jpg": ["a dog"], "1.jpg": ["a cat"]}
+    assert listing.left_out.counts == {
+        "in captions_val.json: captions that are no text": 1,
+        "in captions_val.json: no image of this annotation's image_id": 4,
+    }
+    write(tmp_path / "captions_val.json", json.dumps({"annotations": [], "images": 3}))
+    assert reasons(list_folder(tmp_path))["COCO annotations without a list of images"] == ["captions_val.json"]
+
+
+# text files
+
+
+def test_encodings(tmp_path):
+    for name, data in (
+        ("little", "\ufeffa dog".encode("utf-16-le")),
+        ("big", "\ufeffa dog".encode("utf-16-be")),
+        ("bom8", "a dog".encode("utf-8-sig")),
+        ("bare", "a dog".encode("utf-16-le")),
+        ("wide", "a dog".encode("utf-32")),
+        ("half", "\ufeffa dog".encode("utf-16-le")[:-1]),
+    ):
+        picture(tmp_path / f"{name}.png")
+        write(tmp_path / f"{name}.txt", data)
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {f"{name}.png": ["a dog"] for name in ("big", "bom8", "little")}
+    assert reasons(listing) == {
+        "no text (it has NUL bytes, as UTF-16 without a byte-order mark)": ["bare.txt"],
+        "no text (it has NUL characters)": ["wide.txt"],
+        "not UTF-16": ["half.txt"],
+        "no caption": ["bare.png", "half.png"],
+    }
+
+
+def test_lines_end_where_files_end_them(tmp_path):
+    picture(tmp_path / "1.png")
+    write(tmp_path / "1.txt", "one\u2028still one\r\ntwo\u0085still two\n\nthree\x0bstill three\n")
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"1.png": ["one\u2028still one", "two\u0085still two", "three\x0bstill three"]}
+    assert listing.several_lines == 1
+
+
+def test_a_text_can_be_one_caption(tmp_path):
+    picture(tmp_path / "1.png")
+    picture(tmp_path / "2.png")
+    write(tmp_path / "1.txt", "A room.\r\n\r\n- Mood: calm\n")
+    write(tmp_path / "2.txt", "a dog")
+    write(tmp_path / "metadata.jsonl", [{"file_name": "2.png", "text": "from a table"}])
+    listing = list_folder(tmp_path, WHOLE)
+    assert captions(listing) == {"1.png": ["A room.\n\n- Mood: calm"], "2.png": ["a dog", "from a table"]}
+    assert listing.several_lines == 0
+
+
+def test_a_caption_of_a_megabyte_is_a_mistake(tmp_path):
+    for i in range(3):
+        picture(tmp_path / f"{i}.png")
+    write(tmp_path / "0.txt", "a dog " * 200_000)
+    write(tmp_path / "1.txt", "a dog " * 2_000)
+    write(tmp_path / "2.jsonl", [{"file_name": "2.png", "text": "a dog " * 2_000}, {"file_name": "2.png", "text": "a"}])
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"2.png": ["a"]}
+    assert reasons(listing) == {
+        "cannot be read (1,200,000 bytes, expected at most 262,144)": ["0.txt"],
+        "a caption of more than 10,000 characters": ["1.txt"],
+        "in 2.jsonl: a caption of more than 10,000 characters": ["line 1"],
+        "no caption": ["0.png", "1.png"],
+    }
+
+
+def test_captions_and_names_that_no_file_can_hold(tmp_path):
+    picture(tmp_path / "1.png")
+    write(
+        tmp_path / "metadata.jsonl", '{"file_name": "1.png", "text": "\\udcff"}\n{"file_name": "\\udcff", "text": "x"}'
+    )
+    write(tmp_path / "captions.json", "[" * 100_000)
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {}
+    assert reasons(listing)["in metadata.jsonl: captions that are no text"] == ["line 1"]
+    assert reasons(listing)["not JSON"] == ["captions.json"]
+    listing.left_out.told().encode()
+
+
+def test_pipes_and_devices_are_passed_over(tmp_path):
+    if not hasattr(os, "mkfifo"):  # on Windows no folder holds any
+        return
+    picture(tmp_path / "1.png")
+    write(tmp_path / "1.txt", "a dog")
+    for name in ("2.png", "2.txt", "metadata.jsonl", "shard.tar", "more.parquet", "captions.json"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "endless.txt").symlink_to("/dev/zero")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    listing = list_within_a_minute(tmp_path)
+    assert captions(listing) == {"1.png": ["a dog"]}
+    assert listing.left_out.counts == {"no regular file": 8}
+
+
+def list_within_a_minute(root):
+    """None where it hangs."""
+    found = [None]
+    thread = threading.Thread(target=lambda: found.append(list_folder(root)), daemon=True)
+    thread.start()
+    thread.join(60)
+    return found[-1]
+
+
+# further layouts
+
+
+def test_files_beside_an_image(tmp_path):
+    for i in range(5):
+        picture(tmp_path / f"{i}.jpg")
+    write(tmp_path / "0.jpg.txt", "of the whole name")
+    write(tmp_path / "1.json", json.dumps({"caption": "of an object", "width": 3}))
+    write(tmp_path / "2.json", json.dumps({"tags": ["1girl", "red hat"], "text": None}))
+    write(tmp_path / "3.json", json.dumps({"shapes": []}))
+    write(tmp_path / "4.json", "{broken")
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"0.jpg": ["of the whole name"], "1.jpg": ["of an object"], "2.jpg": ["1girl, red hat"]}
+    assert reasons(listing) == {"not JSON": ["4.json"], "no caption": ["3.jpg", "4.jpg"]}
+
+
+def test_captions_in_a_folder_beside_the_images(tmp_path):
+    picture(tmp_path / "set/images/a/1.jpg")
+    picture(tmp_path / "set/images/b/1.jpg")
+    write(tmp_path / "set/captions/a/1.txt", "of a")
+    write(tmp_path / "set/captions/b/1.txt", "of b")
+    write(tmp_path / "set/captions/c/1.txt", "of nobody")
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"set/images/a/1.jpg": ["of a"], "set/images/b/1.jpg": ["of b"]}
+    assert reasons(listing) == {"no image of this name": ["set/captions/c/1.txt"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", 'file_name,text\n0.png,"a dog, asleep"\n1.png,a cat\n'),
+        ("metadata.csv", '\ufefffile_name;width;prompt\r\n0.png;3;a dog, asleep\r\n\r\n1.png;4;"a cat"\r\n'),
+        ("list.tsv", "caption\tfilename\na dog, asleep\t0.png\na cat\t1.png\n"),
+        ("old.csv", "image,caption\r0.png,a dog, asleep\r1.png,a cat\r"),
+        ("captions.txt", "image,caption\n0.png,a dog, asleep\n1.png,a cat\n"),
+        ("results.csv", "image_name| comment_number| caption\n0.png| 0| a dog, asleep\n1.png| 0| a cat\n"),
+        ("Flickr8k.token.txt", "0.png#0\ta dog, asleep\n1.png#4\ta cat\n"),
+        ("captions.txt", "0.png#0\ta dog, asleep\n1.png#0\ta cat\n"),
+        ("meta_cap.json", '{"/x/0.png": {"caption": "a dog, asleep", "tags": "t"}, "1": {"tags": "a cat"}}'),
+        ("metadata.jsonl", '{"file_name": "0.png", "prompt": "a dog, asleep"}\n{"file_name": "1", "caption": "a cat"}'),
+    ],
+)
+def test_tables(tmp_path, name, content):
+    for i in range(2):
+        picture(tmp_path / f"{i}.png")
+    write(tmp_path / name, content)
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"0.png": ["a dog, asleep"], "1.png": ["a cat"]}
+    assert reasons(listing) == {}
+
+
+def test_rows_that_do_not_fit_are_counted(tmp_path):
+    picture(tmp_path / "0.png")
+    write(tmp_path / "a.csv", "text,file_name\na dog,0.png\na, dog,0.png\nshort\n" + "x" * 20_000 + ",0.png\n")
+    write(tmp_path / "b.csv", "name,words\n0.png,a dog\n")
+    write(tmp_path / "captions.txt", "0.png#0\tone\n0.png two\n")
+    write(tmp_path / "c.csv", "file_name,text\n0.png,fine\n0.png," + "x" * 200_000)
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"0.png": ["a dog", "fine", "one"]}
+    assert reasons(listing) == {
+        "in a.csv: more or fewer cells than in the first line": ["line 3", "line 4"],
+        "in a.csv: a caption of more than 10,000 characters": ["line 5"],
+        f"no column {' or '.join(FILE_KEYS)} beside one of {', '.join(CAPTION_KEYS)}": ["b.csv"],
+        "unreadable from line 3 on (field larger than field limit (131072))": ["c.csv"],
+        "in captions.txt: no name.jpg#0 with a tab behind it": ["line 2"],
+    }
+
+
+def test_folders_named_with_repeats_and_a_caption(tmp_path):
+    for name in ("10_red ball/a.jpg", "10_red ball/b.jpg", "2_blue box/c.jpg", "2019_summer/d.jpg", "001_bird/e.jpg"):
+        picture(tmp_path / name)
+    write(tmp_path / "10_red ball/b.txt", "its own")
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {
+        "10_red ball/a.jpg": ["red ball"],
+        "10_red ball/b.jpg": ["its own"],
+        "2_blue box/c.jpg": ["blue box"],
+    }
+    assert reasons(listing) == {"no caption": ["001_bird/e.jpg", "2019_summer/d.jpg"]}  # numbers and years
+    assert [repeats_of(tmp_path, name)[0] for name in listing.sources] == [10, 10, 2]
+    assert captions(list_folder(tmp_path / "2_blue box")) == {"c.jpg": ["blue box"]}
+
+
+# shards
+
+
+def png(colour, size=(40, 30)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shard(path, members: dict[str, bytes]):
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def test_webdataset_shards(tmp_path):
+    images = {f"00{i}": png((i, 0, 0)) for i in range(4)}
+    shard(
+        tmp_path / "00000.tar",
+        {
+            "000.png": images["000"],
+            "000.txt": b"of a text",
+            "./001.png": images["001"],
+            "./001.json": b'{"caption": "of an object"}',
+            "sub/002.png": images["002"],
+            "002.txt": b"of nobody",
+            "._003.png": b"of a Mac",
+            "003.png": images["003"],
+            "metadata.csv": b"file_name,text\n003.png,of a table\n",
+        },
+    )
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {
+        "00000.tar/000.png": ["of a text"],
+        "00000.tar/001.png": ["of an object"],
+        "00000.tar/003.png": ["of a table"],
+    }
+    assert [source.read(10**6) for source in listing.sources.values()] == [images[f"00{i}"] for i in (0, 1, 3)]
+    with pytest.raises(OSError, match="bytes, expected at most 10"):
+        listing.sources["00000.tar/000.png"].read(10)
+
+
+def test_damaged_shards(tmp_path):
+    members = {f"{i}.{kind}": data for i in range(3) for kind, data in (("png", png("red")), ("txt", b"t%d" % i))}
+    whole = shard(tmp_path / "whole.tar", members).read_bytes()
+    write(tmp_path / "cut.tar", whole[:2000])
+    third = whole.index(b"1.png")
+    write(tmp_path / "header.tar", whole[:third] + b"garbage" * 80 + whole[third + 560 :])
+    write(tmp_path / "none.tar", b"no tar at all" * 100)
+    write(tmp_path / "packed.tar.gz", b"anything")
+    write(tmp_path / "round.tar", header("first.png", 0) + header("back.png", -tarfile.BLOCKSIZE))  # to itself
+    found = list_within_a_minute(tmp_path)
+    assert captions(found) == {
+        f"{name}.tar/{i}.png": [f"t{i}"]
+        for name, i in (("whole", 0), ("whole", 1), ("whole", 2), ("cut", 0), ("header", 0))
+    }
+    told = {name: why for why, names in reasons(found).items() for name in names}
+    assert {name.partition("/")[0] for name, why in told.items() if "cannot be read to its end" in why} == {
+        "cut.tar",
+        "header.tar",
+        "none.tar",
+        "round.tar",
+    }
+    assert told["packed.tar.gz"] == "a compressed archive, expected .tar"
+
+
+def header(name: str, size: int) -> bytes:
+    """Of a tar member whose length may be negative."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    block[124:136] = (size % 2**96).to_bytes(12, "big")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def test_parquet_with_the_images_inside(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    images = [png((i, 0, 0)) for i in range(5)]
+    cells = [{"bytes": data, "path": None} for data in images[:4]] + [{"bytes": None, "path": "x.png"}]
+    table = pa.table({"image": cells, "text": [f"picture {i}" for i in range(3)] + ["", "absent"]})
+    parquet.write_table(table, tmp_path / "train.parquet", row_group_size=2)
+    parquet.write_table(pa.table({"jpg": images[:1], "caption": ["plain"]}), tmp_path / "plain.parquet")
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {
+        "plain.parquet/0.000000": ["plain"],
+        "train.parquet/0.000000": ["picture 0"],
+        "train.parquet/0.000001": ["picture 1"],
+        "train.parquet/1.000000": ["picture 2"],
+        "train.parquet/2.000000": ["absent"],
+    }
+    sources = listing.sources
+    assert [sources[f"train.parquet/{at}"].read(10**6) for at in ("1.000000", "0.000001")] == [images[2], images[1]]
+    assert sources["plain.parquet/0.000000"].read(10**6) == images[0]
+    with pytest.raises(OSError, match="no image in it"):
+        sources["train.parquet/2.000000"].read(10**6)
+    with pytest.raises(OSError, match="more than 10 bytes"):
+        sources["train.parquet/0.000000"].read(10)
