@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 
-from .errors import SoftREPAError
+from .errors import SoftREPAError, shown
 
 TEXT_WIDTH = 4096
 """Width of SD3's text encoding; soft tokens of this width go through the model's own context embedder."""
 
 UNET_BLOCKS = ("down", "mid", "up")
 """Cross-attention blocks of a UNet, in forward order."""
+
+LONGEST_COUNT = 4
+"""Digits of a number of blocks."""
 
 Blocks = tuple[str, ...] | int
 """Where tokens act: UNet block names, or the number of leading joint blocks of an MMDiT."""
@@ -75,7 +78,7 @@ FAMILIES = {
 def family_named(name: str, label: str) -> Family:
     """The row called `name`; `label` is who asks, for the error."""
     if name not in FAMILIES:
-        raise SoftREPAError(f'{label}: family is "{name}", expected one of {", ".join(FAMILIES)}.')
+        raise SoftREPAError(f'{label}: family is "{shown(name)}", expected one of {", ".join(FAMILIES)}.')
     return FAMILIES[name]
 
 
@@ -100,10 +103,10 @@ def parse_blocks(text: str, family: Family, label: str) -> Blocks:
             return tuple(name for name in UNET_BLOCKS if name in names)
         expected = f"a comma list of {', '.join(UNET_BLOCKS)}"
     else:
-        if len(names) == 1 and names[0].isdecimal() and int(names[0]) > 0:
+        if len(names) == 1 and names[0].isdecimal() and len(names[0]) <= LONGEST_COUNT and int(names[0]) > 0:
             return int(names[0])
         expected = "the number of joint blocks, 1 or more"
-    raise SoftREPAError(f'{label}: blocks is "{text}", expected {expected} ({family.title}).')
+    raise SoftREPAError(f'{label}: blocks is "{shown(text)}", expected {expected} ({family.title}).')
 
 
 def format_blocks(blocks: Blocks) -> str:

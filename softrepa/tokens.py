@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .errors import SoftREPAError
+from .errors import SoftREPAError, shown
 from .families import TEXT_WIDTH, Blocks, Family, family_named
 
 BUCKETS = 100
@@ -47,11 +47,11 @@ class SoftTokens:
     @classmethod
     def of(cls, tokens: Tensor, family: str, blocks: Blocks, **rest) -> "SoftTokens":
         """Like the constructor, with the family by name."""
-        return cls(tokens, family_named(family, f'Tokens "{rest.get("name", "tokens")}"'), blocks, **rest)
+        return cls(tokens, family_named(family, f'Tokens "{shown(rest.get("name", "tokens"))}"'), blocks, **rest)
 
     @property
     def label(self) -> str:
-        return f'Tokens "{self.name}"'
+        return f'Tokens "{shown(self.name)}"'
 
     @property
     def layers(self) -> int:
