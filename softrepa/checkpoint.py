@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import SoftREPAError, said, shown
 from .families import Blocks, Family, family_named, family_of_shape, format_blocks, parse_blocks
-from .files import read_tensors, write_tensors
+from .files import is_file, is_folder, read_tensors, write_tensors
 from .pth import read_pth
 from .tokens import SoftTokens
 
@@ -64,11 +64,11 @@ def save(tokens: SoftTokens, path: str | Path) -> Path:
 
 def _resolved(path: Path, label: str) -> Path:
     """The file to read: `path` itself, or the published file in the folder `path`."""
-    if os.path.isdir(path):  # unlike Path's own, without an error for a name that no file can have
-        found = [path / name for name in PUBLISHED if os.path.isfile(path / name)]
+    if is_folder(path):
+        found = [path / name for name in PUBLISHED if is_file(path / name)]
         if len(found) == 1:
             return found[0]
-        tables = [table for table in PUBLISHED.values() if os.path.isfile(path / table)]
+        tables = [table for table in PUBLISHED.values() if is_file(path / table)]
         if not found and tables:
             raise SoftREPAError(f"{label}: the folder has a time table ({tables[0]}) without tokens, expected both.")
         raise SoftREPAError(

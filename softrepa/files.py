@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .errors import printable
 
-
 MOST_HEADER = 1 << 20
 """Bytes of a .safetensors file before its numbers. Each of them costs many when it is read."""
 MOST_DIMENSIONS = 8
@@ -25,6 +24,23 @@ class UnreadableError(OSError):
 
     def __init__(self, reason: str):
         super().__init__(printable(reason))
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there. Unlike Path's own, without an error for a name that no file can have."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: Path) -> bool:
+    """As `is_file`, of a folder."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError):
+        return 0
 
 
 def read_bounded(path: Path, most: int) -> bytes:

@@ -184,8 +184,10 @@ class _Pickle:
                 stack.append(command == "NEWTRUE")
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
                 stack.append(argument)
-            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(self._taken("EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3".split().index(command))))
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(self._taken(int(command[-1]))))
             case "TUPLE":
                 stack.append(tuple(self._marked()))
             case "EMPTY_LIST":
