@@ -1,5 +1,6 @@
 """Files from outside, read within bounds, and files of ours, which are there whole or not at all."""
 
+import contextlib
 import json
 import os
 import stat
@@ -105,7 +106,8 @@ def parse_json(content: bytes | str) -> Any:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """`write` fills a temporary file beside `path`, which then replaces it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # a file, of which the next line says so
+        path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
