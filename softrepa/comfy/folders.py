@@ -187,6 +187,7 @@ def claimed(tokens: Path) -> Iterator[str]:
             ) from None
         except NoLocksError as error:
             notice = f"{shown(lock.parent)} knows no locks ({error}): start no second run that resumes this one."
+            logging.warning("SoftREPA: %s", notice)
         except OSError as error:
             raise unwritable(lock, error) from None
         yield notice
