@@ -31,6 +31,7 @@ def read_tokens(number: int, folder: Path) -> str:
     import torch
 
     from softrepa import checkpoint
+    from softrepa.errors import printable
 
     from .mutations import mutated_tokens, token_files
 
@@ -44,7 +45,7 @@ def read_tokens(number: int, folder: Path) -> str:
         path = folder
     tokens = checkpoint.load(path)
     said = "\n".join(checkpoint.summary(tokens))
-    if not all(line.isprintable() for line in said.split("\n")):
+    if said != printable(said):
         raise AssertionError("the summary has what a terminal acts on")
     tokens.at(torch.tensor([500.0]))
     checkpoint.load(checkpoint.save(tokens, folder / "again.safetensors"))
