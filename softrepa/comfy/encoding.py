@@ -45,6 +45,9 @@ def dataset_of_folder(
     cache_gb: float,
 ) -> Dataset:
     """Reads and encodes the folder; what the cache has no room for is encoded whenever it is drawn."""
+    for option, value, most in (("validation_percent", validation_percent, 90), ("cache_gb", cache_gb, 100_000)):
+        if not 0 <= value <= most:  # nor NaN, which ComfyUI lets through
+            raise SoftREPAError(f"{option} is {value}, expected 0 to {most:,}.")
     check_resolution(resolution, vae)
     home = cache_folder()
     index = home / "files" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"

@@ -14,6 +14,7 @@ from comfyui_softrepa.nodes import schema
 from comfyui_softrepa.nodes.tokens import LoadTokens, SaveTokens
 from comfyui_softrepa.softrepa import checkpoint
 from comfyui_softrepa.softrepa.comfy import folders
+from comfyui_softrepa.softrepa.comfy.encoding import dataset_of_folder
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.trainer import Trainer
 from softrepa_tests.conftest import ROOT
@@ -141,6 +142,22 @@ def test_texts_for_the_browser_can_be_sent(monkeypatch):
     node = SimpleNamespace(hidden=SimpleNamespace(unique_id="1"))
     schema.show_on_node(node, "2 images left out: caf\udce9.png\nand 全角　空白")
     assert sent == ["2 images left out: caf\\udce9.png\nand 全角　空白".encode()]
+
+
+@pytest.mark.parametrize("option", ["validation_percent", "cache_gb"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_numbers_that_are_none(tmp_path, option, value):
+    numbers = {"validation_percent": 0.0, "cache_gb": 1.0} | {option: value}
+    with pytest.raises(SoftREPAError, match=f"{option} is {value}, expected 0 to "):
+        dataset_of_folder(tmp_path, "pictures", None, None, 64, False, **numbers)
+
+
+@pytest.mark.parametrize(
+    "option", ["learning_rate", "temperature", "denoising_weight", "gradient_clip", "ema_decay", "preview_cfg"]
+)
+def test_settings_that_are_no_numbers(models, token_folder, option):
+    with pytest.raises(SoftREPAError, match=f"{option} is nan, expected"):
+        short(models, "run", **{option: float("nan")})
 
 
 # Runs

@@ -130,7 +130,9 @@ def test_code_in_a_pickle_never_runs(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         torch.save(content, folder / "dc_tokens.pth")
-        with pytest.raises(SoftREPAError, match=r"dc_tokens\.pth cannot be read \(it asks for \w+\.system to be run\)") as caught:
+        with pytest.raises(
+            SoftREPAError, match=r"dc_tokens\.pth cannot be read \(it asks for \w+\.system to be run\)"
+        ) as caught:
             checkpoint.load(folder)
         assert "weights_only" not in str(caught.value)
         assert "\x1b" not in str(caught.value)
