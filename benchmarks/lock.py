@@ -1,4 +1,4 @@
-"""A lock between processes that the operating system releases when its holder dies."""
+"""Waiting for a lock between processes that the operating system releases when its holder dies."""
 
 import contextlib
 import sys
@@ -6,16 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-if sys.platform == "win32":
-    import msvcrt
-
-    def try_lock(file) -> None:
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-else:
-    import fcntl
-
-    def try_lock(file) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+from softrepa.locks import try_lock
 
 
 @contextlib.contextmanager

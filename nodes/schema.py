@@ -6,6 +6,8 @@ import inspect
 from comfy_api.latest import io
 from server import PromptServer
 
+from ..softrepa.errors import printable
+
 CATEGORY = "SoftREPA"
 
 Tokens = io.Custom("SOFTREPA_TOKENS")
@@ -24,6 +26,9 @@ def schema(**fields) -> io.Schema:
 
 
 def show_on_node(node: type[io.ComfyNode], text: str) -> None:
-    """Writes a line under the node in the graph; nothing outside a running server."""
+    """Writes a line under the node in the graph; nothing outside a running server.
+
+    Names of files may hold what the server cannot send as UTF-8.
+    """
     if node.hidden and node.hidden.unique_id and hasattr(PromptServer, "instance"):
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+        PromptServer.instance.send_progress_text(printable(text), node.hidden.unique_id)

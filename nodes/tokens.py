@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ..softrepa import checkpoint
 from ..softrepa.comfy import folders
 from ..softrepa.comfy.patching import APPLY_TO, BANKS, apply_tokens
-from ..softrepa.errors import SoftREPAError
+from ..softrepa.errors import SoftREPAError, printable, shown, unwritable
 from ..softrepa.families import where
 from ..softrepa.tokens import SoftTokens
 from . import token_plot
@@ -128,7 +128,9 @@ class LoadTokens(io.ComfyNode):
         patched = apply_tokens(model, tokens, **options)
         show_on_node(cls, description_line(tokens))
         if tokens.time_table is None:
-            logging.info("SoftREPA: %s has no time table; its tokens are the same at every timestep.", tokens_name)
+            logging.info(
+                "SoftREPA: %s has no time table; its tokens are the same at every timestep.", shown(tokens_name)
+            )
         return io.NodeOutput(patched, tokens)
 
 
@@ -181,9 +183,9 @@ class SaveTokens(io.ComfyNode):
         try:
             checkpoint.save(tokens, path)
         except OSError as error:
-            raise SoftREPAError(f"{path} could not be written ({error}), expected a folder with room.") from error
+            raise unwritable(path, error) from error
         show_on_node(cls, f"Saved {path.name}")
-        return io.NodeOutput(ui=ui.PreviewText(str(path)))
+        return io.NodeOutput(ui=ui.PreviewText(printable(str(path))))
 
 
 class PreviewTokens(io.ComfyNode):

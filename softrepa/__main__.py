@@ -1,14 +1,25 @@
 """Command line: `python -m softrepa convert`, `inspect`, `train` and `score`."""
 
 import argparse
+import io
 import json
+import os
 import sys
 from pathlib import Path
 
-from . import checkpoint, headless
-from .errors import SoftREPAError
+from .errors import SoftREPAError, printable, shown, unwritable
 from .families import FAMILIES
 from .timesteps import SCORED
+
+try:
+    from . import checkpoint, headless
+except ModuleNotFoundError as missing:
+    if missing.name not in ("torch", "safetensors"):
+        raise
+    sys.exit(
+        f"error: {printable(sys.executable)} has no {missing.name}, expected the Python that runs ComfyUI: in a "
+        "portable installation python_embeded\\python.exe, otherwise the one of its virtual environment."
+    )
 
 EPILOG = "What stands behind -- goes to ComfyUI as its own options, for example: -- --lowvram"
 
@@ -17,14 +28,17 @@ def convert(args) -> None:
     source = published_source(args.inputs)
     out = Path(args.output)
     if out.suffix != ".safetensors":
-        raise SoftREPAError(f'OUT is "{out}", expected a name that ends in .safetensors.')
-    if out.exists() and not args.force:
-        raise SoftREPAError(f'OUT "{out}" exists, expected a new name (or --force).')
+        raise SoftREPAError(f'OUT is "{shown(out)}", expected a name that ends in .safetensors.')
+    if os.path.lexists(out) and not args.force:
+        raise SoftREPAError(f'OUT "{shown(out)}" exists, expected a new name (or --force).')
     tokens = checkpoint.load(source, family=args.family, blocks=args.blocks)
     if tokens.time_table is None:
         print("note: no time table was found; these are static tokens", file=sys.stderr)
-    checkpoint.save(tokens, out)
-    print(out)
+    try:
+        checkpoint.save(tokens, out)
+    except OSError as error:
+        raise unwritable(out, error) from None
+    print(printable(str(out)))
 
 
 def published_source(inputs: list[str]) -> Path:
@@ -36,7 +50,7 @@ def published_source(inputs: list[str]) -> Path:
         pair = {path.name: path for path in paths}
         if len(paths) == 2 and set(pair) == {tokens, table} and paths[0].parent == paths[1].parent:
             return pair[tokens]
-    found = ", ".join(inputs)
+    found = shown(", ".join(inputs))
     pairs = " or ".join(f"{tokens} with {table}" for tokens, table in checkpoint.PUBLISHED.items())
     raise SoftREPAError(f"IN is {found}, expected one file, one folder, or {pairs} from one folder.")
 
@@ -48,7 +62,7 @@ def inspect(args) -> None:
 def train(args) -> None:
     config = with_options(headless.read_config(Path(args.config)), args)
     headless.start(headless.comfyui_folder(args.comfyui), args.comfyui_options)
-    print(headless.train(config))
+    print(printable(str(headless.train(config))))
 
 
 def score(args) -> None:
@@ -105,6 +119,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # not every terminal has every letter
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     args = parser().parse_args(words[:end])

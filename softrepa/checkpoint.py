@@ -1,18 +1,18 @@
 """Token files: our safetensors format, and the .pth pairs that SoftREPA and AGSM publish.
 
-No pickle is executed: `.pth` files go through torch's weights-only loader.
+No pickle is executed: `softrepa.pth` says how `.pth` files are read.
 """
 
-import re
+import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import SoftREPAError
+from .errors import SoftREPAError, said, shown
 from .families import Blocks, Family, family_named, family_of_shape, format_blocks, parse_blocks, where
-from .files import write_tensors
+from .files import is_file, is_folder, read_tensors, write_tensors
+from .pth import read_pth
 from .tokens import SoftTokens
 
 FORMAT = "softrepa"
@@ -23,6 +23,11 @@ PUBLISHED = {"dc_tokens.pth": "dc_t_tokens.pth", "soft_tokens.pth": "soft_t_toke
 """Published token files (SoftREPA, AGSM) and the time table that stands beside each."""
 AGSM_TOKENS = "soft_tokens.pth"
 
+MOST_BYTES = 1 << 28
+"""Of a token file: three times those that 64 tokens for every layer of the largest SD3.5 take."""
+SHOWN_TEXT, SHOWN_TEXTS = 2000, 50
+"""Characters of a metadata string, and strings, in a summary."""
+
 
 def load(path: str | Path, family: str | None = None, blocks: str | None = None, name: str | None = None) -> SoftTokens:
     """Reads a .safetensors file, a published .pth file, or a folder that holds one.
@@ -30,7 +35,7 @@ def load(path: str | Path, family: str | None = None, blocks: str | None = None,
     `family` and `blocks` override what the file says; `name` is used in messages. Raises SoftREPAError.
     """
     path = Path(path)
-    label = f'Tokens "{name or path.name}"'
+    label = f'Tokens "{shown(name or path.name)}"'
     path = _resolved(path, label)
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path, label)
@@ -59,22 +64,22 @@ def save(tokens: SoftTokens, path: str | Path) -> Path:
 
 def _resolved(path: Path, label: str) -> Path:
     """The file to read: `path` itself, or the published file in the folder `path`."""
-    if path.is_dir():
-        found = [path / name for name in PUBLISHED if (path / name).is_file()]
+    if is_folder(path):
+        found = [path / name for name in PUBLISHED if is_file(path / name)]
         if len(found) == 1:
             return found[0]
-        tables = [table for table in PUBLISHED.values() if (path / table).is_file()]
+        tables = [table for table in PUBLISHED.values() if is_file(path / table)]
         if not found and tables:
             raise SoftREPAError(f"{label}: the folder has a time table ({tables[0]}) without tokens, expected both.")
         raise SoftREPAError(
             f"{label}: the folder holds {len(found)} published token files, expected one of {', '.join(PUBLISHED)}."
         )
-    if not path.is_file():
-        raise SoftREPAError(f"{label}: no file at {path}, expected a .safetensors or published .pth file.")
+    if not os.path.lexists(path):
+        raise SoftREPAError(f"{label}: no file at {shown(path)}, expected a .safetensors or published .pth file.")
     if path.name in PUBLISHED.values():
         raise SoftREPAError(f"{label}: this is a time table without tokens, expected its {_tokens_of(path.name)}.")
     if path.suffix not in (".safetensors", ".pth"):
-        raise SoftREPAError(f'{label}: the file ends in "{path.suffix}", expected .safetensors or .pth.')
+        raise SoftREPAError(f'{label}: the file ends in "{shown(path.suffix)}", expected .safetensors or .pth.')
     return path
 
 
@@ -84,35 +89,34 @@ def _tokens_of(table: str) -> str:
 
 def _read_safetensors(path: Path, label: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format", FORMAT) not in (FORMAT, "pt"):  # "pt" is what safetensors' own savers write
-                raise SoftREPAError(f'{label}: format is "{metadata["format"]}", expected "{FORMAT}".')
-            keys = set(file.keys())
-            foreign = sorted(keys - set(TENSORS))
-            if keys == {"time_table"}:
-                raise SoftREPAError(f"{label}: the file has a time table without tokens, expected both.")
-            if "tokens" not in keys or foreign:
-                found = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-                raise SoftREPAError(
-                    f"{label}: the .safetensors file holds {found or 'no tensors'}, "
-                    f"expected `tokens` and at most {' and '.join(TENSORS[1:])}."
-                )
-            tensors = {key: file.get_tensor(key).clone() for key in keys}  # no hold on a file that may be replaced
-    except (SafetensorError, OSError) as error:
+        tensors, metadata = read_tensors(path, MOST_BYTES)
+    except OSError as error:
         raise SoftREPAError(
-            f"{label}: the .safetensors file cannot be read ({error}), expected a whole file."
+            f"{label}: the .safetensors file cannot be read ({said(error)}), expected a whole file."
         ) from None
+    if metadata.get("format", FORMAT) not in (FORMAT, "pt"):  # "pt" is what safetensors' own savers write
+        raise SoftREPAError(f'{label}: format is "{shown(metadata["format"])}", expected "{FORMAT}".')
+    foreign = sorted(tensors.keys() - set(TENSORS))
+    if tensors.keys() == {"time_table"}:
+        raise SoftREPAError(f"{label}: the file has a time table without tokens, expected both.")
+    if "tokens" not in tensors or foreign:
+        found = shown(", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else ""))
+        raise SoftREPAError(
+            f"{label}: the .safetensors file holds {found or 'no tensors'}, "
+            f"expected `tokens` and at most {' and '.join(TENSORS[1:])}."
+        )
     version = metadata.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
-        raise SoftREPAError(f'{label}: format_version is "{version}", expected "{FORMAT_VERSION}"; update this pack.')
+        raise SoftREPAError(
+            f'{label}: format_version is "{shown(version)}", expected "{FORMAT_VERSION}"; update this pack.'
+        )
     return tensors, metadata
 
 
 def _read_published(path: Path, label: str) -> dict[str, Tensor]:
     tensors = {"tokens": _read_pth(path, label)}
     table = path.with_name(PUBLISHED.get(path.name, "")) if path.name in PUBLISHED else None
-    if table is not None and table.is_file():
+    if table is not None and os.path.lexists(table):
         tensors["time_table"] = _read_pth(table, label)
     if path.name == AGSM_TOKENS:
         banks = tensors["tokens"]
@@ -126,33 +130,19 @@ def _read_published(path: Path, label: str) -> dict[str, Tensor]:
 
 
 def _read_pth(path: Path, label: str) -> Tensor:
-    """A tensor, parameter or `nn.Embedding` saved by torch, read without running pickle code."""
-    embedding = torch.nn.modules.sparse.Embedding
     try:
-        with torch.serialization.safe_globals([embedding]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(content, embedding):
-            content = content.__dict__["_parameters"]["weight"]
-    except Exception as error:  # a broken pickle can raise anything
+        return read_pth(path, MOST_BYTES)
+    except OSError as error:
         raise SoftREPAError(
-            f"{label}: {path.name} {_reason(error)}, expected a tensor that torch saved and that loads without code."
+            f"{label}: {path.name} cannot be read ({said(error)}), "
+            "expected a plain tensor or an nn.Embedding that torch saved."
         ) from None
-    if not isinstance(content, Tensor) or content.layout is not torch.strided or content.device.type != "cpu":
-        found = f"a {content.layout} tensor" if isinstance(content, Tensor) else f"a {type(content).__name__}"
-        raise SoftREPAError(f"{label}: {path.name} holds {found}, expected a plain tensor or an nn.Embedding.")
-    return content.detach()
-
-
-def _reason(error: Exception) -> str:
-    """What torch found; its own message would tell the user to load the file unsafely."""
-    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return f"asks for {asked.group(1)} to be run and was refused" if asked else "is not a whole file saved by torch"
 
 
 def _assemble(
     tensors: dict[str, Tensor], metadata: dict[str, str], family: str | None, blocks: str | None, name: str
 ) -> SoftTokens:
-    label = f'Tokens "{name}"'
+    label = f'Tokens "{shown(name)}"'
     family_name = family or metadata.get("family")
     shape = tuple(tensors["tokens"].shape)
     row: Family = family_named(family_name, label) if family_name else family_of_shape(shape, label)
@@ -188,4 +178,6 @@ def summary(tokens: SoftTokens) -> list[str]:
         lines.append(f"time table  {list(tokens.time_table.shape)}, mean norm {rows.norm(dim=-1).mean():.4g}")
     if tokens.negative_tokens is not None:
         lines.append(f"negative    a second bank, mean norm {tokens.negative_tokens.norm(dim=-1).mean():.4g}")
-    return lines + [f"{key:11} {text}" for key, text in sorted(tokens.metadata.items())]
+    texts = [f"{shown(key, 80):11} {shown(text, SHOWN_TEXT)}" for key, text in sorted(tokens.metadata.items())]
+    more = [f"... and {len(texts) - SHOWN_TEXTS} more"] if len(texts) > SHOWN_TEXTS else []
+    return lines + texts[:SHOWN_TEXTS] + more

@@ -1,7 +1,6 @@
 """Training and scoring in a ComfyUI installation without its server: the same engine, caches and checkpoints."""
 
 import inspect
-import json
 import os
 import signal
 import sys
@@ -11,7 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from . import checkpoint
-from .errors import SoftREPAError
+from .errors import SoftREPAError, printable, said, shown
+from .files import is_file, is_folder, parse_json, read_bounded
 from .timesteps import parse_timesteps
 from .tokens import SoftTokens
 from .training_config import TrainingConfig
@@ -26,24 +26,29 @@ DATA = {
 CLIP = {"tokenizer_options": {}, "clip_layer": 0}
 """What nodes between the checkpoint and the dataset may have set on the CLIP, as `comfy.sd.CLIP` names it."""
 KINDS: dict[object, type] = {int: int, str: str, bool: bool}
+MOST_NUMBER = 2**63
+"""A seed is smaller."""
+MOST_CONFIG = 1 << 20
+"""Bytes of a .json file of inputs."""
 REQUIRED = ("checkpoint", "folder", "steps", "batch_size", "learning_rate", "seed")
 
 
 def read_config(path: Path) -> dict:
     """Inputs by name: of a .json file, or those that a trained .safetensors file was made with."""
+    label = f'CONFIG "{shown(path)}"'
     if path.suffix == ".safetensors":
-        tokens = checkpoint.load(path)
-        if "inputs" not in tokens.metadata:
-            raise SoftREPAError(
-                f'CONFIG "{path}" does not say how it was trained, expected a file that this pack trained.'
-            )
-        return json.loads(tokens.metadata["inputs"])
+        metadata = checkpoint.load(path).metadata
+        if "inputs" not in metadata:
+            raise SoftREPAError(f"{label} does not say how it was trained, expected a file that this pack trained.")
+        content: bytes | str = metadata["inputs"]
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SoftREPAError(f'CONFIG "{path}" cannot be read ({error}), expected a .json file of inputs.') from None
+        if path.suffix != ".safetensors":
+            content = read_bounded(path, MOST_CONFIG)
+        config = parse_json(content)
+    except OSError as error:
+        raise SoftREPAError(f"{label} cannot be read ({said(error)}), expected a .json file of inputs.") from None
     if not isinstance(config, dict):
-        raise SoftREPAError(f'CONFIG "{path}" holds a {type(config).__name__}, expected inputs by name.')
+        raise SoftREPAError(f"{label} holds a {type(config).__name__}, expected inputs by name.")
     return config
 
 
@@ -51,9 +56,9 @@ def comfyui_folder(given: str | None) -> Path:
     """The installation: as given, as COMFYUI_PATH says, or the one whose custom_nodes holds this pack."""
     named = [given] if given else [os.environ.get("COMFYUI_PATH"), *Path(__file__).absolute().parents[2:5]]
     for candidate in (Path(one) for one in named if one):
-        if (candidate / "main.py").is_file() and (candidate / "comfy").is_dir():
+        if is_file(candidate / "main.py") and is_folder(candidate / "comfy"):
             return candidate.absolute()
-    raise SoftREPAError(f'comfyui is "{given or "not given"}", expected the folder of a ComfyUI installation.')
+    raise SoftREPAError(f'comfyui is "{shown(given or "not given")}", expected the folder of a ComfyUI installation.')
 
 
 def start(comfyui: Path, options: list[str]) -> None:
@@ -117,14 +122,16 @@ def load_checkpoint(name: str):
     import folder_paths
     import torch
 
-    path = name if Path(name).is_file() else folder_paths.get_full_path("checkpoints", name)
+    path = name if is_file(Path(name)) else folder_paths.get_full_path("checkpoints", name)
     if path is None:
-        raise SoftREPAError(f'checkpoint is "{name}", expected the name of one in ComfyUI\'s checkpoints, or a path.')
+        raise SoftREPAError(
+            f'checkpoint is "{shown(name)}", expected the name of one in ComfyUI\'s checkpoints, or a path.'
+        )
     with torch.inference_mode():
         model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=True)
     for part, found in (("model", model), ("CLIP", clip), ("VAE", vae)):
         if found is None:
-            raise SoftREPAError(f'checkpoint "{name}" holds no {part}, expected a whole checkpoint.')
+            raise SoftREPAError(f'checkpoint "{shown(name)}" holds no {part}, expected a whole checkpoint.')
     return model, clip, vae
 
 
@@ -134,7 +141,9 @@ def set_clip(inputs: dict, clip):
     clip = clip.clone()
     for name, value in options.items():
         if type(value) is not int:
-            raise SoftREPAError(f"CONFIG: tokenizer_options has {name} {value!r}, expected a whole number.")
+            raise SoftREPAError(
+                f"CONFIG: tokenizer_options has {shown(name)} {shown(repr(value))}, expected a whole number."
+            )
         clip.set_tokenizer_option(name, value)
     if layer:
         clip.clip_layer(layer)
@@ -168,7 +177,7 @@ def train(config: dict) -> Path:
     model, clip, vae = load_checkpoint(inputs.pop("checkpoint"))
     clip = set_clip(inputs, clip)
     dataset = load_dataset(inputs, clip, vae)
-    print(dataset.summary, file=sys.stderr)
+    print(printable(dataset.summary), file=sys.stderr)
     if "init_tokens" in inputs:
         inputs["init_tokens"] = load_tokens(inputs["init_tokens"])
     if text := inputs.pop("preview_prompt", None):
@@ -210,12 +219,16 @@ def check_inputs(config: dict, launch) -> None:
         if isinstance(parameter.default, (bool, int, float, str)):
             kinds[name] = type(parameter.default)
     if unknown := sorted(config.keys() - kinds.keys()):
-        raise SoftREPAError(f"CONFIG has {', '.join(unknown)}, expected only inputs of the dataset and training nodes.")
+        raise SoftREPAError(
+            f"CONFIG has {shown(', '.join(unknown))}, expected only inputs of the dataset and training nodes."
+        )
     for name, value in config.items():
         kind = kinds[name]
         fits = type(value) is kind or (kind is float and type(value) is int)
         if not fits:
-            raise SoftREPAError(f"CONFIG: {name} is {value!r}, expected a value of type {kind.__name__}.")
+            raise SoftREPAError(f"CONFIG: {name} is {shown(repr(value))}, expected a value of type {kind.__name__}.")
+        if kind in (int, float) and not -MOST_NUMBER <= value <= MOST_NUMBER:  # nor is NaN, which JSON can hold
+            raise SoftREPAError(f"CONFIG: {name} is {shown(value)}, expected a number within {MOST_NUMBER:.0e}.")
 
 
 def score(config: dict, tokens_name: str | None, **options) -> dict:
@@ -251,7 +264,7 @@ def load_tokens(name: str) -> SoftTokens:
     from .comfy import folders
 
     path = Path(name)
-    return checkpoint.load(path if path.exists() else folders.token_path(name))
+    return checkpoint.load(path if os.path.lexists(path) else folders.token_path(name))
 
 
 class Line:
@@ -268,7 +281,7 @@ class Line:
             print(file=sys.stderr)
 
     def __call__(self, text: str) -> None:
-        *notices, progress = text.split("\n")
+        *notices, progress = printable(text).split("\n")
         start = "\r\x1b[2K" if sys.stderr.isatty() else ""
         for notice in notices:
             if notice not in self.told:

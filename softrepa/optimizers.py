@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from torch import nn
 from torch.optim import Optimizer
 
-from .errors import SoftREPAError
+from .errors import SoftREPAError, shown
 
 DEFAULT = "AdamW"
 PACKAGES = {"AdamW": "torch.optim", "Adam": "torch.optim", "SGD": "torch.optim", "RMSprop": "torch.optim"} | {
@@ -24,7 +24,7 @@ def available() -> list[str]:
 def check(name: str) -> None:
     """Raises SoftREPAError for a name that is unknown or whose package is missing."""
     if name not in PACKAGES:
-        raise SoftREPAError(f'optimizer is "{name}", expected one of {", ".join(available())}.')
+        raise SoftREPAError(f'optimizer is "{shown(name)}", expected one of {", ".join(available())}.')
     if find_spec(PACKAGES[name]) is None:
         raise SoftREPAError(f'optimizer is "{name}", expected its package {PACKAGES[name]} to be installed.')
 

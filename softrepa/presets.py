@@ -1,6 +1,6 @@
 """Ways to train under one name: inputs of the training node that go together."""
 
-from .errors import SoftREPAError
+from .errors import SoftREPAError, shown
 from .training_config import TrainingConfig
 
 PRESETS: dict[str, dict] = {
@@ -14,7 +14,7 @@ PRESETS: dict[str, dict] = {
 def with_preset(preset: str, given: dict) -> dict:
     """`given` and what `preset` sets. Raises SoftREPAError where `given` says something else."""
     if preset not in PRESETS:
-        raise SoftREPAError(f'preset is "{preset}", expected one of {", ".join(PRESETS)}.')
+        raise SoftREPAError(f'preset is "{shown(preset)}", expected one of {", ".join(PRESETS)}.')
     defaults = {name: field.default for name, field in TrainingConfig.__dataclass_fields__.items()}
     for name, value in PRESETS[preset].items():
         if given.get(name, defaults[name]) not in (defaults[name], value):

@@ -27,6 +27,8 @@ EVEN_JOINTS = frozenset(
 
 MOST = 4
 """Captions made of one."""
+MOST_PHRASES, MOST_TRIED = 64, 1000
+"""First phrases of a caption that are swapped, and swaps that are looked at: there are as many as squares of them."""
 
 
 def swaps(caption: str) -> list[str]:
@@ -39,12 +41,12 @@ def swaps(caption: str) -> list[str]:
     parts = _Parts(caption)
     pairs = [
         pair
-        for first, second in itertools.combinations(parts.phrases, 2)
+        for first, second in itertools.combinations(parts.phrases[:MOST_PHRASES], 2)
         for pair in zip(reversed(first), reversed(second), strict=False)
     ]
-    random.Random(caption).shuffle(pairs)
+    random.Random(caption.encode(errors="surrogatepass")).shuffle(pairs)
     found = {parts.sense(parts.words): caption}
-    for one, other in pairs:
+    for one, other in pairs[:MOST_TRIED]:
         turned = list(parts.words)
         turned[one], turned[other] = turned[other], turned[one]
         found.setdefault(parts.sense(turned), parts.text(turned))

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from . import agsm, loss, optimizers
-from .errors import SoftREPAError
+from .errors import SoftREPAError, shown
 from .swaps import MOST
 
 OBJECTIVES = ("contrastive", "denoising", "agsm")
@@ -67,7 +67,7 @@ class TrainingConfig:
         optimizers.check(self.optimizer)
         for name, known in (("objective", OBJECTIVES), ("temperature_mode", TEMPERATURE_MODES)):
             if getattr(self, name) not in known:
-                raise SoftREPAError(f'{name} is "{getattr(self, name)}", expected one of {", ".join(known)}.')
+                raise SoftREPAError(f'{name} is "{shown(getattr(self, name))}", expected one of {", ".join(known)}.')
         least = {"steps": 1, "batch_size": 2, "accumulation": 1, "warmup_steps": 0, "hard_negatives": 0}
         least |= {"schedule_steps": 1, "restart_after": 1}
         for name, low in least.items():
@@ -95,9 +95,9 @@ class TrainingConfig:
         for name, objectives in USED_BY.items():
             default = type(self).__dataclass_fields__[name].default
             if self.objective not in objectives and getattr(self, name) != default:
-                shown = "its default" if default is None else f"its default, {default},"
+                wanted = "its default" if default is None else f"its default, {default},"
                 raise SoftREPAError(
-                    f"{name} is {getattr(self, name)}, expected {shown} with objective {self.objective}, which does "
+                    f"{name} is {getattr(self, name)}, expected {wanted} with objective {self.objective}, which does "
                     "not use it."
                 )
 

@@ -5,15 +5,23 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import SoftREPAError
-from .files import write_tensors
+from .errors import SoftREPAError, said, shown
+from .files import parse_json, read_tensors, write_tensors
 from .trainer import StepRecord, Trainer
 
 FORMAT = "softrepa-training"
 VERSION = "1"
+
+MOST_BYTES = 1 << 32
+"""Of a checkpoint: of the largest tokens it holds five copies, and 48 bytes of every step."""
+FIELDS = {"optimizer": dict, "step": int, "position": dict, "identity": dict}
+"""What stands in the metadata, as JSON."""
+SHOWN_VALUE = 80
+"""Characters of a setting in what makes a run another one."""
+TABLES = {"records": 6, "held_out": 3}
+"""Columns of the tables among the tensors."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +68,30 @@ def capture(
 
 
 def restore(trainer: Trainer, state: TrainingState) -> None:
-    """Puts `trainer`, freshly made from the same configuration, where `state` was taken."""
+    """Puts `trainer`, freshly made from the same configuration, where `state` was taken.
+
+    Raises SoftREPAError where its parts are not those of this run: the file was changed.
+    """
+    try:
+        _put_back(trainer, state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        found = shown(str(error).partition("\n")[0])
+        raise SoftREPAError(
+            f"The checkpoint does not fit the run it is of ({type(error).__name__}: {found}), expected it as this pack "
+            "has written it."
+        ) from error
+
+
+def _put_back(trainer: Trainer, state: TrainingState) -> None:
     trainer.step_index = state.step
     trainer.generator.set_state(state.tensors["generator"])
     with torch.no_grad():
         for key, parameter in trainer.tokens.named_parameters():
-            parameter.copy_(state.tensors[f"parameter/{key}"])
-            trainer.average[key].copy_(state.tensors[f"average/{key}"])
+            _copy(parameter, state.tensors[f"parameter/{key}"])
+            _copy(trainer.average[key], state.tensors[f"average/{key}"])
         if trainer.teacher is not None:
             for key, parameter in trainer.teacher.named_parameters():
-                parameter.copy_(state.tensors[f"teacher/{key}"])
+                _copy(parameter, state.tensors[f"teacher/{key}"])
     entries: dict[int, dict] = {}
     for key, value in state.tensors.items():
         if key.startswith("optimizer/"):
@@ -83,39 +105,62 @@ def restore(trainer: Trainer, state: TrainingState) -> None:
     trainer.optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 
+def _copy(target: Tensor, value: Tensor) -> None:
+    """PyTorch's own would also stretch a smaller tensor."""
+    if target.shape != value.shape:
+        raise ValueError(f"shape {list(value.shape)} for {list(target.shape)}")
+    target.copy_(value)
+
+
 def save(state: TrainingState, path: Path) -> None:
     """Writes `state`; `path` holds the old checkpoint or the whole new one."""
     fields = {"optimizer": state.optimizer, "step": state.step, "position": state.position, "identity": state.identity}
     metadata = {"format": FORMAT, "format_version": VERSION}
     metadata |= {key: json.dumps(value, sort_keys=True) for key, value in fields.items()}
     records = [astuple(record) for record in state.records]
-    tensors = state.tensors | {"records": _table(records, 6), "held_out": _table(state.held_out, 3)}
+    tables = {"records": records, "held_out": state.held_out}
+    tensors = state.tensors | {name: _table(rows, TABLES[name]) for name, rows in tables.items()}
     write_tensors(path, tensors, metadata)
 
 
 def load(path: Path) -> TrainingState:
     """Raises SoftREPAError for anything that is not a whole checkpoint. Keeps no hold on the file."""
+    label = f'Checkpoint "{shown(path.name)}"'
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT or metadata.get("format_version") != VERSION:
-                raise SoftREPAError(f'Checkpoint "{path.name}" is not of format {FORMAT} {VERSION}.')
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise SoftREPAError(f'Checkpoint "{path.name}" cannot be read ({error}), expected a whole file.') from None
-    fields = {"optimizer", "step", "position", "identity"}
-    if missing := sorted({"records", "held_out"} - tensors.keys()) + sorted(fields - metadata.keys()):
-        raise SoftREPAError(f'Checkpoint "{path.name}" lacks {", ".join(missing)}, expected a whole one.')
-    values = {key: json.loads(metadata[key]) for key in fields}
-    records = [StepRecord(int(row[0]), int(row[1]), *row[2:]) for row in tensors.pop("records").tolist()]
-    held_out = [(int(step), accuracy, loss) for step, accuracy, loss in tensors.pop("held_out").tolist()]
+        tensors, metadata = read_tensors(path, MOST_BYTES)
+        if metadata.get("format") != FORMAT or metadata.get("format_version") != VERSION:
+            raise SoftREPAError(f"{label} is not of format {FORMAT} {VERSION}.")
+        if missing := sorted(TABLES.keys() - tensors.keys()) + sorted(FIELDS.keys() - metadata.keys()):
+            raise SoftREPAError(f"{label} lacks {', '.join(missing)}, expected a whole one.")
+        values = {key: parse_json(metadata[key]) for key in FIELDS}
+    except OSError as error:
+        raise SoftREPAError(f"{label} cannot be read ({said(error)}), expected a whole file.") from None
+    tables = {name: tensors.pop(name) for name in TABLES}
+    odd = [key for key, kind in FIELDS.items() if type(values[key]) is not kind]
+    odd += [name for name, table in tables.items() if not _is_table(table, TABLES[name])]
+    if odd:
+        raise SoftREPAError(f"{label} has {', '.join(odd)} of another kind, expected what this pack writes.")
+    records = [StepRecord(int(row[0]), int(row[1]), *row[2:]) for row in tables["records"].tolist()]
+    held_out = [(int(step), accuracy, loss) for step, accuracy, loss in tables["held_out"].tolist()]
+    if len(records) != values["step"]:
+        raise SoftREPAError(f"{label} has {len(records)} records, expected one of each of its {values['step']} steps.")
     return TrainingState(tensors=tensors, records=records, held_out=held_out, **values)
 
 
 def differences(saved: dict, now: dict) -> list[str]:
     """What makes the run `now` another one than `saved`, a phrase each."""
     names = sorted(saved.keys() | now.keys())
-    return [f"{name} was {saved.get(name)}, is {now.get(name)}" for name in names if saved.get(name) != now.get(name)]
+    return [
+        f"{shown(name)} was {shown(saved.get(name), SHOWN_VALUE)}, is {shown(now.get(name), SHOWN_VALUE)}"
+        for name in names
+        if saved.get(name) != now.get(name)
+    ]
+
+
+def _is_table(tensor: Tensor, columns: int) -> bool:
+    """Whether the rows are of a table that `save` writes: they begin with a step, which is a number."""
+    fits = tensor.dtype == torch.float64 and tensor.ndim == 2 and tensor.shape[1] == columns
+    return fits and bool(tensor[:, :1].isfinite().all())
 
 
 def _table(rows: list[tuple], columns: int) -> Tensor:

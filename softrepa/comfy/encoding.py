@@ -47,6 +47,9 @@ def dataset_of_folder(
     caption_lines: str = EACH,
 ) -> Dataset:
     """Reads and encodes the folder; what the cache has no room for is encoded whenever it is drawn."""
+    for option, value, most in (("validation_percent", validation_percent, 90), ("cache_gb", cache_gb, 100_000)):
+        if not 0 <= value <= most:  # nor NaN, which ComfyUI lets through
+            raise SoftREPAError(f"{option} is {value}, expected 0 to {most:,}.")
     check_resolution(resolution, vae)
     if caption_lines not in CAPTION_LINES:
         raise SoftREPAError(f'caption_lines is "{shown(caption_lines)}", expected {" or ".join(CAPTION_LINES)}.')

@@ -1,13 +1,18 @@
-"""The model folder `softrepa`: registering it, listing it, and the paths inside it."""
+"""The model folder `softrepa`: registering it, listing it, the paths inside it, and the folder of the runs."""
 
+import logging
+import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import folder_paths
 
 from ..checkpoint import PUBLISHED
-from ..errors import SoftREPAError
+from ..errors import SoftREPAError, is_plain, said, shown, unwritable
+from ..files import is_file
+from ..locks import HeldError, NoLocksError, held
 
 FOLDER = "softrepa"
 EXTENSIONS = {".safetensors", ".pth"}
@@ -16,8 +21,10 @@ SHOWN = 8
 RUNS = "softrepa_training"
 """Folder of the runs' checkpoints and logs, in ComfyUI's output folder."""
 CHECKPOINT = ".checkpoint.safetensors"
-LONGEST = 100
-"""Characters of a file name, before its number."""
+LOCK = "lock"
+"""In a run's log folder, while somebody writes the run."""
+LONGEST, MOST_BYTES = 100, 200
+"""Characters of a file name before its number, and bytes: file systems allow 255, and some suffixes follow."""
 
 
 def home() -> Path:
@@ -26,8 +33,14 @@ def home() -> Path:
 
 
 def register() -> None:
-    """Adds models/softrepa beside what extra_model_paths.yaml names, and makes the folder."""
-    home().mkdir(parents=True, exist_ok=True)
+    """Adds models/softrepa beside what extra_model_paths.yaml names, and makes the folder where that is possible.
+
+    Raises nothing: without the folder the pack's other nodes work, and whoever uses it is told what is wrong.
+    """
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logging.warning("SoftREPA: %s", unwritable(home(), error))
     folder_paths.add_model_folder_path(FOLDER, str(home()))
     paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | EXTENSIONS)
@@ -37,20 +50,29 @@ def token_paths() -> dict[str, Path]:
     """The loader's choices, sorted: .safetensors files, and folders that hold published files.
 
     A published file that lies in a model folder itself is listed by its own name. Of two with one name, the first
-    model folder's counts.
+    model folder's counts. What cannot be read is not listed.
     """
     paths: dict[str, Path] = {}
-    for file in folder_paths.get_filename_list(FOLDER):
-        inside = Path(file)
-        if inside.suffix != ".safetensors" and inside.name not in PUBLISHED:
-            continue
-        found = folder_paths.get_full_path(FOLDER, file)
-        if found is None:  # a dangling link
-            continue
-        is_folder = inside.suffix == ".pth" and inside.parent != Path()
-        name, path = (inside.parent, Path(found).parent) if is_folder else (inside, Path(found))
-        paths.setdefault(str(name), path)
+    for root in map(Path, folder_paths.get_folder_paths(FOLDER)):
+        for path in _files_below(root):
+            is_published = path.name in PUBLISHED
+            if path.suffix != ".safetensors" and not is_published:
+                continue
+            listed = path.parent if is_published and path.parent != root else path
+            paths.setdefault(str(listed.relative_to(root)), listed)
     return dict(sorted(paths.items()))
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Regular files; each folder once, whatever links lead to it."""
+    seen = set()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        inside[:] = sorted(set(inside) - {".git"})
+        yield from (path for name in sorted(names) if is_file(path := Path(folder, name)))
 
 
 def token_path(name: str) -> Path:
@@ -58,10 +80,19 @@ def token_path(name: str) -> Path:
     paths = token_paths()
     if name in paths:
         return paths[name]
-    shown = ", ".join([*list(paths)[:SHOWN], *(["..."] if len(paths) > SHOWN else [])])
-    expected = f"one of {shown}" if paths else "a .safetensors file, or a folder with published .pth files"
+    named = ", ".join([*map(shown, list(paths)[:SHOWN]), *(["..."] if len(paths) > SHOWN else [])])
+    expected = f"one of {named}" if paths else "a .safetensors file, or a folder with published .pth files"
     found = "not" if paths else "no token files are"
-    raise SoftREPAError(f'Tokens "{name}": {found} in models/{FOLDER}, expected {expected} there.')
+    raise SoftREPAError(f'Tokens "{shown(name)}": {found} in models/{FOLDER}{_trouble()}, expected {expected} there.')
+
+
+def _trouble() -> str:
+    """What keeps the model folder from being read, in brackets."""
+    try:
+        list(home().iterdir())
+    except OSError as error:
+        return f" ({shown(home())}: {said(error)})"
+    return ""
 
 
 def listed_name(path: Path) -> str:
@@ -77,31 +108,89 @@ def fingerprint(path: Path) -> list[tuple[str, int, int]]:
 
 def new_token_path(filename_prefix: str) -> Path:
     """A path under models/softrepa that does not exist yet: prefix_00001.safetensors and so on."""
-    name = Path(filename_prefix).name
-    fits = name and len(name) <= LONGEST and "\0" not in filename_prefix
-    if not fits or home().resolve() not in (home() / filename_prefix).resolve().parents:
+    parts = Path(filename_prefix).parts
+    fits = parts and all(map(is_file_name, parts))
+    if not fits or not _is_inside(home() / filename_prefix, home()):
         raise SoftREPAError(
-            f'filename_prefix is "{filename_prefix[:LONGEST]}", expected a name of at most {LONGEST} characters inside '
-            f"models/{FOLDER}."
+            f'filename_prefix is "{shown(filename_prefix)}", expected a name of at most {LONGEST} characters inside '
+            f"models/{FOLDER} (and {MOST_BYTES} bytes, which are fewer letters of some languages)."
         )
-    folder, stem, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(home()))
+    try:
+        folder, stem, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(home()))
+    except OSError as error:
+        raise unwritable(home() / filename_prefix, error) from None
     while True:
         path = Path(folder) / f"{stem}_{counter:05}.safetensors"
         # a killed run may have left only its checkpoint, one that has just begun only its log folder
-        if not any(one.exists() for one in (path, checkpoint_path(path), log_folder(path))):
+        if not any(os.path.lexists(one) for one in (path, checkpoint_path(path), log_folder(path))):
             return path
         counter += 1
+
+
+def is_file_name(part: str) -> bool:
+    """Whether every system can write a file whose name begins so, and everybody can read the name."""
+    try:
+        size = len(part.encode())
+    except UnicodeEncodeError:
+        return False
+    return len(part) <= LONGEST and size <= MOST_BYTES and all(map(is_plain, part))
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Also where links lead."""
+    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
 
 
 def reserved_token_path(filename_prefix: str) -> Path:
     """As `new_token_path`, for a run: nobody else gets it, also while nothing is written."""
     while True:
         path = new_token_path(filename_prefix)
+        check_runs(path)
         try:
             log_folder(path).mkdir(parents=True)
-        except FileExistsError:
+        except FileExistsError as error:
+            if not log_folder(path).parent.is_dir():  # a file is there: no other number would help
+                raise unwritable(log_folder(path), error) from None
             continue
+        except OSError as error:
+            raise unwritable(log_folder(path), error) from None
         return path
+
+
+def check_runs(tokens: Path) -> None:
+    """Raises SoftREPAError where the run that writes `tokens` would follow a link out of the output folder."""
+    output = Path(folder_paths.get_output_directory())
+    for path in (checkpoint_path(tokens), log_folder(tokens)):
+        if not _is_inside(path, output):
+            raise SoftREPAError(
+                f"{shown(path)} leads to {shown(os.path.realpath(path))}, expected a place in ComfyUI's output folder; "
+                "--output-directory moves that as a whole."
+            )
+
+
+@contextmanager
+def claimed(tokens: Path) -> Iterator[str]:
+    """Keeps the run that writes `tokens` from being written by anybody else; gives a line where that is not possible.
+
+    Raises SoftREPAError where somebody does so already.
+    """
+    check_runs(tokens)
+    lock, notice = log_folder(tokens) / LOCK, ""
+    with ExitStack() as stack:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(lock))
+        except HeldError:
+            raise SoftREPAError(
+                f"resume: {shown(checkpoint_path(tokens).name)} is being written by another run at this moment, "
+                "expected that to be finished, another filename_prefix, or resume off."
+            ) from None
+        except NoLocksError as error:
+            notice = f"{shown(lock.parent)} knows no locks ({error}): start no second run that resumes this one."
+            logging.warning("SoftREPA: %s", notice)
+        except OSError as error:
+            raise unwritable(lock, error) from None
+        yield notice
 
 
 def release(tokens: Path) -> None:
@@ -132,6 +221,8 @@ def checkpoints(filename_prefix: str) -> list[Path]:
     stem = first.name.removesuffix(CHECKPOINT).rpartition("_")[0]
     numbered = re.compile(re.escape(stem) + r"_\d+" + re.escape(CHECKPOINT))
     found = [path for path in first.parent.glob(f"*{CHECKPOINT}") if numbered.fullmatch(path.name)]
+    for path in found:
+        check_runs(tokens_of_checkpoint(path))
     return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 

@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 
 from ..dataset import Dataset
-from ..errors import SoftREPAError
+from ..errors import SoftREPAError, shown
 from ..presets import with_preset
 from ..tokens import SoftTokens
 from ..training_config import TrainingConfig
@@ -18,6 +21,7 @@ from .training import Run, TokenPlan, train
 TIME_TABLE = {"auto": None, "on": True, "off": False}
 VALIDATION_BATCHES = 16
 PREVIEW_STEPS = 20
+MOST_CFG = 100
 
 
 def launch(
@@ -50,10 +54,12 @@ def launch(
             raise SoftREPAError(f"{name} is {value}, expected {low} or more.")
     if denoising_weight < 0 and denoising_weight != -1:
         raise SoftREPAError(f"denoising_weight is {denoising_weight:g}, expected 0 or more, or -1.")
+    if not 1 <= preview_cfg <= MOST_CFG:  # nor NaN, which ComfyUI lets through
+        raise SoftREPAError(f"preview_cfg is {preview_cfg:g}, expected 1 to {MOST_CFG}.")
     options = with_preset(preset, options)
     config = TrainingConfig(**options, denoising_weight=None if denoising_weight < 0 else denoising_weight)
     if time_table not in TIME_TABLE:
-        raise SoftREPAError(f'time_table is "{time_table}", expected one of {", ".join(TIME_TABLE)}.')
+        raise SoftREPAError(f'time_table is "{shown(time_table)}", expected one of {", ".join(TIME_TABLE)}.')
     plan = TokenPlan(
         n_tokens or None,
         None if blocks == "auto" else blocks,
@@ -80,9 +86,6 @@ def launch(
             found.append(Samples(*prompts, vae, size, preview_cfg, PREVIEW_STEPS, preview_every, logs))
         return [*found, Curves(logs / "curves.png")]
 
-    earlier = [folders.tokens_of_checkpoint(path) for path in folders.checkpoints(filename_prefix)] if resume else []
-    paths = earlier or [folders.reserved_token_path(filename_prefix)]
-    runs = [Files(path, folders.checkpoint_path(path), checkpoint_every) for path in paths]
     given = options | {
         "n_tokens": n_tokens,
         "blocks": blocks,
@@ -92,7 +95,19 @@ def launch(
     }
     if init_tokens is not None:
         given["init_tokens"] = init_tokens.name
-    try:
+    with ExitStack() as held:
+
+        def claim(tokens: Path) -> str:
+            """Until the run ends, however it does."""
+            return held.enter_context(folders.claimed(tokens))
+
+        earlier = (
+            [folders.tokens_of_checkpoint(path) for path in folders.checkpoints(filename_prefix)] if resume else []
+        )
+        paths = earlier or [folders.reserved_token_path(filename_prefix)]
+        for path in paths:
+            held.callback(folders.release, path)
+        runs = [Files(path, folders.checkpoint_path(path), checkpoint_every, partial(claim, path)) for path in paths]
         return train(
             model,
             dataset,
@@ -107,8 +122,6 @@ def launch(
             metadata={"inputs": json.dumps(given | dataset.settings, sort_keys=True)},
             on_progress=say,
         )
-    finally:
-        folders.release(paths[0])
 
 
 def check_previews(model, positive, negative, vae) -> None:

@@ -1,6 +1,7 @@
 """What a person sees of a training run while it goes on: curves, held-out figures, sample pictures, log files."""
 
 import csv
+import io
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..charts import Chart, Line, draw, smooth
-from ..files import write_atomically
+from ..files import read_bounded, write_atomically
 from ..loss import TEMPERATURE
 from ..trainer import StepRecord
 from ..training_config import TrainingConfig
@@ -22,6 +23,8 @@ from .session import Report, Session
 
 COLUMNS = ("step", "timestep", "loss", "accuracy", "matching_error", "gradient_norm")
 HELD_OUT = ("held_out_accuracy", "held_out_loss")
+MOST_LOGGED = 1 << 28
+"""Bytes of a log: 200 for each of a million steps."""
 SMOOTHED = 50
 """Steps that a point of a curve averages."""
 SAMPLER = {"sampler_name": "euler", "scheduler": "normal"}
@@ -66,8 +69,8 @@ class LogFile(Report):
         """The header and, of a run that is gone on with, the steps before `first`."""
         kept = []
         if self.path.exists():
-            with self.path.open(encoding="utf-8", newline="") as file:
-                kept = [row for row in csv.reader(file) if row and row[0].isdecimal() and int(row[0]) < first]
+            earlier = csv.reader(io.StringIO(read_bounded(self.path, MOST_LOGGED).decode(), newline=""))
+            kept = [row for row in earlier if row and row[0].isdecimal() and int(row[0]) < first]
         with target.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([(*COLUMNS, *HELD_OUT), *kept])
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from .. import checkpoint, training_state
 from ..dataset import Dataset
-from ..errors import SoftREPAError
+from ..errors import SoftREPAError, said, shown
 from ..tokens import SoftTokens
 from ..trainer import DivergedError, StepRecord, Trainer
 from . import folders
@@ -23,11 +23,15 @@ from . import folders
 
 @dataclass(frozen=True)
 class Files:
-    """Where a run writes its tokens and its checkpoint, and after how many steps; 0 is only at the end."""
+    """Where a run writes its tokens and its checkpoint, and after how many steps; 0 is only at the end.
+
+    `claim` keeps others from writing them and gives a line where that is not possible.
+    """
 
     tokens: Path
     checkpoint: Path
     every: int = 500
+    claim: Callable[[], str] = lambda: ""
 
 
 class Report:
@@ -39,7 +43,7 @@ class Report:
 
 
 class Session:
-    """The steps of one run and what it leaves on disk."""
+    """The steps of one run and what it leaves on disk. Raises SoftREPAError where another run writes there."""
 
     def __init__(
         self,
@@ -53,7 +57,8 @@ class Session:
     ):
         self.trainer, self.dataset, self.model, self.files = trainer, dataset, model, files
         self.identity, self.metadata, self._say = identity, metadata, say
-        self.notices: dict[str, str] = {}
+        problem = files.claim()
+        self.notices: dict[str, str] = {"lock": problem} if problem else {}
         """What stays readable above the progress, by subject."""
         self.progress = ""
         self.sample: Image.Image | None = None
@@ -67,6 +72,7 @@ class Session:
         self.bar = ProgressBar(trainer.config.steps)
 
     def go_on_from(self, saved: training_state.TrainingState) -> None:
+        saved = training_state.load(self.files.checkpoint)  # whoever wrote it until now may have gone on
         if saved.step > self.trainer.config.steps:
             raise SoftREPAError(
                 f"steps is {self.trainer.config.steps}, expected at least the {saved.step} that "
@@ -122,7 +128,7 @@ class Session:
         except memory.InterruptProcessingException:
             raise
         except Exception as error:
-            text = f"step {len(self.records)} could not be {done} ({error}); training goes on"
+            text = f"step {len(self.records)} could not be {done} ({shown(error)}); training goes on"
             logging.warning("SoftREPA: %s", text)
             self.notice("trouble", text)
 
@@ -143,7 +149,7 @@ class Session:
                 self._try(self.write, "saved")
         except OSError as error:
             raise SoftREPAError(
-                f"{self.files.tokens} could not be written ({error}), expected a folder with room; "
+                f"{shown(self.files.tokens)} could not be written ({said(error)}), expected a folder with room; "
                 f"saved until now: step {self.written[0]} of {len(self.records)}."
             ) from error
         finally:

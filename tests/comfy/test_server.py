@@ -151,3 +151,27 @@ def test_a_merge_that_drops_tokens_says_so_under_the_node_also_when_it_is_cached
         )
     graph["merge"]["inputs"] = {"model1": [load, 0], "model2": [checkpoint, 0], "ratio": 1.0}
     assert not any("takes only the weights" in text for text in server.run(graph, timeout=300).texts.get(load, []))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda nodes: nodes["load"].update(blocks="\udcff"), r'blocks is "\\udcff", expected a comma list'),
+        (lambda nodes: nodes["save"].update(filename_prefix="caf\udce9"), r'filename_prefix is "caf\\udce9", expected'),
+        (lambda nodes: nodes["load"].update(tokens_name="\ud800"), r'Tokens "\\ud800": not in models/softrepa'),
+    ],
+    ids=["blocks", "filename_prefix", "tokens_name"],
+)
+def test_text_that_cannot_be_encoded_does_not_stop_the_queue(server, change, message):
+    def saving(prefix: str) -> dict:
+        graph = workflow("sd15")
+        load = load_node(graph)
+        graph = {key: node for key, node in graph.items() if key == load or "Checkpoint" in node["class_type"]}
+        inputs = {"tokens": [load, 1], "filename_prefix": prefix}
+        return graph | {"save": {"class_type": "SoftREPASaveTokens", "inputs": inputs}}
+
+    graph = saving("broken")
+    change({"load": graph[load_node(graph)]["inputs"], "save": graph["save"]["inputs"]})
+    with pytest.raises(PromptError, match=message):
+        server.run(graph, timeout=300)
+    assert server.run(saving("after"), timeout=300).outputs["save"]

@@ -130,7 +130,9 @@ def test_code_in_a_pickle_never_runs(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         torch.save(content, folder / "dc_tokens.pth")
-        with pytest.raises(SoftREPAError, match=r"dc_tokens\.pth asks for \w+\.system to be run") as caught:
+        with pytest.raises(
+            SoftREPAError, match=r"dc_tokens\.pth cannot be read \(it asks for \w+\.system to be run\)"
+        ) as caught:
             checkpoint.load(folder)
         assert "weights_only" not in str(caught.value)
         assert "\x1b" not in str(caught.value)
@@ -139,7 +141,7 @@ def test_code_in_a_pickle_never_runs(tmp_path):
     embedding.extra = Malice(target)
     published.write(tmp_path / "c", "sd15")
     torch.save(embedding, tmp_path / "c" / "dc_t_tokens.pth")
-    with pytest.raises(SoftREPAError, match="to be run and was refused"):
+    with pytest.raises(SoftREPAError, match=r"it asks for \w+\.system to be run"):
         checkpoint.load(tmp_path / "c")
     assert not target.exists()
 
@@ -148,7 +150,7 @@ def test_bad_pickles_are_refused(tmp_path):
     path = tmp_path / "dc_tokens.pth"
     for content in (b"", b"garbage", b"PK\x03\x04 not a zip"):
         path.write_bytes(content)
-        with pytest.raises(SoftREPAError, match="is not a whole file saved by torch, expected a tensor"):
+        with pytest.raises(SoftREPAError, match=r"is not a whole file saved by torch\), expected a plain tensor"):
             checkpoint.load(path)
     torch.save(torch.randn(4, 768), path)
     path.write_bytes(path.read_bytes()[:-200])
@@ -157,8 +159,8 @@ def test_bad_pickles_are_refused(tmp_path):
     broken = torch.nn.Embedding(4, 768)
     broken._parameters = ["weight"]
     for content, found in (
-        ({"weight": torch.randn(4, 768)}, "holds a dict, expected a plain tensor"),
-        (torch.randn(4, 768).to_sparse(), "holds a torch.sparse_coo tensor"),
+        ({"weight": torch.randn(4, 768)}, r"holds a dict\), expected a plain tensor"),
+        (torch.randn(4, 768).to_sparse(), "asks for torch._utils._rebuild_sparse_tensor to be run"),
         (torch.empty(4, 768, device="meta"), "expected a plain tensor"),
         (broken, "is not a whole file"),
     ):
