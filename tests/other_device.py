@@ -49,7 +49,7 @@ class DeviceTensor(Tensor):
 
 
 class Device(TorchDispatchMode):
-    """Runs operations on `DeviceTensor`s. `refused`: what it did not; `copied_out`: how many numbers went to the CPU."""
+    """Runs operations on `DeviceTensor`s; `refused` is what it did not, `copied_out` how many numbers left at once."""
 
     def __init__(self):
         super().__init__()
@@ -146,7 +146,7 @@ class Lists(TorchFunctionMode):
 
 @contextmanager
 def other_device(monkeypatch):
-    """Within it ComfyUI computes on the other device. Gives its `Device`; what that refused is an error even if caught."""
+    """Within it ComfyUI computes on the other device. Gives its `Device`, whose refusals are errors even if caught."""
     device = Device()
     with monkeypatch.context() as patch, Lists(), device:
         patch.setattr(memory, "get_torch_device", lambda: DEVICE)

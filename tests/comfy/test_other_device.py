@@ -1,5 +1,7 @@
 """Everything that runs on a GPU, on a device that refuses what a GPU refuses: the same values as on the CPU."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from comfyui_softrepa.softrepa.comfy.flowedit_passes import Stack
@@ -8,7 +10,7 @@ from comfyui_softrepa.softrepa.comfy.patching import SoftTokenPatch, apply_token
 from comfyui_softrepa.softrepa.comfy.score import HeldOut, score
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests.editing import edit, source_latent
-from softrepa_tests.learning import dataset, train
+from softrepa_tests.learning import dataset, moved_by, same_training
 from softrepa_tests.other_device import DEVICE, built, other_device
 from softrepa_tests.sampling import prompt, relative_error, sample
 from softrepa_tests.tiny_models import seeded
@@ -54,11 +56,11 @@ def text_width_tokens() -> SoftTokens:
 def test_tokens_of_text_width(models, token_folder, monkeypatch):
     tokens = text_width_tokens()
     expected = sample(apply_tokens(models["sd3"], tokens), "sd3", steps=2)
-    trained = learned(models["sd3"], "sd3", init_tokens=tokens)
+    trained = moved_by(models["sd3"], "sd3", tokens)
     with other_device(monkeypatch):
         model = built("sd3")
         ours = sample(apply_tokens(model, tokens), "sd3", steps=2).cpu()
-        same_training(learned(model, "sd3", init_tokens=tokens), trained, tokens)
+        same_training(moved_by(model, "sd3", tokens), trained)
     assert relative_error(ours, expected) <= EXACT
 
 
@@ -77,32 +79,15 @@ TRAINING = {
 }
 
 
-def learned(model, family: str, **options):
-    """Tokens and losses. By SGD: a change of the tokens is in proportion to the gradient."""
-    options = {"optimizer": "SGD", "learning_rate": 1.0, "micro_batch": 3, "steps": 1} | options
-    if options.get("preset") != "AGSM":
-        options |= {"temperature": 2.0}
-    tokens, losses, _, _ = train({family: model}, family, **options)
-    return tokens, torch.tensor(losses["loss"])
-
-
-def same_training(ours, expected, start: SoftTokens) -> None:
-    assert relative_error(ours[1], expected[1]) <= EXACT
-    for name in ("tokens", "time_table", "negative_tokens"):
-        before, one, other = (getattr(tokens, name) for tokens in (start, ours[0], expected[0]))
-        if before is not None:
-            assert relative_error(one - before, other - before) <= 1e-3, name
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", TRAINING.values(), ids=TRAINING)
 def test_training(models, token_folder, monkeypatch, family, options):
     start = tokens_for(family, banks=options.get("preset") == "AGSM")
-    expected = learned(models[family], family, init_tokens=start, **options)
+    expected = moved_by(models[family], family, start, **options)
     with other_device(monkeypatch) as device:
-        ours = learned(built(family), family, init_tokens=start, **options)
+        ours = moved_by(built(family), family, start, **options)
         assert max(device.copied_out) <= 2 * start.tokens.numel()  # nothing of a picture's size leaves it
-    same_training(ours, expected, start)
+    same_training(ours, expected)
 
 
 class ToyVAE:
@@ -119,13 +104,13 @@ def test_previews_and_held_out_images(models, token_folder, monkeypatch, family)
     cond = prompt(family, "positive", length=77)
     previews = {"preview_positive": cond, "preview_negative": cond, "vae": ToyVAE(), "preview_every": 1}
     start = tokens_for(family)
-    expected = learned(models[family], family, init_tokens=start)
+    expected = moved_by(models[family], family, start)
     said = []
     monkeypatch.setattr("comfyui_softrepa.nodes.training.show_on_node", lambda node, text: said.append(text))
     monkeypatch.setattr("comfyui_softrepa.softrepa.comfy.launch.PREVIEW_STEPS", 1)
     with other_device(monkeypatch):
-        ours = learned(built(family), family, init_tokens=start, dataset=data, **previews)
-    same_training(ours, expected, start)
+        ours = moved_by(built(family), family, start, dataset=data, **previews)
+    same_training(ours, expected)
     assert "held out: loss" in said[-1]
     assert "could not be" not in said[-1]
 
@@ -198,7 +183,7 @@ def test_faults_in_sampling_are_found(monkeypatch, fault, family):
 def test_faults_in_training_are_found(token_folder, monkeypatch, family):
     noise_left_on_cpu(monkeypatch)
     with pytest.raises(RuntimeError, match="expected all tensors on the same device"), other_device(monkeypatch):
-        learned(built(family), family)
+        moved_by(built(family), family, tokens_for(family))
 
 
 def test_faults_in_the_backward_pass_are_found(monkeypatch):
@@ -221,11 +206,9 @@ def test_faults_in_the_backward_pass_are_found(monkeypatch):
 
 
 def test_what_was_refused_is_said_even_where_it_was_caught(monkeypatch):
-    with pytest.raises(AssertionError, match="on the same device"), other_device(monkeypatch):
-        try:
-            torch.zeros(3, device=DEVICE) + torch.zeros(3)
-        except RuntimeError:
-            pass
+    caught = suppress(RuntimeError)
+    with pytest.raises(AssertionError, match="on the same device"), other_device(monkeypatch), caught:
+        torch.zeros(3, device=DEVICE) + torch.zeros(3)
 
 
 REFUSED = {
