@@ -45,10 +45,15 @@ class PromptInterrupted(RuntimeError):
     """The prompt was cancelled."""
 
 
+TEXT_UNDER_NODE = 3
+"""The kind of such a binary message (ComfyUI's `BinaryEventTypes.TEXT`)."""
+
+
 @dataclass(frozen=True)
 class Result:
     outputs: dict[str, dict]  # by node id, as in ComfyUI's history
     images: dict[str, list[Path]]  # by node id, the pictures that were saved
+    texts: dict[str, list[str]]  # by node id, what was written under it
 
 
 class ComfyServer:
@@ -170,15 +175,18 @@ class ComfyServer:
             status, answer = self.request("POST", "/prompt", {"prompt": graph, "client_id": client})
             if status != 200:
                 raise refusal(answer)
-            await self.follow(events, answer["prompt_id"], on_progress)
-        return self.result(answer["prompt_id"])
+            texts = await self.follow(events, answer["prompt_id"], on_progress)
+        return self.result(answer["prompt_id"], texts)
 
     async def follow(
         self, events: aiohttp.ClientWebSocketResponse, prompt_id: str, on_progress: OnProgress | None
-    ) -> None:
-        """Pass progress on until the server says that the prompt has ended."""
+    ) -> dict[str, list[str]]:
+        """Pass progress on until the server says that the prompt has ended; the texts it wrote under nodes."""
+        texts: dict[str, list[str]] = {}
         async for message in events:
-            if message.type is not aiohttp.WSMsgType.TEXT:  # binary messages are previews
+            if message.type is not aiohttp.WSMsgType.TEXT:  # binary messages are previews and texts under nodes
+                if found := text_under_node(message.data):
+                    texts.setdefault(found[0], []).append(found[1])
                 continue
             event = json.loads(message.data)
             data = event["data"]
@@ -189,14 +197,14 @@ class ComfyServer:
             if event["type"] == "execution_interrupted":
                 raise PromptInterrupted("The prompt was interrupted.")
             if event["type"] == "executing" and data["node"] is None:
-                return
+                return texts
             if on_progress and event["type"] == "executing":
                 on_progress(data["node"], 0, 0)
             if on_progress and event["type"] == "progress":
                 on_progress(data["node"], data["value"], data["max"])
         raise ServerError(f"ComfyUI ended while a prompt was running:\n{self.log_tail()}")
 
-    def result(self, prompt_id: str) -> Result:
+    def result(self, prompt_id: str, texts: dict[str, list[str]]) -> Result:
         outputs = self.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
         folders = {"output": self.work / "output", "temp": self.work / "temp", "input": self.work / "input"}
         images = {
@@ -204,7 +212,15 @@ class ComfyServer:
             for node, output in outputs.items()
             if "images" in output
         }
-        return Result(outputs, images)
+        return Result(outputs, images, texts)
+
+
+def text_under_node(data) -> tuple[str, str] | None:
+    """(node id, text) of a binary message, where it is one: kind, length of the id, id, text."""
+    if not isinstance(data, bytes) or len(data) < 8 or int.from_bytes(data[:4], "big") != TEXT_UNDER_NODE:
+        return None
+    end = 8 + int.from_bytes(data[4:8], "big")
+    return data[8:end].decode(), data[end:].decode()
 
 
 def refusal(answer: dict) -> PromptError:

@@ -21,7 +21,7 @@ def read_bounded(path: Path, most: int) -> bytes:
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # opening a pipe would wait
     handle = os.open(path, flags)
-    with open(handle, "rb") as file:
+    with os.fdopen(handle, "rb") as file:
         facts = os.fstat(handle)
         if not stat.S_ISREG(facts.st_mode):
             raise UnreadableError("no regular file")

@@ -1,12 +1,12 @@
-"""Learning soft tokens: the exact token gradient at the memory of one micro-batch (sections 1 and 5 of the method)."""
+"""Learning soft tokens: the parameters, and the body of the training loop."""
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,9 @@ from .dataset import Cond
 from .errors import SoftREPAError
 from .families import INIT_STD, TEXT_WIDTH, Blocks, Family
 from .noising import draw_timestep
+from .pairs import Pairs, Rows, StepBatch, backward_through_pairs
 from .tokens import BUCKETS, SoftTokens, bucket
 from .training_config import TrainingConfig
-
-Rows = Tensor
-"""The rows of all layers at one timestep, (L, m, hidden width)."""
-
-Aims = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`agsm.aims` with its constants."""
-
-PairPass = Callable[[Rows], tuple[Tensor, Tensor]]
-"""Rows -> errors (B, J) and the gradient of each compared pair's error by the rows, (P, L, m, hidden width)."""
 
 
 class TrainableTokens(nn.Module):
@@ -58,24 +50,6 @@ class TrainableTokens(nn.Module):
         return rows
 
 
-def backward_through_pairs(
-    rows: Rows, pair_pass: PairPass, objective: Callable[[Tensor], Tensor], compared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Adds d loss / d parameters to the parameters behind `rows`; returns the loss and the errors (B, J).
-
-    Every pair's gradient is known before the loss is, so one forward and one backward a pair are enough:
-    dL/d rows = sum_ij W_ij g_ij with W = dL/dE.
-    """
-    errors, gradients = pair_pass(rows.detach())
-    errors = errors.detach().requires_grad_()
-    value = objective(errors)
-    (weights,) = torch.autograd.grad(value, errors)
-    weights = weights.flatten() if compared is None else weights[compared.to(weights.device)]
-    combined = torch.einsum("p,p...->...", weights.to(gradients), gradients)
-    rows.backward(combined.to(rows.device))
-    return value.detach(), errors.detach()
-
-
 @dataclass(frozen=True)
 class StepRecord:
     """What one step saw, before its update. `accuracy` is NaN where captions were not compared like with like."""
@@ -86,29 +60,6 @@ class StepRecord:
     accuracy: float
     matching_error: float
     gradient_norm: float
-
-
-class Pairs(Protocol):
-    """The frozen model on image-caption pairs (`softrepa.comfy.pairs.PairNetwork`)."""
-
-    def gradients(
-        self, rows: Rows, latents: Tensor, noise: Tensor, conds: list[Cond], t: int, micro_batch: int, compared: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def regression(
-        self,
-        aims: Aims,
-        banks: Tensor,
-        teacher: Tensor,
-        latents: Tensor,
-        noise: Tensor,
-        conds: list[Cond],
-        t: int,
-        micro_batch: int,
-        compared: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-    def embed(self, rows: Tensor) -> Tensor: ...
 
 
 class DivergedError(SoftREPAError):
@@ -200,8 +151,9 @@ class Trainer:
         compared = loss.comparison([len(captions) for captions in wrong])
         if config.objective == "denoising":
             compared = torch.eye(len(conds), dtype=torch.bool)
-        batch = (latents, noise, [*conds, *chain(*wrong)], t, micro_batch, compared)
-        value, errors = self._match_scores(batch) if config.objective == "agsm" else self._contrast(batch)
+        batch = StepBatch(latents, noise, [*conds, *chain(*wrong)], t, compared)
+        learn = self._match_scores if config.objective == "agsm" else self._contrast
+        value, errors = learn(batch, micro_batch)
         self._check_number("loss", value.item())
         is_retrieval = config.objective == "contrastive"  # AGSM's captions are not all read with one bank
         accuracy = loss.retrieval_accuracy(errors[:, : len(errors)]) if is_retrieval else math.nan
@@ -217,26 +169,29 @@ class Trainer:
             errors, config.temperature, config.logit_scale, weight, relative, config.symmetric, compared
         )
 
-    def _contrast(self, batch: tuple) -> tuple[Tensor, Tensor]:
-        *_, t, _, compared = batch
+    def _contrast(self, batch: StepBatch, micro_batch: int) -> tuple[Tensor, Tensor]:
+        config = self.config
         return backward_through_pairs(
-            self.tokens.rows(t, self.pairs.embed),
-            lambda rows: self.pairs.gradients(rows, *batch),
-            lambda errors: self.objective(errors, compared),
-            compared,
+            self.tokens.rows(batch.t, self.pairs.embed),
+            self.pairs,
+            batch,
+            micro_batch,
+            lambda errors: self.objective(errors, batch.compared),
+            # these look at the whole batch: at its mean error, and at its columns
+            is_by_row=config.temperature_mode != "relative" and not config.symmetric,
         )
 
-    def _match_scores(self, batch: tuple) -> tuple[Tensor, Tensor]:
-        config, (*_, t, _, _) = self.config, batch
+    def _match_scores(self, batch: StepBatch, micro_batch: int) -> tuple[Tensor, Tensor]:
+        config = self.config
         assert self.teacher is not None
-        banks, teacher = (tokens.banks(t, self.pairs.embed) for tokens in (self.tokens, self.teacher))
+        banks, teacher = (tokens.banks(batch.t, self.pairs.embed) for tokens in (self.tokens, self.teacher))
         aims = partial(
             agsm.aims,
             temperature=config.agsm_temperature,
             positive=config.positive_guidance,
             negative=config.negative_guidance,
         )
-        value, errors, gradient = self.pairs.regression(aims, banks.detach(), teacher.detach(), *batch)
+        value, errors, gradient = self.pairs.regression(aims, banks.detach(), teacher.detach(), batch, micro_batch)
         banks.backward(gradient.to(banks.device))
         return value, errors
 
@@ -251,6 +206,11 @@ class Trainer:
                 teacher[key].lerp_(value.detach(), 1 - self.config.teacher_decay)
 
 
+def start_seed(seed: int) -> int:
+    """The seed of a run's first tokens: not that of its draws, which would begin with the same numbers."""
+    return int.from_bytes(hashlib.sha256(f"tokens {seed}".encode()).digest()[:8], "big") >> 1
+
+
 def new_tokens(
     family: Family,
     width: int,
@@ -262,7 +222,7 @@ def new_tokens(
     two_banks: bool = False,
 ) -> SoftTokens:
     """Tokens as the references start them: `bos` (d,) in every row where it is given, otherwise N(0, 0.02)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(start_seed(seed))
     layers = blocks if isinstance(blocks, int) else 1
     tokens = torch.randn(layers, n_tokens, width, generator=generator) * INIT_STD
     if bos is not None:

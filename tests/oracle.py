@@ -69,6 +69,7 @@ def _joint_hooks(block, layer, active, call, network):
     def before(module, args, kwargs):
         soft = torch.cat([_rows(tokens, layer, call["t"], network.context_embedder) for tokens in active], dim=1)
         call["n"] = soft.shape[1]
+        soft = torch.cat([soft, soft[-1:].expand(len(args[0]) - len(soft), -1, -1)])  # texts appended to the samples'
         return (torch.cat([soft.to(args[0].dtype), args[0]], dim=1), *args[1:]), kwargs
 
     def after(module, args, output):

@@ -17,13 +17,13 @@ class ToyPairs:
     def embed(self, rows):
         return rows
 
-    def gradients(self, rows, latents, noise, conds, t, micro_batch, compared=None):
-        self.seen.append((t, noise.sum().item(), [cond["name"] for cond in conds]))
-        errors = torch.zeros(len(latents), len(conds))
+    def gradients(self, rows, batch, micro_batch):
+        self.seen.append((batch.t, batch.noise.sum().item(), [cond["name"] for cond in batch.conds]))
+        errors = torch.zeros(batch.compared.shape)
         gradients = []
-        for i, x in enumerate(latents):
-            for j, cond in enumerate(conds):
-                if compared is not None and not compared[i, j]:
+        for i, x in enumerate(batch.latents):
+            for j, cond in enumerate(batch.conds):
+                if not batch.compared[i, j]:
                     continue
                 leaf = rows.clone().requires_grad_()
                 error = (x.flatten()[:WIDTH] - cond["cross_attn"] - leaf.mean(dim=(0, 1))).square().mean()
@@ -31,11 +31,18 @@ class ToyPairs:
                 errors[i, j] = error.detach()
         return errors, torch.stack(gradients)
 
-    def regression(self, aims, banks, teacher, latents, noise, conds, t, micro_batch, compared):
+    def errors(self, rows, batch, micro_batch):
+        return self.gradients(rows, batch, micro_batch)[0]
+
+    def weighted_gradient(self, rows, batch, weights, micro_batch):
+        gradients = self.gradients(rows, batch, micro_batch)[1]
+        return torch.einsum("p,p...->...", weights[batch.compared], gradients)
+
+    def regression(self, aims, banks, teacher, batch, micro_batch):
         """The first bank is pulled to 1, the second to -1."""
         self.teachers = [*getattr(self, "teachers", []), teacher.clone()]
         distance = banks - torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
-        return distance.square().mean(), torch.zeros(compared.shape), 2 * distance / distance.numel()
+        return distance.square().mean(), torch.zeros(batch.compared.shape), 2 * distance / distance.numel()
 
 
 def batches(seed: int = 0):

@@ -26,7 +26,7 @@ from ..errors import SoftREPAError
 from ..folder import ImageFolder, read_folder
 from ..images import PREPARATION
 from ..latent_lists import cond_of
-from .identity import sample
+from .identity import encoder
 
 CACHE_FOLDER = "softrepa_cache"
 """In extra_model_paths.yaml: where the cache shall lie instead of ComfyUI's user folder."""
@@ -216,21 +216,13 @@ def ordinary(tensor: Tensor) -> Tensor:
 def clip_identity(clip: comfy.sd.CLIP) -> str:
     """Changes with the weights, their precision, clip skip, tokenizer options and LoRAs."""
     facts = [type(clip.cond_stage_model).__name__, clip.layer_idx, sorted(clip.tokenizer_options.items())]
-    return _identity(clip.patcher, clip.cond_stage_model, facts)
+    return encoder(clip.patcher, clip.cond_stage_model, facts)
 
 
 def vae_identity(vae: comfy.sd.VAE) -> str:
     """Changes with the weights and the precision the VAE computes in."""
-    return _identity(vae.patcher, vae.first_stage_model, [type(vae.first_stage_model).__name__, str(vae.vae_dtype)])
-
-
-def _identity(patcher, module: torch.nn.Module, facts: list) -> str:
-    if patcher.patches:
-        facts = [*facts, str(patcher.patches_uuid)]  # LoRAs: known in this session only
-    digest = hashlib.sha256(repr(facts).encode())
-    for name, weight in module.state_dict().items():
-        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + sample(weight))
-    return digest.hexdigest()[:16]
+    facts = [type(vae.first_stage_model).__name__, str(vae.vae_dtype)]
+    return encoder(vae.patcher, vae.first_stage_model, facts)
 
 
 def reading_progress() -> Callable[[int, int], None]:

@@ -10,9 +10,9 @@ from comfy.samplers import CFGGuider, calc_cond_batch, sampling_function
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
-from .mmdit import JointBlockHook
+from .mmdit import Guard
 from .state import KEY
-from .unet import CrossAttentionHook
+from .unet import guard
 
 ROLES = ("positive", "negative")
 
@@ -151,6 +151,6 @@ def has_plain_options(one: Pass) -> bool:
         all(options.get(key) is None for key in FOREIGN)
         and not one.model_patcher.injections
         and wrapper_keys <= {KEY, COMPILE_KEY}
-        and all(isinstance(patch, CrossAttentionHook) for patch in patches)
-        and all(isinstance(patch, JointBlockHook) and patch.below is None for patch in replacements)
+        and all(patch is guard for patch in patches)
+        and all(isinstance(patch, Guard) and patch.below is None for patch in replacements)
     )

@@ -1,4 +1,7 @@
-"""What a run is, by name: its file's metadata, and what must be the same for it to be gone on with."""
+"""What a run is, by name: its file's metadata, and what must be the same for it to be gone on with.
+
+Models and encoders are known by samples of their weights and, apart from these, by their LoRAs.
+"""
 
 import hashlib
 import json
@@ -8,6 +11,7 @@ from dataclasses import asdict
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from torch import nn
 
 from ..dataset import Dataset
 from ..families import format_blocks
@@ -55,21 +59,41 @@ def tokens_hash(tokens: SoftTokens) -> str:
 
 
 def base_model(model: ModelPatcher) -> str:
-    """Its kind and a hash of samples of every weight.
-
-    Weights as they were before LoRAs, and the LoRAs apart, so that it does not matter what is loaded.
-    """
+    """The kind of a MODEL and a hash of its weights, whatever is loaded."""
     digest = hashlib.sha256()
-    prefix = "diffusion_model."
-    for name, weight in sorted(model.model.diffusion_model.state_dict().items()):
-        kept = model.backup.get(prefix + name)
-        digest.update(name.encode() + sample(weight if kept is None else kept.weight))
-    for name, patches in sorted(model.patches.items(), key=lambda item: str(item[0])):
+    for name, weight in sorted(unpatched(model, model.model.diffusion_model, PREFIX)):
+        digest.update(name.encode() + sample(weight))
+    digest_patches(digest, model, PREFIX)
+    return f"{type(model.model).__name__} {digest.hexdigest()[:16]}"
+
+
+def encoder(patcher: ModelPatcher, module: nn.Module, facts: list) -> str:
+    """A hash of a CLIP's or VAE's weights, their precision and `facts`, whatever is loaded."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for name, weight in unpatched(patcher, module):
+        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + sample(weight))
+    digest_patches(digest, patcher)
+    return digest.hexdigest()[:16]
+
+
+PREFIX = "diffusion_model."
+"""Of the network's weights among those of a MODEL."""
+
+
+def unpatched(patcher: ModelPatcher, module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights by name, as they were before LoRAs that are loaded now were added to them in place."""
+    for name, weight in module.state_dict().items():
+        kept = patcher.backup.get(prefix + name)
+        yield name, weight if kept is None else kept.weight
+
+
+def digest_patches(digest, patcher: ModelPatcher, prefix: str = "") -> None:
+    """Adds the LoRAs, which are known by what they hold."""
+    for name, patches in sorted(patcher.patches.items(), key=lambda item: str(item[0])):
         if str(name).startswith(prefix):
             digest.update(str(name).encode())
             for part in _parts(patches):
                 digest.update(sample(part) if isinstance(part, torch.Tensor) else repr(part).encode())
-    return f"{type(model.model).__name__} {digest.hexdigest()[:16]}"
 
 
 def sample(weight: torch.Tensor) -> bytes:

@@ -2,40 +2,48 @@
 
 import torch
 
+from ..errors import SoftREPAError
 from .attention import key_bias
-from .frozen import Recomputed
-from .state import call_state
+from .frozen import ForeignTensors, Recomputed
+from .state import CallState, Place, call_state, refuse_unweighed, with_appended
 
 REPLACE = "dit"
 BLOCK = "double_block"
 
 
-def install(model, patch, layers: int) -> None:
-    """Hooks the first joint blocks, running a replacement that is already there as the block."""
+def install(model, layers: int) -> None:
+    """Guards the first joint blocks; what inserts rows comes with each call, around whatever replaces a block then."""
     for layer in range(layers):
-        below = _replacement(model, layer)
-        while isinstance(below, JointBlockHook):
-            below = below.below
-        model.set_model_patch_replace(JointBlockHook(patch, layer, below), REPLACE, BLOCK, layer)
+        below = _replacement(model.model_options["transformer_options"], layer)
+        if not isinstance(below, Guard):
+            model.set_model_patch_replace(Guard(layer, below), REPLACE, BLOCK, layer)
 
 
-def install_trainable(model, checkpointing: bool) -> None:
+def inserting(options: dict, state: CallState) -> dict:
+    """`options` of one call in which the blocks get the rows of `state`."""
+    replacements = options.get("patches_replace", {})
+    blocks = dict(replacements.get(REPLACE, {}))
+    for layer in state.rows:
+        blocks[BLOCK, layer] = JointBlockHook(layer, _replacement(options, layer))
+    return options | {"patches_replace": replacements | {REPLACE: blocks}}
+
+
+def install_trainable(model, checkpointing: bool, foreign: ForeignTensors) -> None:
     """Makes every joint block that nobody replaces one that autograd can go through."""
     for layer, block in enumerate(model.get_model_object("diffusion_model").joint_blocks):
-        if _replacement(model, layer) is None:
-            model.set_model_patch_replace(TrainableBlock(block, checkpointing), REPLACE, BLOCK, layer)
+        if _replacement(model.model_options["transformer_options"], layer) is None:
+            model.set_model_patch_replace(TrainableBlock(block, checkpointing, foreign), REPLACE, BLOCK, layer)
 
 
-def _replacement(model, layer: int):
-    patches = model.model_options["transformer_options"].get("patches_replace", {})
-    return patches.get(REPLACE, {}).get((BLOCK, layer))
+def _replacement(options: dict, layer: Place):
+    return options.get("patches_replace", {}).get(REPLACE, {}).get((BLOCK, layer))
 
 
 class TrainableBlock:
     """A joint block, as ComfyUI's own would be when replaced, except for its checkpointing, which is out of reach."""
 
-    def __init__(self, block, checkpointing: bool):
-        self.block = Recomputed(block) if checkpointing else block
+    def __init__(self, block, checkpointing: bool, foreign: ForeignTensors):
+        self.block = Recomputed(block, foreign) if checkpointing else block
 
     def __call__(self, args, extra):
         options, vec = args["transformer_options"], args["vec"]
@@ -43,32 +51,60 @@ class TrainableBlock:
         return {"txt": text, "img": image}
 
 
-class JointBlockHook:
-    """Replacement of one joint block: text (B, T, d) -> [soft ; text] (B, n + T, d) -> block -> text."""
+class Guard:
+    """A joint block or the replacement `below`, in calls that went through the model's wrappers; refuses others."""
 
-    def __init__(self, patch, layer: int, below=None):
-        self.patch, self.layer, self.below = patch, layer, below
+    def __init__(self, layer: Place, below=None):
+        self.layer, self.below = layer, below
 
     def __call__(self, args, extra):
-        state = call_state(args["transformer_options"])
-        rows = state.rows.get(self.layer) if state.owner is self.patch else None
+        return run_block(call_state(args["transformer_options"]), self.layer, self.below, args, extra)
+
+
+class JointBlockHook:
+    """Replacement of one joint block: text (B, T, d) -> [soft ; text] (B, n + T, d) -> block or `below` -> text."""
+
+    def __init__(self, layer: Place, below=None):
+        self.layer, self.below = layer, below
+
+    def __call__(self, args, extra):
+        call = call_state(args["transformer_options"])
+        text, image = args["txt"], args["img"]
+        state = self._for(call, len(text), len(image))
+        rows = state.rows.get(self.layer)
         if rows is None:
-            return self._run(state, args, extra)
-        text = args["txt"]
-        soft = rows.shape[1]
-        if state.bias:
-            state.attention.expect(key_bias(state.bias[self.layer], 0, text.shape[1] + args["img"].shape[1]))
-        out = self._run(state, args | {"txt": torch.cat([rows.to(text.dtype), text], dim=1)}, extra)
-        if state.bias:
-            state.attention.expect(None)  # a replacement below may have skipped attention
+            return run_block(call, self.layer, self.below, args, extra)
+        if self.layer in state.bias:
+            call.attention.expect(key_bias(state.bias[self.layer], 0, text.shape[1] + image.shape[1]))
+        joined = args | {"txt": torch.cat([rows.to(text.dtype), text], dim=1)}
+        out = run_block(call, self.layer, self.below, joined, extra)
+        if out["img"] is image:  # a replacement that skips the block computes no attention
+            call.attention.take()
+        refuse_unweighed(call, f"block {self.layer}")
         if out["txt"] is None:  # the last joint block has no text output
             return out
-        return out | {"txt": out["txt"][:, soft:]}
+        return out | {"txt": out["txt"][:, rows.shape[1] :]}
 
-    def _run(self, state, args, extra):
-        if self.below is not None:
-            return self.below(args, extra)
-        # Not `extra["original_block"]`: it checkpoints, which without gradients only saves the random state.
-        block, options = state.blocks[self.layer], args["transformer_options"]
-        text, image = block(args["txt"], args["img"], c=args["vec"], use_checkpoint=False, transformer_options=options)
-        return {"txt": text, "img": image}
+    def _for(self, state: CallState, texts: int, samples: int) -> CallState:
+        if texts == len(state.negative):
+            return state
+        if samples != len(state.negative) or texts < samples:
+            raise SoftREPAError(
+                f"{state.label}: another node gives block {self.layer} {texts} texts for {samples} images of "
+                f"{len(state.negative)} samples, expected as many texts as samples, or more behind them; "
+                "remove that node."
+            )
+        return with_appended(state, texts)
+
+
+def run_block(state: CallState, layer, below, args: dict, extra: dict) -> dict:
+    """The block as ComfyUI would run it, or its replacement."""
+    if below is not None:
+        return below(args, extra)
+    block = state.blocks[layer]
+    if "forward" in vars(block):  # another pack runs the block in its own way, which its network knows
+        return extra["original_block"](args)
+    # Not `original_block`: it checkpoints, which without gradients only saves the random state.
+    options = args["transformer_options"]
+    text, image = block(args["txt"], args["img"], c=args["vec"], use_checkpoint=False, transformer_options=options)
+    return {"txt": text, "img": image}

@@ -1,9 +1,10 @@
 """Denoising errors of image-caption pairs by a MODEL's own network, and their gradients by the soft rows."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from typing import TypeVar
 
 import comfy.model_management as memory
@@ -17,20 +18,26 @@ from ..dataset import Cond
 from ..errors import SoftREPAError
 from ..families import Blocks
 from ..noising import noised_eps, noised_flow, pair_error
+from ..pairs import Rows, StepBatch
 from ..tokens import SoftTokens
 from . import mmdit, unet
-from .frozen import OrdinaryWeights, differentiable_attention, ordinary
+from .attention import OVERRIDE
+from .frozen import ForeignTensors, differentiable_attention, frozen, ordinary
 from .models import model_shape
 from .patching import apply_tokens, compute_dtype
-from .state import KEY, CallState
+from .state import KEY, CallState, Place
 
 Found = TypeVar("Found")
 NOISING = {ModelType.FLOW: noised_flow, ModelType.EPS: noised_eps}
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """MPS has no exception of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+    """Of CUDA also where it comes late, from work that runs by itself, and of MPS, which has no exception for it."""
+    by_core = getattr(memory, "is_oom", lambda error: isinstance(error, torch.OutOfMemoryError))
+    found = by_core(error) or "out of memory" in str(error).lower()
+    if found and hasattr(memory, "discard_cuda_async_error"):
+        memory.discard_cuda_async_error()  # or the next call would raise it again
+    return found
 
 
 def halving(call: Callable[[int], Found], size: int) -> tuple[Found, int]:
@@ -63,17 +70,17 @@ def pair_errors(
     """
     model = model if tokens is None else apply_tokens(model, tokens)
     with torch.inference_mode(False), torch.no_grad():
-        return PairNetwork(model).errors(latents, noise, conds, t, micro_batch)
+        return PairNetwork(model).errors(None, StepBatch.of_all(latents, noise, conds, t), micro_batch)
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Each caption as keyword tensors of the network, (1, ...) each."""
+    """Each caption as keyword tensors of the network, (1, ...) each, wherever they lie."""
 
     of: list[dict[str, Tensor]]
 
-    def joined(self, indices: list[int]) -> dict[str, Tensor]:
-        return {key: torch.cat([self.of[j][key] for j in indices]) for key in self.of[0]}
+    def joined(self, indices: list[int], device: torch.device) -> dict[str, Tensor]:
+        return {key: torch.cat([self.of[j][key] for j in indices]).to(device) for key in self.of[0]}
 
     def runs(self, micro_batch: int, compared: Tensor) -> Iterator[tuple[list[int], list[int]]]:
         """The pairs of `compared` (B, J) as (image indices, caption indices).
@@ -96,96 +103,119 @@ def gradient_of(values: Tensor, leaf: Tensor, scale: float) -> Tensor:
     return gradient / scale
 
 
+def with_foreign_tensors(method):
+    """What begins with a `PairNetwork`, tried again where another node's inference tensor was in autograd's way."""
+
+    @wraps(method)
+    def tried(self, *args):
+        try:
+            return method(self, *args)
+        except RuntimeError as error:
+            if not self.foreign.explain(error):
+                raise
+        return method(self, *args)
+
+    return tried
+
+
 class PairNetwork:
     """The network of a loaded MODEL on pairs, through the model's own patches and wrappers.
 
-    With `trained_blocks` the rows given to `gradients` are inserted there.
+    With `trained_blocks` the rows given to its methods are inserted there; without, rows are None.
     """
 
     def __init__(self, model: ModelPatcher, trained_blocks: Blocks | None = None, checkpointing: bool = True):
         self.shape = model_shape(model)
         self.base_model = model.model
+        self.device = model.load_device
+        """Where the network computes, whatever part of it is offloaded."""
+        self.foreign = ForeignTensors()
         if self.base_model.model_type not in NOISING:
             raise SoftREPAError(f"Model predicts {self.base_model.model_type.name}, expected EPS or FLOW.")
         if trained_blocks is not None:
             if model.get_attachment(KEY) is not None:
                 raise SoftREPAError("Model has soft tokens on it, expected the plain model; go on with init_tokens.")
-            model = model.clone()
-            if isinstance(trained_blocks, int):
-                mmdit.install_trainable(model, checkpointing)
-                mmdit.install(model, self, layers=trained_blocks)
-            else:
-                unet.install(model, self, before=None)
+            if not self.shape.family.is_unet:
+                model = model.clone()
+                mmdit.install_trainable(model, checkpointing, self.foreign)
         self.trained_blocks = trained_blocks
         self.recomputes_unet = checkpointing and self.shape.family.is_unet
         self.options = copy_nested_dicts(model.model_options["transformer_options"])
         merge_nested_dicts(self.options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
-        inner = self.options.get("optimized_attention_override")
-        self.options["optimized_attention_override"] = differentiable_attention(inner)
+        self.options[OVERRIDE] = differentiable_attention(self.options, self.device, compute_dtype(self.base_model))
 
-    def errors(self, latents: Tensor, noise: Tensor, conds: list[Cond], t: int, micro_batch: int) -> Tensor:
-        """(B, B) without gradients."""
-        sigma, seen, target, captions = self.prepared(latents, noise, conds, t)
-        errors = torch.empty(len(latents), len(conds), device=seen.device)
-        every = torch.ones(errors.shape, dtype=torch.bool)
-        for images, texts in captions.runs(micro_batch, every):
-            output = self.output(seen[images], sigma, captions.joined(texts))
-            errors[images, texts] = pair_error(output, target[images])
+    def errors(self, rows: Rows | None, batch: StepBatch, micro_batch: int) -> Tensor:
+        sigma, seen, target, captions = self.prepared(batch)
+        errors = torch.zeros(batch.compared.shape, device=self.device)
+        with torch.no_grad():
+            for images, texts in captions.runs(micro_batch, batch.compared):
+                memory.throw_exception_if_processing_interrupted()
+                own = None if rows is None else rows.to(self.device).expand(len(images), *rows.shape)
+                output = self.output(seen[images], sigma, captions.joined(texts, self.device), own)
+                errors[images, texts] = pair_error(output, target[images].to(self.device))
         return errors
 
-    def gradients(
-        self,
-        rows: Tensor,
-        latents: Tensor,
-        noise: Tensor,
-        conds: list[Cond],
-        t: int,
-        micro_batch: int,
-        compared: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Errors (B, J) and each pair's gradient of its own error by `rows` (L, m, d): (P, L, m, d).
-
-        Of the P pairs in `compared` (B, J) row by row, or of all; other errors are 0.
-        """
-        sigma, seen, target, captions = self.prepared(latents, noise, conds, t)
-        rows = rows.to(seen.device)
-        errors = torch.zeros(len(latents), len(conds), device=seen.device)
-        if compared is None:
-            compared = torch.ones(errors.shape, dtype=torch.bool)
+    @with_foreign_tensors
+    def gradients(self, rows: Rows, batch: StepBatch, micro_batch: int) -> tuple[Tensor, Tensor]:
+        errors = torch.zeros(batch.compared.shape, device=self.device)
         places = torch.full(errors.shape, -1)
-        places[compared] = torch.arange(int(compared.sum()))
-        gradients = torch.empty(int(compared.sum()), *rows.shape, device=seen.device)
-        for images, texts in captions.runs(micro_batch, compared):
+        places[batch.compared] = torch.arange(batch.pairs)
+        gradients = torch.empty(batch.pairs, *rows.shape, device=self.device)
+        with self.trainable():
+            for images, texts, error, gradient in self._by_pair(rows, batch, micro_batch):
+                errors[images, texts] = error
+                gradients[places[images, texts]] = gradient
+        return errors, gradients
+
+    @with_foreign_tensors
+    def weighted_gradient(self, rows: Rows, batch: StepBatch, weights: Tensor, micro_batch: int) -> Tensor:
+        total = torch.zeros(rows.shape, device=self.device)
+        with self.trainable():
+            for images, texts, _, gradient in self._by_pair(rows, batch, micro_batch):
+                total += torch.einsum("p,p...->...", weights.to(gradient)[images, texts], gradient)
+        return total
+
+    def _by_pair(self, rows: Rows, batch: StepBatch, micro_batch: int):
+        """(image indices, caption indices, errors, gradients by their rows) of `micro_batch` pairs at a time."""
+        sigma, seen, target, captions = self.prepared(batch)
+        rows = rows.to(self.device)
+        for images, texts in captions.runs(micro_batch, batch.compared):
             memory.throw_exception_if_processing_interrupted()
             leaf = rows.expand(len(images), *rows.shape).clone().requires_grad_()
-            error = pair_error(self.output(seen[images], sigma, captions.joined(texts), leaf), target[images])
-            errors[images, texts] = error.detach()
-            gradients[places[images, texts]] = gradient_of(error, leaf, target[0].numel())
-        return errors, gradients
+            output = self.output(seen[images], sigma, captions.joined(texts, self.device), leaf)
+            error = pair_error(output, target[images].to(self.device))
+            yield images, texts, error.detach(), gradient_of(error, leaf, target[0].numel())
+
+    @contextmanager
+    def trainable(self):
+        """Within it gradients come back through the network. Nothing may be loaded or unloaded meanwhile."""
+        network = self.base_model.diffusion_model
+        recomputing = unet.recomputed_blocks(network, self.foreign) if self.recomputes_unet else nullcontext()
+        with frozen(network), recomputing:
+            yield
 
     def embed(self, rows: Tensor) -> Tensor:
         """The model's context embedder on 4096-wide rows, with its graph."""
-        with OrdinaryWeights():
-            rows = rows.to(self.base_model.device, compute_dtype(self.base_model))
-            return self.base_model.diffusion_model.context_embedder(rows).float()
+        rows = rows.to(self.device, compute_dtype(self.base_model))
+        embedder = self.base_model.diffusion_model.context_embedder
+        with frozen(embedder):
+            return embedder(rows).float()
 
-    def prepared(self, latents: Tensor, noise: Tensor, conds: list[Cond], t: int):
-        """sigma (), x_t and target (B, C, H, W), and the captions on the network's device."""
-        device = self.base_model.device
-        latents, noise = (ordinary(tensor).to(device, torch.float32) for tensor in (latents, noise))
+    def prepared(self, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor, Captions]:
+        """sigma (), x_t and target (B, C, H, W), and the captions; on the CPU, for a batch may be large."""
+        latents, noise = (ordinary(tensor).to("cpu", torch.float32) for tensor in (batch.latents, batch.noise))
         sampling = self.base_model.model_sampling
         is_flow = self.base_model.model_type is ModelType.FLOW
         # t / 1000 for flow models: ComfyUI's own sigma(t) would apply the sampling shift
-        sigma = torch.tensor(t / 1000) if is_flow else ordinary(sampling.sigmas)[t]
-        sigma = sigma.to(device)
+        sigma = torch.tensor(batch.t / 1000) if is_flow else ordinary(sampling.sigmas)[batch.t].cpu()
         seen, target = NOISING[self.base_model.model_type](latents, noise, sigma)
         height, width = (8 * side for side in latents.shape[-2:])
         sizes = {"width": width, "height": height, "target_width": width, "target_height": height}
         captions = []
-        for cond in conds:
+        for cond in batch.conds:
             given = {key: value for key, value in cond.items() if value is not None}
-            encoded = self.base_model.extra_conds(**(sizes | given), noise=latents[:1], device=device)
-            captions.append({key: ordinary(value.cond).to(device) for key, value in encoded.items()})
+            encoded = self.base_model.extra_conds(**(sizes | given), noise=latents[:1], device=self.device)
+            captions.append({key: ordinary(value.cond) for key, value in encoded.items()})
         return sigma, seen, target, Captions(captions)
 
     def output(self, seen: Tensor, sigma: Tensor, texts: dict[str, Tensor], rows: Tensor | None = None) -> Tensor:
@@ -201,20 +231,26 @@ class PairNetwork:
             network, context = self.base_model.diffusion_model, c_crossattn.to(dtype)
             return network(x.to(dtype), t, context=context, transformer_options=transformer_options, **extra)
 
+        seen, sigma = seen.to(self.device), sigma.to(self.device).expand(len(seen))
         options = copy_nested_dicts(self.options)
         if rows is not None:
-            options[KEY] = CallState(self, rows=self._placed(rows))
+            options = self._inserting(options, rows, self.base_model.model_sampling.timestep(sigma))
         texts = dict(texts)
         context = texts.pop("c_crossattn")
         wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, options)
         call = WrapperExecutor.new_class_executor(raw, self.base_model, wrappers)
-        network = self.base_model.diffusion_model
-        recomputing = unet.recomputed_blocks(network) if rows is not None and self.recomputes_unet else nullcontext()
-        with OrdinaryWeights(), recomputing:
-            return call.execute(seen, sigma.expand(len(seen)), None, context, None, options, **texts)
+        with self.foreign.made_ordinary():
+            return call.execute(seen, sigma, None, context, None, options, **texts)
 
-    def _placed(self, rows: Tensor) -> dict:
-        """Rows (P, L, m, d) by where they are inserted."""
+    def _inserting(self, options: dict, rows: Tensor, timestep: Tensor) -> dict:
+        """`options` of one call in which P samples get `rows` (P, L, m, d)."""
+        blocks: Sequence = ()
+        placed: dict[Place, Tensor]
         if isinstance(self.trained_blocks, int):
-            return {layer: rows[:, layer] for layer in range(self.trained_blocks)}
-        return {unet.STAGES[name]: rows[:, 0] for name in self.trained_blocks or ()}
+            placed = {layer: rows[:, layer] for layer in range(self.trained_blocks)}
+            blocks, inserting = self.base_model.diffusion_model.joint_blocks, mmdit.inserting
+        else:
+            placed = {unet.STAGES[name]: rows[:, 0] for name in self.trained_blocks or ()}
+            inserting = unet.inserting
+        state = CallState("Tokens in training", timestep, [False] * len(rows), placed, blocks=blocks)
+        return inserting(options | {KEY: state}, state)

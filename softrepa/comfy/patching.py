@@ -1,10 +1,12 @@
 """Soft tokens on a MODEL: one patch per model that holds every token set, by model-patcher hooks only.
 
-Before each call of the network a wrapper works out the rows of every block for the timestep of that very call;
-the hooks in the blocks (`unet.py`, `mmdit.py`) only insert them. Nothing is kept on the shared model.
+Before each call of the network a wrapper works out the rows of every block for the timestep of that very call, and puts
+hooks that insert them (`unet.py`, `mmdit.py`) into that call's own options, behind what other nodes have put there, in
+whatever order the nodes stand. Nothing is kept on the shared model.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from uuid import UUID, uuid4
 
@@ -18,9 +20,9 @@ from ..errors import SoftREPAError
 from ..families import Blocks
 from ..tokens import SoftTokens
 from . import mmdit, unet
-from .attention import SoftKeyBias
+from .attention import OVERRIDE, SoftKeyBias, heeds_masks
 from .models import check_fit, chosen_blocks, model_shape
-from .state import KEY, CallState, Place
+from .state import KEY, CallState, Entries, Place
 
 ROLES = "softrepa_roles"
 
@@ -102,7 +104,7 @@ def apply_tokens(
     patched = model.clone()
     if strength > 0:
         before = model.get_attachment(KEY)
-        SoftTokenPatch((*before.sets, added) if before else (added,)).install(patched, before)
+        SoftTokenPatch((*before.sets, added) if before else (added,)).install(patched)
     return patched
 
 
@@ -112,55 +114,75 @@ class SoftTokenPatch:
     def __init__(self, sets: tuple[TokenSet, ...]):
         self.sets = sets
         self._moved: dict[torch.device, tuple[SoftTokens, ...]] = {}
+        self._heeding: dict[tuple, tuple[Callable, bool]] = {}
+        self._seen_to_use_text: list[Callable] = []
+
+    @property
+    def label(self) -> str:
+        return self.sets[-1].tokens.label
+
+    @property
+    def has_roles(self) -> bool:
+        return any(token_set.has_roles for token_set in self.sets)
 
     def __deepcopy__(self, memo):
         """Shared by all clones: ComfyUI 0.3.75 deep-copies model options, newer ones copy lists and dicts only."""
         return self
 
-    def install(self, model: ModelPatcher, before: "SoftTokenPatch | None") -> None:
-        """Puts the hooks on `model` in place of those of `before`."""
+    def install(self, model: ModelPatcher) -> None:
+        """Puts the wrappers on `model` in place of those of a patch before."""
         model.set_attachments(KEY, self)
         options = model.model_options
         for wrappers in options["transformer_options"].get("wrappers", {}).values():
             wrappers.pop(KEY, None)
         # In the model options, not on the patcher: whoever calls the network with these options runs them too.
-        if any(token_set.has_roles for token_set in self.sets):
+        if self.has_roles:
             add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, name_roles, options, is_model_options=True)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.before_network, options, is_model_options=True)
         layers = [token_set.blocks for token_set in self.sets if isinstance(token_set.blocks, int)]
         if layers:
-            mmdit.install(model, self, layers=max(layers))
+            mmdit.install(model, layers=max(layers))
         else:
-            unet.install(model, self, before)
+            unet.install(model)
 
     def before_network(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
     ):
-        """APPLY_MODEL wrapper: leaves this call's rows in a copy of `transformer_options`."""
+        """APPLY_MODEL wrapper: leaves this call's rows and hooks in a copy of `transformer_options`."""
         base_model = executor.class_obj
         options = transformer_options.copy()
         negative = negative_rows(options.pop(ROLES, {}), options.get("uuids", ()), len(x))
         # ComfyUI's compile node drops guards on transformer_options, so there what is inserted must never change.
         is_compiled = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
         state = self.state(base_model, t, negative, is_fixed=is_compiled)
-        options[KEY] = state
-        if state.bias:
+        if state.weighs:
             refuse_replaced_attention(state, options)
-            state.attention = SoftKeyBias(options.get("optimized_attention_override"))
-            options["optimized_attention_override"] = state.attention
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            state.attention = self._weighing(options, x.device, compute_dtype(base_model))
+            options[OVERRIDE] = state.attention
+        options[KEY] = state
+        inserting = unet.inserting if self.sets[0].tokens.family.is_unet else mmdit.inserting
+        return executor(x, t, c_concat, c_crossattn, control, inserting(options, state), **kwargs)
 
-    def state(self, base_model, sigma: Tensor, negative: list[bool], is_fixed: bool = False) -> CallState:
+    def _weighing(self, options: dict, device: torch.device, dtype: torch.dtype) -> SoftKeyBias:
+        """What gives attention its biases, above an override that is there already."""
+        inner = options.get(OVERRIDE)
+        if inner is None:
+            return SoftKeyBias()
+        key = (id(inner), device, dtype)
+        if key not in self._heeding:  # with the override itself, so that its id stays its own
+            self._heeding[key] = inner, heeds_masks(options, device, dtype)
+        return SoftKeyBias(*self._heeding[key])
+
+    def state(self, base_model, sigma: Tensor, negative: Sequence[bool], is_fixed: bool = False) -> CallState:
         """Rows and biases of every place for sigma (B,) and the roles of the B samples.
 
         Sets that do not act in this call are left out or, where `is_fixed`, inserted with weight 0.
         """
-        is_unet = self.sets[0].tokens.family.is_unet
-        state = CallState(self, blocks=() if is_unet else base_model.diffusion_model.joint_blocks)
         rows: dict[Place, list[Tensor]] = {}
         strengths: dict[Place, list[list[float]]] = {}
         device = sigma.device
-        timestep = base_model.model_sampling.timestep(sigma).expand(len(negative))
+        sigma = sigma.expand(len(negative))
+        timestep = base_model.model_sampling.timestep(sigma)
         for token_set, tokens in zip(self.sets, self._on(device), strict=True):
             is_open = in_window(token_set, base_model.model_sampling, sigma)
             per_sample = [token_set.strength_for(is_negative) * is_open for is_negative in negative]
@@ -172,16 +194,30 @@ class SoftTokenPatch:
                 rows.setdefault(place, []).append(layers[:, layer])
                 strengths.setdefault(place, []).extend([per_sample] * tokens.count)
         dtype = compute_dtype(base_model)
-        state.rows = {
-            place: (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(dtype) for place, parts in rows.items()
-        }
+
+        def made_for(entries: Entries) -> CallState:
+            samples = torch.tensor([sample for sample, _ in entries], device=device)
+            return self.state(base_model, sigma[samples], [is_negative for _, is_negative in entries], is_fixed)
+
+        state = CallState(
+            self.label,
+            timestep,
+            negative,
+            rows={
+                place: (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(dtype) for place, parts in rows.items()
+            },
+            blocks=() if self.sets[0].tokens.family.is_unet else base_model.diffusion_model.joint_blocks,
+            has_roles=self.has_roles,
+            made_for=made_for,
+            seen_to_use_text=self._seen_to_use_text,
+        )
         varies = is_fixed and any(token_set.varies for token_set in self.sets)
         if varies or any(strength != 1 for columns in strengths.values() for column in columns for strength in column):
             # log(0) = -inf: the soft keys do not exist for samples of the other role
             state.bias = biases(strengths, device)
         return state
 
-    def _rows(self, base_model, token_set: TokenSet, tokens: SoftTokens, timestep, negative: list[bool]) -> Tensor:
+    def _rows(self, base_model, token_set: TokenSet, tokens: SoftTokens, timestep, negative: Sequence[bool]) -> Tensor:
         """(B, L, m, d), the negative bank for samples that ask for it."""
 
         def embed(rows: Tensor) -> Tensor:
@@ -260,7 +296,7 @@ def refuse_replaced_attention(state: CallState, options: dict) -> None:
     for block in options.get("patches_replace", {}).get("attn2", {}):
         if block[0] in state.bias:
             raise SoftREPAError(
-                f"{state.owner.sets[-1].tokens.label}: strength other than 0 or 1, or apply_to other than both, cannot "
+                f"{state.label}: strength other than 0 or 1, or apply_to other than both, cannot "
                 f"act where another node replaces cross-attention (block {block[0]} {block[1]}); "
                 "expected strength 1 and apply_to both, or that node removed."
             )

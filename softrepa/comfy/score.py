@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import loss
 from ..dataset import Batch, Dataset
 from ..errors import SoftREPAError
+from ..pairs import StepBatch
 from ..timesteps import SCORED, parse_timesteps
 from .pairs import PairNetwork, halving
 
@@ -105,8 +106,9 @@ def score(
             column: dict[str, list[Tensor]] = {name: [] for name in columns}
             for t in timesteps:
                 memory.throw_exception_if_processing_interrupted()
-                noise, size = _noise(latents, seed, index, t), micro_batch or len(latents)
-                errors, fitted = halving(partial(network.errors, latents, noise, batch.conds, t), size)
+                step = StepBatch.of_all(latents, _noise(latents, seed, index, t), batch.conds, t)
+                size = micro_batch or len(latents)
+                errors, fitted = halving(partial(network.errors, None, step), size)
                 micro_batch = micro_batch if fitted == size else fitted
                 errors = errors.cpu()
                 column["retrieved"].append(loss.retrieved(errors))

@@ -5,17 +5,20 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import comfy.model_management as memory
 import torch
 from comfy.model_patcher import ModelPatcher
+from torch import Tensor
 
 from .. import training_state
 from ..dataset import Cond, Dataset
 from ..errors import SoftREPAError
 from ..families import TEXT_WIDTH, Blocks, format_blocks, parse_blocks
 from ..loss import denoising_loss
+from ..pairs import MOST_KEPT, StepBatch
 from ..tokens import SoftTokens
 from ..trainer import StepRecord, Trainer, new_tokens
 from ..training_config import TrainingConfig
@@ -30,6 +33,8 @@ VANISHING = 1e-4
 """Below this the contrastive loss hardly depends on any error; at temperature 0.07 that is an error of about 1."""
 
 MEMORY_SHARE = 0.8
+GUESSED_SHARE = 3
+"""A pair's forward and backward pass over ComfyUI's estimate of a forward pass, until one has been measured."""
 
 
 @dataclass(frozen=True)
@@ -87,61 +92,104 @@ class Run:
 
 
 class AdaptivePairs:
-    """`PairNetwork` with the number of pairs at once found by measuring, and halved when memory runs out."""
+    """`softrepa.pairs.Pairs` on a `PairNetwork`: how many pairs run at once is found by measuring.
 
-    def __init__(self, network: PairNetwork, device: torch.device):
-        self.network, self.device = network, device
+    `micro_batch` 0 fills the memory. The number is halved when memory runs out.
+    """
+
+    def __init__(self, network: PairNetwork):
+        self.network = network
         self.at_once = 0
         self.pair_bytes = 0
 
     def embed(self, rows):
         return self.network.embed(rows)
 
-    def gradients(self, rows, latents, noise, conds, t, micro_batch, compared):
-        """As `PairNetwork.gradients`; `micro_batch` 0 fills the memory."""
-        return self._fitted(self.network.gradients, rows, latents, noise, conds, t, micro_batch, compared)
+    def errors(self, rows, batch, micro_batch):
+        return self._fitted(self.network.errors, (rows,), batch, (), micro_batch)
 
-    def regression(self, aims, banks, teacher, latents, noise, conds, t, micro_batch, compared):
-        """As `score_matching.regression`; `micro_batch` 0 fills the memory."""
-        call = partial(regression, self.network, aims, banks, teacher)
-        return self._fitted(lambda _, *rest: call(*rest), banks[0], latents, noise, conds, t, micro_batch, compared)
+    def gradients(self, rows, batch, micro_batch):
+        return self._fitted(self.network.gradients, (rows,), batch, (), micro_batch)
 
-    def _fitted(self, call, rows, latents, noise, conds, t, micro_batch, compared):
+    def weighted_gradient(self, rows, batch, weights, micro_batch):
+        return self._fitted(self.network.weighted_gradient, (rows,), batch, (weights,), micro_batch)
+
+    def regression(self, aims, banks, teacher, batch, micro_batch):
+        return self._fitted(partial(regression, self.network), (aims, banks, teacher), batch, (), micro_batch)
+
+    def _fitted(self, call, before, batch: StepBatch, behind, micro_batch):
         if not self.at_once:
-            self.at_once = micro_batch or self.fitting(rows, latents, noise, conds, t)
-        size = min(self.at_once, int(compared.sum()))
-        found, fitted = halving(lambda size: call(rows, latents, noise, conds, t, size, compared), size)
+            rows = before[-1]  # of AGSM both banks', of which a pair needs one
+            self.at_once = micro_batch or self.fitting(rows if rows.ndim == 3 else rows[0], batch)
+        size = min(self.at_once, batch.pairs)
+        found, fitted = halving(lambda size: call(*before, batch, *behind, size), size)
         if fitted < size:
             self.at_once = fitted
         return found
 
-    def one_by_one(self, rows, latents, noise, conds, t):
+    def one_by_one(self, rows, batch: StepBatch):
         """As `gradients`, a pair at a time; measures what a pair takes. Raises SoftREPAError where none fits."""
-        measures = self.device.type == "cuda"  # elsewhere PyTorch keeps no account of a peak
+        device = self.network.device
+        measures = device.type == "cuda"  # elsewhere PyTorch keeps no account of a peak
         if measures:
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
         try:
-            found = self.network.gradients(rows, latents, noise, conds, t, 1)
+            found = self.network.gradients(rows, batch, 1)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            height, width = (8 * side for side in latents.shape[-2:])
+            height, width = (8 * side for side in batch.latents.shape[-2:])
             raise SoftREPAError(
-                f"{memory.get_free_memory(self.device) / 1e9:.1f} GB of memory are free, expected enough for one "
+                f"{memory.get_free_memory(device) / 1e9:.1f} GB of memory are free, expected enough for one "
                 f"image-caption pair of {width} x {height}: turn checkpointing on or lower the dataset's resolution."
             ) from None
         if measures:
-            self.pair_bytes = torch.cuda.max_memory_allocated(self.device) - before
+            self.pair_bytes = torch.cuda.max_memory_allocated(device) - before
         return found
 
-    def fitting(self, rows, latents, noise, conds, t) -> int:
+    def fitting(self, rows, batch: StepBatch) -> int:
         """How many pairs fill the memory; one caption's where that cannot be measured."""
-        if self.device.type != "cuda":
-            return len(latents)
+        device = self.network.device
+        if device.type != "cuda":
+            return len(batch.latents)
         if not self.pair_bytes:
-            self.one_by_one(rows, latents[:1], noise, conds[:1], t)
-        return max(1, int(MEMORY_SHARE * memory.get_free_memory(self.device) / max(self.pair_bytes, 1)))
+            self.one_by_one(rows, first_pairs(batch, 1))
+        free = MEMORY_SHARE * memory.get_free_memory(device) - kept_bytes(rows.numel(), batch.pairs)
+        return max(1, int(free / max(self.pair_bytes, 1)))
+
+    def needed_bytes(self, shape: tuple[int, int, int]) -> int:
+        """Of the device beside the weights for one pair of latents (C, H, W), as measured or else guessed."""
+        return self.pair_bytes or int(GUESSED_SHARE * self.network.base_model.memory_required([1, *shape]))
+
+
+def first_pairs(batch: StepBatch, count: int) -> StepBatch:
+    """The first `count` images, each with the first `count` captions."""
+    return StepBatch.of_all(batch.latents[:count], batch.noise, batch.conds[:count], batch.t)
+
+
+def largest_latent(dataset: Dataset, model: ModelPatcher) -> tuple[int, int, int]:
+    """(C, H, W) of the largest training size."""
+    width, height = max((one.size for one in dataset.train), key=lambda size: size[0] * size[1])
+    return model.model.latent_format.latent_channels, height // 8, width // 8
+
+
+def kept_bytes(numbers: int, pairs: int) -> int:
+    """Of the pairs' gradients, `numbers` each, that lie on the device at a time."""
+    return min(MOST_KEPT, 4 * numbers * pairs)
+
+
+def batch_bytes(batch: StepBatch) -> int:
+    """Of latents and captions, which lie in RAM."""
+    captions = sum(tensor.nbytes for cond in batch.conds for tensor in cond.values() if isinstance(tensor, Tensor))
+    return captions + 3 * batch.latents.nbytes  # with their noised forms and targets
+
+
+def memory_line(pairs: AdaptivePairs, rows: Tensor, batch: StepBatch) -> str:
+    """What a step takes, on the device and in RAM."""
+    kept = f"gradients of a step {kept_bytes(rows.numel(), batch.pairs) / 1e9:.2f} GB"
+    pair = f"one image-caption pair {pairs.pair_bytes / 1e9:.2f} GB, " if pairs.pair_bytes else ""
+    return f"memory beside the model: {pair}{kept}; in RAM a batch {batch_bytes(batch) / 1e9:.2f} GB"
 
 
 def train(
@@ -172,17 +220,23 @@ def train(
         logging.info("SoftREPA: %s", prepared)
         on_progress(prepared)
     patcher = static_clone(model)
-    memory.load_models_gpu([patcher])
-    patcher.pre_run()
     with outside_inference(), cleaned_up(patcher):
         start = plan.start(shape, config.seed, dataset.empty) if init_tokens is None else plan.checked(init_tokens)
         check_fit(start, shape)
-        network = PairNetwork(patcher, start.blocks, checkpointing)
-        pairs = AdaptivePairs(network, patcher.load_device)
+        pairs = AdaptivePairs(PairNetwork(patcher, start.blocks, checkpointing))
+        most_pairs = config.batch_size * (config.batch_size + config.hard_negatives)
+        kept = kept_bytes(start.layers * start.count * shape.width, most_pairs)
+
+        def load():
+            needed = kept + pairs.needed_bytes(largest_latent(dataset, patcher))
+            memory.load_models_gpu([patcher], memory_required=needed)
+
+        load()
+        patcher.pre_run()
 
         def next_batch(size):
             batch = dataset.batch(size, config.hard_negatives)
-            memory.load_models_gpu([patcher])  # encoding on the fly may have pushed it out
+            load()  # encoding on the fly may have pushed it out
             return patcher.model.process_latent_in(batch.latents.clone()), batch.conds, batch.wrong
 
         trainer = Trainer(config, start, pairs, next_batch, dataset.empty)
@@ -284,13 +338,13 @@ def check_gradients(
 ) -> None:
     """On two images and captions: a pair fits, every soft block feels its tokens, and the loss the errors."""
     position = dataset.state()  # what the run draws must not depend on this
-    latents, conds, _ = (side[:2] for side in trainer.next_batch(trainer.config.batch_size))
+    latents, conds, wrong = trainer.next_batch(trainer.config.batch_size)
     dataset.restore(position)
     noise = torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(0))
     rows = trainer.tokens.rows(500, pairs.embed).detach()
-    errors, gradients = pairs.one_by_one(rows, latents, noise, conds, 500)
-    if pairs.pair_bytes:
-        notice("memory", f"one image-caption pair takes {pairs.pair_bytes / 1e9:.2f} GB")
+    whole = StepBatch.of_all(latents, noise, [*conds, *chain(*wrong)], 500)
+    errors, gradients = pairs.one_by_one(rows, first_pairs(whole, 2))
+    notice("memory", memory_line(pairs, rows, whole))
     for layer, norm in enumerate(gradients.flatten(2).norm(dim=-1).amax(dim=0).tolist()):
         if not norm > 0:
             raise SoftREPAError(

@@ -6,48 +6,160 @@ import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+from ..errors import SoftREPAError
 from .attention import key_bias
-from .frozen import Recomputed
-from .state import call_state
+from .frozen import ForeignTensors, Recomputed
+from .state import CallState, Entries, call_state, refuse_unweighed, with_appended
 
 CHUNK = 77
 STAGES = {"down": "input", "mid": "middle", "up": "output"}
 """Our block names -> ComfyUI's."""
 
-PATCHES = "attn2_patch"
+PATCHES, OUTPUT_PATCHES, REPLACE = "attn2_patch", "attn2_output_patch", "attn2"
+REGIONS = "cond_or_uncond_couple"
+"""Where Attention Couple of comfyui-ppm leaves the kind of every text that it has made of the conds."""
+UNCONDITIONAL = 1
+"""A kind in ComfyUI's `cond_or_uncond`: Attention Couple makes regions of all others."""
 
 
-def install(model, patch, before) -> None:
-    """Hooks every cross-attention, where the hook of the patch `before` stands or else last."""
-    hook = CrossAttentionHook(patch)
-    patches = model.model_options["transformer_options"].setdefault("patches", {})
-    for index, other in enumerate(patches.get(PATCHES, [])):
-        if isinstance(other, CrossAttentionHook) and other.patch is before:
-            patches[PATCHES][index] = hook
-            return
-    model.set_model_attn2_patch(hook)
+def install(model) -> None:
+    """Guards the cross-attentions; what inserts rows comes with each call, behind whatever changes the context then."""
+    patches = model.model_options["transformer_options"].get("patches", {}).get(PATCHES, [])
+    if guard not in patches:
+        model.set_model_attn2_patch(guard)
 
 
-class CrossAttentionHook:
+def guard(query, context, value, extra_options):
+    """attn2 patch that changes nothing: refuses calls that did not go through the model's wrappers."""
+    call_state(extra_options)
+    return query, context, value
+
+
+def inserting(options: dict, state: CallState) -> dict:
+    """`options` of one call in which the cross-attentions get the rows of `state`.
+
+    Last of all patches, whatever the order of nodes: NegPip takes keys and values out of one context in turn, Attention
+    Couple appends the texts of regions, and both must have done so before chunks are counted.
+    """
+    patches = dict(options.get("patches", {}))
+    patches[PATCHES] = [*patches.get(PATCHES, []), insert_rows]
+    if state.weighs:
+        patches[OUTPUT_PATCHES] = [check_weighed, *patches.get(OUTPUT_PATCHES, [])]
+    replacements = options.get("patches_replace", {})
+    if REPLACE in replacements:
+        watched = {
+            block: Watched(replacement) if block[0] in state.rows else replacement
+            for block, replacement in replacements[REPLACE].items()
+        }
+        replacements = replacements | {REPLACE: watched}
+    return options | {"patches": patches, "patches_replace": replacements}
+
+
+def insert_rows(query, context, value, extra_options):
     """attn2 patch: inserts this call's rows into context and value, (B, N, d) -> (B, N + n per chunk, d)."""
+    call = call_state(extra_options)
+    block = extra_options.get("block")
+    if block is None:
+        return query, context, value
+    state = for_texts(call, len(context), len(query), extra_options)
+    rows = state.rows.get(block[0])
+    if rows is None:
+        return query, context, value
+    if block[0] in state.bias:
+        chunks = chunk_count(context)
+        one = key_bias(state.bias[block[0]], 1, context.shape[1] // chunks - 1)
+        call.attention.expect(one.repeat(1, chunks))
+    inserted = insert(context, rows)
+    return query, inserted, inserted if value is context else insert(value, rows)
 
-    def __init__(self, patch):
-        self.patch = patch
 
-    def __call__(self, query, context, value, extra_options):
-        state = call_state(extra_options)
-        block = extra_options.get("block")
-        rows = state.rows.get(block[0]) if block is not None and state.owner is self.patch else None
-        if rows is None:
-            return query, context, value
-        if state.bias:
-            soft = state.bias[block[0]]
-            chunks = chunk_count(context)
-            one = key_bias(soft, 1, context.shape[1] // chunks - 1)
-            state.attention.expect(one.repeat(1, chunks))
-        inserted = insert(context, rows)
-        return query, inserted, inserted if value is context else insert(value, rows)
+def check_weighed(out, extra_options):
+    """attn2 output patch that changes nothing: the attention before it must have taken its bias."""
+    refuse_unweighed(call_state(extra_options), " ".join(map(str, extra_options.get("block", ["cross-attention"]))))
+    return out
+
+
+def for_texts(state: CallState, texts: int, queries: int, extra_options: dict) -> CallState:
+    """The state for what another node has made of the context: texts behind the samples', or regions."""
+    samples = len(state.negative)
+    if texts == samples:
+        return state
+    if queries == samples and texts > samples:
+        return with_appended(state, texts)
+    entries = regions(state, texts, extra_options)
+    if entries is None:
+        raise SoftREPAError(
+            f"{state.label}: another node makes {texts} texts of {samples} prompts, and which are negative cannot be "
+            "told; only apply_to both with uncond_bank positive works with it."
+        )
+    return state.for_texts(entries)
+
+
+def regions(state: CallState, texts: int, extra_options: dict) -> Entries | None:
+    """Whose text each entry of a regional context is; None where roles matter and cannot be known."""
+    samples = len(state.negative)
+    kinds, made = list(extra_options.get("cond_or_uncond", [])), extra_options.get(REGIONS, [])
+    if not made or len(made) * samples != texts * len(kinds):
+        is_clear = not state.has_roles and state.is_of_one_time
+        return tuple((index % samples, False) for index in range(texts)) if is_clear else None
+    size, regional = samples // len(kinds), len(kinds) - kinds.count(UNCONDITIONAL)
+    each = (len(made) - kinds.count(UNCONDITIONAL)) // max(1, regional)
+    owners = [cond for cond, kind in enumerate(kinds) for _ in range(1 if kind == UNCONDITIONAL else each)]
+    return tuple((cond * size + index, state.negative[cond * size]) for cond in owners for index in range(size))
+
+
+class Watched:
+    """An attn2 replacement that must use the keys and values it is given, for the soft tokens are among them.
+
+    Once it has been seen to, it runs as it is.
+    """
+
+    def __init__(self, replacement):
+        self.replacement = replacement
+
+    def __call__(self, q, k, v, extra_options):
+        call = call_state(extra_options)
+        if self.replacement in call.seen_to_use_text:
+            return self.replacement(q, k, v, extra_options)
+        with Uses(k, v) as uses:
+            out = self.replacement(q, k, v, extra_options)
+        if not uses.all:
+            block = extra_options.get("block", ("cross-attention", ""))
+            raise SoftREPAError(
+                f"{call.label}: another node replaces cross-attention (block {block[0]} {block[1]}) and does not use "
+                "the prompt it is given, so the tokens would do nothing there; expected that node removed."
+            )
+        call.seen_to_use_text.append(self.replacement)
+        return out
+
+
+class Uses(TorchFunctionMode):
+    """Within it, notes which of `tensors` an operation computes with."""
+
+    def __init__(self, *tensors: Tensor):
+        super().__init__()
+        self.waiting = list(tensors)
+
+    @property
+    def all(self) -> bool:
+        return not self.waiting
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if self.waiting and computes(func, result):
+            given = tree_leaves((args, kwargs))
+            self.waiting = [tensor for tensor in self.waiting if not any(one is tensor for one in given)]
+        return result
+
+
+def computes(func, result) -> bool:
+    """Whether `func` reads the numbers of a tensor, and not only its shape and dtype."""
+    name = getattr(func, "__name__", "")
+    reads_form_only = name.startswith("new_") or name.endswith("_like")
+    return not reads_form_only and any(isinstance(one, Tensor) for one in tree_leaves(result))
 
 
 def chunk_count(context: Tensor) -> int:
@@ -64,12 +176,12 @@ def insert(context: Tensor, rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def recomputed_blocks(network):
+def recomputed_blocks(network, foreign: ForeignTensors):
     """Within it, residual and transformer blocks keep only their inputs for the backward pass and run again there."""
     blocks = [module for module in network.modules() if isinstance(module, (ResBlock, BasicTransformerBlock))]
     own = [vars(block).get("forward") for block in blocks]
     for block in blocks:
-        block.forward = Recomputed(block.forward)
+        block.forward = Recomputed(block.forward, foreign)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_nag import NAGuidance
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sd3 import SkipLayerGuidanceSD3
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
@@ -97,25 +98,37 @@ def test_context_patches_of_others(models):
     check_both_orders(models["sd15"], "sd15", with_patch)
     model, tokens = models["sd15"], tokens_for("sd15")
     with injected(model, tokens):
-        expected = sample(with_patch(model, 0.9), "sd15")
-    assert relative_error(sample(with_patch(apply_tokens(model, tokens), 0.9), "sd15"), expected) <= EXACT
-    # before ours it scales the text's values and not the soft ones
-    assert relative_error(sample(apply_tokens(with_patch(model, 0.9), tokens), "sd15"), expected) > 1e-4
+        both_scaled = sample(with_patch(model, 0.9), "sd15")
+    before = sample(apply_tokens(with_patch(model, 0.9), tokens), "sd15")
+    after = sample(with_patch(apply_tokens(model, tokens), 0.9), "sd15")
+    assert torch.equal(before, after)
+    # it scales the text's values and not the soft ones
+    assert relative_error(after, both_scaled) > 1e-4
 
 
-def test_lengthened_context_cannot_be_weighed(models):
-    def lengthen(n, context, value, extra):
-        return n, torch.cat([context, context[:, :3]], 1), torch.cat([value, value[:, :3]], 1)
+def test_a_lengthened_context_in_either_order(models):
+    def lengthen(model):
+        model = model.clone()
+        model.set_model_attn2_patch(
+            lambda n, context, value, extra: (n, *(torch.cat([one, one[:, :3]], 1) for one in (context, value)))
+        )
+        return model
 
-    patched = apply_tokens(models["sd15"], tokens_for("sd15"), strength=0.5)
-    patched.set_model_attn2_patch(lengthen)
-    with pytest.raises(SoftREPAError, match="another node changes the text"):
-        sample(patched, "sd15")
+    model, tokens = models["sd15"], tokens_for("sd15")
+    before = sample(apply_tokens(lengthen(model), tokens, strength=0.5), "sd15")
+    after = sample(lengthen(apply_tokens(model, tokens, strength=0.5)), "sd15")
+    assert torch.equal(before, after)
+    assert relative_error(after, sample(lengthen(model), "sd15")) > 1e-4
 
 
 def test_perturbed_attention_guidance(models):
     for family in ("sd15", "sdxl"):
         check_both_orders(models[family], family, lambda m: PerturbedAttentionGuidance.execute(m, 2.0)[0])
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_cores_normalized_attention_guidance(models, family):
+    check_both_orders(models[family], family, lambda m: NAGuidance.execute(m, 3.0, 0.5, 2.5)[0])
 
 
 def test_skip_layer_guidance(models):
@@ -143,7 +156,7 @@ def test_a_skipped_block_below_ours_leaves_no_weight_behind(models):
     assert torch.isfinite(sample(narrow, "sd3")).all()
 
 
-def test_another_double_block_replacement_below_ours(models):
+def test_another_double_block_replacement_in_either_order(models):
     seen = []
 
     def other(args, extra):
@@ -162,6 +175,9 @@ def test_another_double_block_replacement_below_ours(models):
     seen.clear()
     sample(twice, "sd3")
     assert set(seen) == {154 + 8}
+    later = apply_tokens(models["sd3"], tokens)
+    later.set_model_patch_replace(other, "dit", "double_block", 1)
+    assert relative_error(sample(later, "sd3"), expected) <= EXACT
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])

@@ -214,10 +214,15 @@ def test_other_encoders_have_other_entries(encoders, photos):
     longer.set_tokenizer_option("t5xxl_min_length", 512)
     names.add(encoding.clip_identity(longer))
     patched = clip.clone()
-    key = next(iter(patched.patcher.model_state_dict()))
-    patched.add_patches({key: (torch.zeros(1),)}, 0.5)
+    key = next(name for name in patched.patcher.model_state_dict() if name.endswith("q_proj.weight"))
+    patched.add_patches({key: (torch.ones_like(patched.patcher.model_state_dict()[key]),)}, 0.5)
     names.add(encoding.clip_identity(patched))
     assert len(names) == 4
+    # an encode loads the LoRA into the weights, which all clones share
+    encoding.encode_caption(patched, "a cat")
+    assert patched.patcher.backup
+    assert names == {encoding.clip_identity(one) for one in (clip, skipping, longer, patched)}
+    encoding.encode_caption(clip, "a cat")
     before = encoding.vae_identity(vae)
     weight = next(iter(vae.first_stage_model.parameters()))
     old = weight.data.flatten()[0].clone()

@@ -1,118 +1,101 @@
-"""What only a GPU's memory brings about: models that are pushed out, pairs that fill it, attention without a backward."""
+"""What a run needs of the memory, and what it does when there is none; the GPU is played."""
 
-from types import SimpleNamespace
-
-import comfy.ldm.modules.attention as attention
-import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
 import comfy.model_management as memory
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.score import HeldOut, score
-from comfyui_softrepa.softrepa.comfy.training import AdaptivePairs
-from comfyui_softrepa.softrepa.loss import comparison
-from softrepa_tests.learning import InMemory, dataset, moved_by, same_training
-from softrepa_tests.other_device import DEVICE, built, other_device
-from softrepa_tests.token_sets import tokens_for
-
-FAMILIES = ("sd15", "sdxl", "sd3")
-GIGABYTE = 10**9
-
-
-class Evicting(InMemory):
-    """Needs the whole device to encode an image, as a large VAE does."""
-
-    def latent(self, example):
-        memory.free_memory(1e30, DEVICE)
-        return super().latent(example)
-
-
-def encoding_on_the_fly(family: str):
-    data = dataset(family)
-    data.encodings = Evicting(family)
-    return data
-
-
-def devices_of(model) -> list[torch.device]:
-    """Where each of the network's calls computes: a model that was pushed out would go on, slowly, on the CPU."""
-    devices = []
-    model.model.diffusion_model.register_forward_pre_hook(lambda module, args: devices.append(args[0].device))
-    return devices
+from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork, is_out_of_memory
+from comfyui_softrepa.softrepa.comfy.training import AdaptivePairs, kept_bytes
+from comfyui_softrepa.softrepa.loss import contrastive_loss
+from comfyui_softrepa.softrepa.pairs import MOST_KEPT, StepBatch, backward_through_pairs
+from softrepa_tests.golden_step import TIMESTEP, batch, golden_tokens
+from softrepa_tests.learning import train
+from softrepa_tests.sampling import relative_error
+from softrepa_tests.tiny_models import seeded
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
-def test_a_model_that_encoding_pushes_out_comes_back_for_training(models, token_folder, monkeypatch, family):
-    start = tokens_for(family)
-    expected = moved_by(models[family], family, start)
-    with other_device(monkeypatch):
-        model = built(family)
-        devices = devices_of(model)
-        ours = moved_by(model, family, start, dataset=encoding_on_the_fly(family))
-    assert set(devices) == {DEVICE}
-    same_training(ours, expected)
+@pytest.mark.parametrize("relative", [False, True])
+def test_few_gradients_at_a_time_on_the_real_network(models, family, relative):
+    """Row by row, or scored first where the loss looks at the whole batch."""
+
+    def gradient(most_kept):
+        tokens = golden_tokens(family)
+        shape = (1 if tokens.family.is_unet else 5, 4, tokens.hidden_width)
+        with torch.inference_mode(False), torch.enable_grad():
+            rows = seeded(shape, "rows", 0.5).clone().requires_grad_()
+            network = PairNetwork(models[family], tokens.blocks)
+            step = StepBatch.of_all(*batch(family), TIMESTEP[family])
+            backward_through_pairs(
+                rows,
+                network,
+                step,
+                2,
+                lambda e: contrastive_loss(e, 1.0, 0.0 + 4.0, 1.0, relative),
+                not relative,
+                most_kept,
+            )
+        return rows.grad
+
+    assert relative_error(gradient(1), gradient(MOST_KEPT)) <= 1e-4
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd3"])
-def test_a_model_that_encoding_pushes_out_comes_back_for_the_score(models, monkeypatch, family):
-    expected = score(models[family], HeldOut(dataset(family), 3, 2, 0), (500,))
-    with other_device(monkeypatch):
-        model = built(family)
-        devices = devices_of(model)
-        ours = score(model, HeldOut(encoding_on_the_fly(family), 3, 2, 0), (500,))
-    assert set(devices) == {DEVICE}
-    assert torch.allclose(ours.information, expected.information, rtol=1e-3)
+def test_gradients_do_not_grow_with_the_batch(models, token_folder, monkeypatch):
+    """At most `MOST_KEPT` bytes of them lie on the device, whatever the batch."""
+    assert kept_bytes(30_720, 16) == 16 * 30_720 * 4
+    assert kept_bytes(30_720, 256 * 256) == MOST_KEPT
+    kept, gradients = [], PairNetwork.gradients
+
+    def measured(self, rows, step, micro_batch):
+        kept.append(step.pairs)
+        return gradients(self, rows, step, micro_batch)
+
+    monkeypatch.setattr(PairNetwork, "gradients", measured)
+    monkeypatch.setattr("comfyui_softrepa.softrepa.pairs.backward_through_pairs.__defaults__", (True, 1))
+    train(models, "sd3", batch_size=5, steps=1, temperature=2.0)
+    assert kept == [4, 5, 5, 5, 5, 5]  # the first is the pre-flight's
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """A card's statistics: `free` bytes, and `peak` of the last measurement."""
-    card = SimpleNamespace(free=0, peak=0, allocated=3 * GIGABYTE)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: card.allocated)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: card.allocated + card.peak)
-    monkeypatch.setattr(memory, "get_free_memory", lambda *_, **__: card.free)
-    return card
+def test_captions_and_latents_wait_in_ram(models):
+    """What a batch brings lies on the CPU until its pair's turn."""
+    network = PairNetwork(models["sd3"], 5)
+    with torch.inference_mode(False):
+        _, seen, target, captions = network.prepared(StepBatch.of_all(*batch("sd3"), 500))
+    assert {tensor.device.type for tensor in (seen, target, captions.of[0]["c_crossattn"])} == {"cpu"}
 
 
-class CountedPairs:
-    """A network that only writes down how many pairs it was given at once."""
+def test_the_load_is_told_what_a_pair_takes(models, token_folder, monkeypatch):
+    asked, load = [], memory.load_models_gpu
 
-    def __init__(self):
-        self.sizes: list[int] = []
+    def noted(loaded, memory_required=0, **rest):
+        asked.append(memory_required)
+        return load(loaded, memory_required=memory_required, **rest)
 
-    def gradients(self, rows, latents, noise, conds, t, micro_batch, compared=None):
-        self.sizes.append(micro_batch)
-
-
-@pytest.mark.parametrize(("free", "of_a_pair"), [(20, 2), (20, 7), (5, 2), (1, 2)])
-def test_pairs_at_once_fill_the_memory_and_no_more(gpu, free, of_a_pair):
-    gpu.free, gpu.peak = free * GIGABYTE, of_a_pair * GIGABYTE
-    network = CountedPairs()
-    pairs = AdaptivePairs(network, torch.device("cuda"))
-    images = 32
-    pairs.gradients(None, torch.zeros(images, 1), None, [None] * images, 0, 0, comparison([0] * images))
-    measured, used = network.sizes
-    assert measured == 1
-    assert used == 1 or used * of_a_pair <= free
-    assert used >= max(1, free // of_a_pair // 2)
+    monkeypatch.setattr(memory, "load_models_gpu", noted)
+    monkeypatch.setattr(AdaptivePairs, "one_by_one", with_pair_bytes(AdaptivePairs.one_by_one, 123_000_000))
+    train(models, "sd3", steps=2)
+    kept = kept_bytes(5 * 4 * 384, 4)
+    guess = 3 * models["sd3"].model.memory_required([1, 16, 8, 8])
+    assert asked[0] == asked[1] == kept + int(guess)
+    assert asked[2:] == [kept + 123_000_000] * 2
 
 
-def test_a_chosen_number_of_pairs_is_not_overruled(gpu):
-    network = CountedPairs()
-    pairs = AdaptivePairs(network, torch.device("cuda"))
-    pairs.gradients(None, torch.zeros(4, 1), None, [None] * 4, 0, 5, comparison([0] * 4))
-    assert network.sizes == [5]
+def with_pair_bytes(one_by_one, number):
+    def measuring(self, *args):
+        found = one_by_one(self, *args)
+        self.pair_bytes = number
+        return found
+
+    return measuring
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_attention_without_a_backward_is_not_trained_through(models, token_folder, monkeypatch, family):
-    """As sage attention: no exception, only a gradient of nothing."""
-
-    @attention.wrap_attn
-    def without_backward(*args, **kwargs):
-        return attention.attention_pytorch(*args, **kwargs).detach()
-
-    expected = moved_by(models[family], family, tokens_for(family))
-    for module in (attention, mmdit):
-        for name in ("optimized_attention", "optimized_attention_masked"):
-            monkeypatch.setattr(module, name, without_backward, raising=False)
-    same_training(moved_by(models[family], family, tokens_for(family)), expected)
+def test_memory_that_ran_out_is_known_also_when_it_is_late(monkeypatch):
+    discarded = []
+    monkeypatch.setattr(memory, "discard_cuda_async_error", lambda: discarded.append(1), raising=False)
+    late = getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory")
+    for error in (torch.OutOfMemoryError("no"), late, RuntimeError("MPS backend out of memory (17 GB)")):
+        discarded.clear()
+        assert is_out_of_memory(error)
+        assert discarded
+    discarded.clear()
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+    assert not discarded

@@ -1,6 +1,7 @@
 """The other objectives against plain implementations: one graph over all pairs, the gradient by autograd alone."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,8 @@ from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
 from comfyui_softrepa.softrepa.comfy.score_matching import regression
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.loss import comparison, contrastive_loss
-from comfyui_softrepa.softrepa.trainer import TrainableTokens, backward_through_pairs
+from comfyui_softrepa.softrepa.pairs import StepBatch, backward_through_pairs
+from comfyui_softrepa.softrepa.trainer import TrainableTokens
 from softrepa_tests.golden_step import FAMILIES, TIMESTEP, batch, golden_tokens
 from softrepa_tests.learning import train
 from softrepa_tests.sampling import relative_error, sample
@@ -48,8 +50,8 @@ class Plain:
     def __init__(self, model, family):
         self.t = TIMESTEP[family]
         self.network = PairNetwork(model, golden_tokens(family).blocks, checkpointing=False)
-        latents, noise, conds = with_wrong_captions(family)
-        self.sigma, self.seen, self.target, self.captions = self.network.prepared(latents, noise, conds, self.t)
+        batch = StepBatch.of_all(*with_wrong_captions(family), self.t)
+        self.sigma, self.seen, self.target, self.captions = self.network.prepared(batch)
 
     def output(self, i, j, rows):
         return self.network.output(self.seen[i : i + 1], self.sigma, self.captions.of[j], rows.unsqueeze(0))[0]
@@ -67,8 +69,9 @@ def same_gradients(ours: TrainableTokens, plain: TrainableTokens) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("micro_batch", MICRO_BATCHES)
 def test_hard_negatives(models, family, micro_batch):
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         by_hand = Plain(models[family], family)
+        stack.enter_context(by_hand.network.trainable())
         plain, ours = TrainableTokens(golden_tokens(family)), TrainableTokens(golden_tokens(family))
         rows = plain.rows(by_hand.t)
         loss = 0.0
@@ -82,9 +85,10 @@ def test_hard_negatives(models, family, micro_batch):
         network = PairNetwork(models[family], ours.blocks)
         value, errors = backward_through_pairs(
             ours.rows(by_hand.t),
-            lambda rows: network.gradients(rows, *with_wrong_captions(family), by_hand.t, micro_batch, compared),
+            network,
+            StepBatch(*with_wrong_captions(family), by_hand.t, compared),
+            micro_batch,
             lambda errors: contrastive_loss(errors, 2.0, denoising_weight=10.0, compared=compared),
-            compared,
         )
     assert abs(value - loss) <= 1e-5 * loss.abs()
     assert errors[~compared].abs().max() == 0
@@ -96,8 +100,9 @@ def test_hard_negatives(models, family, micro_batch):
 def test_alignment_guided_score_matching(models, family, micro_batch):
     """The paper's sums written out, with a teacher of its own tokens and other constants than the defaults."""
     positive, negative, temperature = 0.8, 0.3, 0.5
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         by_hand = Plain(models[family], family)
+        stack.enter_context(by_hand.network.trainable())
         plain, ours = TrainableTokens(two_banks(family)), TrainableTokens(two_banks(family))
         start = two_banks(family, "teacher")
         shifted = replace(start, tokens=seeded(start.tokens.shape, "shift", 0.5))
@@ -128,10 +133,8 @@ def test_alignment_guided_score_matching(models, family, micro_batch):
             partial(agsm.aims, temperature=temperature, positive=positive, negative=negative),
             ours.banks(by_hand.t).detach(),
             slow,
-            *with_wrong_captions(family),
-            by_hand.t,
+            StepBatch(*with_wrong_captions(family), by_hand.t, comparison(WRONG)),
             micro_batch,
-            comparison(WRONG),
         )
         ours.banks(by_hand.t).backward(gradient)
         own = torch.stack([by_hand.error(i, i, banks[0]) for i in range(3)])

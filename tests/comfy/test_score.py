@@ -88,11 +88,11 @@ def test_validation_images_that_never_meet():
 def test_memory_that_runs_out_halves_the_pairs(models, monkeypatch):
     whole, sizes, errors = score(models["sd3"], batches("sd3"), (500,)), [], PairNetwork.errors
 
-    def small_memory(self, latents, noise, conds, t, micro_batch):
+    def small_memory(self, rows, batch, micro_batch):
         sizes.append(micro_batch)
         if micro_batch > 1:
             raise RuntimeError("MPS backend out of memory")
-        return errors(self, latents, noise, conds, t, micro_batch)
+        return errors(self, rows, batch, micro_batch)
 
     monkeypatch.setattr(PairNetwork, "errors", small_memory)
     halved = score(models["sd3"], batches("sd3"), (500,))

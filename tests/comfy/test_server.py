@@ -132,3 +132,22 @@ def test_errors_name_their_node(server, family, inputs, message):
         server.run(graph, timeout=300)
     assert message in caught.value.message
     assert caught.value.node_id == load_node(graph)
+
+
+def test_a_merge_that_drops_tokens_says_so_under_the_node_also_when_it_is_cached(server):
+    graph = workflow("sd15")
+    load = load_node(graph)
+    checkpoint = next(key for key, node in graph.items() if node["class_type"] == "CheckpointLoaderSimple")
+    sampler = next(key for key, node in graph.items() if node["class_type"] == "KSampler")
+    for _ in range(2):
+        graph["merge"] = {
+            "class_type": "ModelMergeSimple",
+            "inputs": {"model1": [checkpoint, 0], "model2": [load, 0], "ratio": 1.0},
+        }
+        graph[sampler]["inputs"]["model"] = ["merge", 0]
+        texts = server.run(graph, timeout=300).texts[load]
+        assert any(
+            "ModelMergeSimple takes only the weights of model2: the tokens will not be" in text for text in texts
+        )
+    graph["merge"]["inputs"] = {"model1": [load, 0], "model2": [checkpoint, 0], "ratio": 1.0}
+    assert not any("takes only the weights" in text for text in server.run(graph, timeout=300).texts.get(load, []))

@@ -14,7 +14,7 @@ from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
 from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
 from comfyui_softrepa.softrepa.comfy.training import AdaptivePairs
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.loss import comparison
+from comfyui_softrepa.softrepa.pairs import StepBatch
 from comfyui_softrepa.softrepa.trainer import Trainer
 from PIL import Image
 from softrepa_tests import tiny_models
@@ -85,11 +85,11 @@ def test_out_of_memory_halves_the_pairs(models, token_folder, monkeypatch, error
     sizes = []
     gradients = PairNetwork.gradients
 
-    def small_memory(self, rows, latents, noise, conds, t, micro_batch, compared=None):
+    def small_memory(self, rows, batch, micro_batch):
         sizes.append(micro_batch)
         if micro_batch > 3:
             raise error
-        return gradients(self, rows, latents, noise, conds, t, micro_batch, compared)
+        return gradients(self, rows, batch, micro_batch)
 
     monkeypatch.setattr(PairNetwork, "gradients", small_memory)
     assert train(models, "sd3", batch_size=4, micro_batch=16, steps=2)[2] == 2
@@ -155,9 +155,9 @@ def test_a_second_bank_is_not_left_behind_silently(models, token_folder):
 
 def test_a_small_bucket_does_not_slow_the_rest(models):
     sizes = []
-    pairs = AdaptivePairs(SimpleNamespace(gradients=lambda *args: sizes.append(args[-2])), torch.device("cpu"))
+    pairs = AdaptivePairs(SimpleNamespace(gradients=lambda rows, batch, size: sizes.append(size)))
     for images in (4, 2, 4):
-        pairs.gradients(None, torch.zeros(images, 1), None, [], 0, 64, comparison([0] * images))
+        pairs.gradients(torch.zeros(1, 1, 1), StepBatch.of_all(torch.zeros(images, 1), None, [None] * images, 0), 64)
     assert sizes == [16, 4, 16]
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork, pair_errors
 from comfyui_softrepa.softrepa.loss import contrastive_loss, information, retrieval_accuracy
-from comfyui_softrepa.softrepa.trainer import TrainableTokens, backward_through_pairs
+from comfyui_softrepa.softrepa.pairs import StepBatch, backward_through_pairs
+from comfyui_softrepa.softrepa.trainer import TrainableTokens
 from safetensors.torch import load_file
 from softrepa_tests.golden_step import FAMILIES, TIMESTEP, batch, golden_tokens
 from softrepa_tests.sampling import relative_error
@@ -33,9 +34,9 @@ def test_errors_losses_and_gradients(models, family, micro_batch):
                 network = PairNetwork(models[family], tokens.blocks)
                 loss, errors = backward_through_pairs(
                     tokens.rows(TIMESTEP[family]),
-                    lambda rows, network=network: network.gradients(
-                        rows, *batch(family), TIMESTEP[family], micro_batch
-                    ),
+                    network,
+                    StepBatch.of_all(*batch(family), TIMESTEP[family]),
+                    micro_batch,
                     lambda e, t=temperature, w=weight: contrastive_loss(e, t, denoising_weight=w),
                 )
                 assert relative_error(errors, expected["errors"]) <= 1e-5
@@ -54,15 +55,17 @@ def single_graph(model, family, t, temperature, weight):
     tokens = TrainableTokens(golden_tokens(family))
     network = PairNetwork(model, tokens.blocks, checkpointing=False)
     latents, noise, conds = batch(family)
-    sigma, seen, target, captions = network.prepared(latents, noise, conds, t)
+    sigma, seen, target, captions = network.prepared(StepBatch.of_all(latents, noise, conds, t))
     rows = tokens.rows(t)
     images = [i for i in range(3) for _ in range(3)]
     texts = [j for _ in range(3) for j in range(3)]
-    output = network.output(seen[images], sigma, captions.joined(texts), rows.expand(9, *rows.shape))
-    errors = (output - target[images]).square().mean(dim=(1, 2, 3)).view(3, 3)
-    loss = torch.nn.functional.cross_entropy(4.0 * torch.exp(-errors / temperature), torch.arange(3))
-    loss = loss + weight * errors.diagonal().mean()
-    loss.backward()
+    with network.trainable():
+        texts = captions.joined(texts, network.device)
+        output = network.output(seen[images], sigma, texts, rows.expand(9, *rows.shape))
+        errors = (output - target[images]).square().mean(dim=(1, 2, 3)).view(3, 3)
+        loss = torch.nn.functional.cross_entropy(4.0 * torch.exp(-errors / temperature), torch.arange(3))
+        loss = loss + weight * errors.diagonal().mean()
+        loss.backward()
     return loss.detach(), tokens.tokens.grad, tokens.time_table.grad
 
 
@@ -75,7 +78,9 @@ def test_end_points_equal_the_single_graph(models, family, t):
         network = PairNetwork(models[family], tokens.blocks)
         ours, _ = backward_through_pairs(
             tokens.rows(t),
-            lambda rows: network.gradients(rows, *batch(family), t, 2),
+            network,
+            StepBatch.of_all(*batch(family), t),
+            2,
             lambda e: contrastive_loss(e, 2.0, denoising_weight=1.0),
         )
     assert torch.isfinite(ours)

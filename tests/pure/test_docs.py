@@ -128,3 +128,45 @@ def test_options_exist(page):
 def test_there_is_something_to_check():
     assert {Path("README.md"), Path("CHANGELOG.md")} <= PAGES.keys()
     assert [module for module, _ in commands(PAGES[Path("README.md")])].count("softrepa") >= 4
+
+
+BESIDE = {
+    "LoRA": "test_lora",
+    "ControlNet": "test_controlnet",
+    "areas and masks": "test_area_and_mask",
+    "conditioning hooks": "test_conditioning_hooks_with_a_schedule",
+    "PAG": "test_perturbed_attention_guidance",
+    "SAG": "test_roles_under_other_guiders",
+    "Skip Layer Guidance": "test_skip_layer_guidance",
+    "Perp-Neg": "test_roles_under_other_guiders",
+    "Dual CFG": "test_roles_under_other_guiders",
+    "NAGuidance": "test_cores_normalized_attention_guidance",
+    "TorchCompileModel": "test_torch_compile",
+    "fp8 and other weight types": "test_weights_in_other_dtypes",
+    "offloaded weights": "test_partial_loading_that_offloads",
+    "sage or flash attention": "test_an_override_that_takes_no_masks",
+    "KJNodes' Patch Sage Attention": "test_an_override_that_takes_no_masks",
+    "NegPip": "test_keys_and_values_in_turn",
+    "Attention Couple of comfyui-ppm": "test_every_region_gets_tokens_by_its_role",
+    "other packs' attention couple": "test_whose_regions_they_are_must_be_known_where_it_matters",
+    "IPAdapter and its like, which replace cross-attention": "test_attn2_replacement_cannot_be_weighed",
+    "the NAG pack's own guider and samplers": "test_attention_out_of_reach_cannot_be_weighed",
+    "samplers that cut one image into tiles within a batch": "test_uneven_batches_are_refused_where_roles_matter",
+    "ModelMergeSimple and other merges": (
+        "test_a_merge_that_drops_tokens_says_so_under_the_node_also_when_it_is_cached"
+    ),
+}
+"""What the README says that tokens work with, and the test of it."""
+
+
+def test_what_tokens_work_with_is_what_is_tested():
+    rows = re.findall(r"^  \| (?!beside|---)(.*?) \| .*? \|$", PAGES[Path("README.md")], re.MULTILINE)
+    assert len(rows) > 8
+    said = re.sub(r"[*`]", "", "; ".join(rows))
+    for name in sorted(BESIDE, key=len, reverse=True):
+        assert name in said, name
+        said = said.replace(name, "")
+    assert not re.sub(r"[,;\s]|and", "", said)
+    tests = "\n".join((ROOT / path).read_text(encoding="utf-8") for path in files("tests/comfy/*.py"))
+    for test in BESIDE.values():
+        assert f"def {test}(" in tests, test

@@ -171,3 +171,11 @@ def test_new_tokens():
     assert sd3.tokens.shape == (5, 4, 64)
     assert sd3.time_table.shape == (100, 320)
     assert sd3.tokens.std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_the_start_and_the_draws_are_two_streams():
+    """Otherwise the first noise of a run would be its first tokens, 50 times as large."""
+    tokens = new_tokens(FAMILIES["sd3"], 64, 4, 5, False, 7, None).tokens
+    noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(7))
+    assert abs(torch.corrcoef(torch.stack([tokens.flatten(), noise.flatten()]))[0, 1]) < 0.1
+    assert torch.equal(new_tokens(FAMILIES["sd3"], 64, 4, 5, False, 7, None).tokens, tokens)

@@ -1,0 +1,155 @@
+"""Gradients through a frozen network, whatever its weights are and wherever they lie."""
+
+import comfy.ops
+import pytest
+import torch
+from comfyui_softrepa.softrepa.comfy.frozen import Again, Conv2d, Linear, differentiable_attention, frozen, when_needed
+from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
+from comfyui_softrepa.softrepa.errors import SoftREPAError
+from comfyui_softrepa.softrepa.pairs import StepBatch
+from softrepa_tests import foreign, tiny_models
+from softrepa_tests.golden_step import FAMILIES, TIMESTEP, batch, golden_tokens
+from softrepa_tests.learning import train
+from softrepa_tests.offloading import shared_buffers
+from softrepa_tests.sampling import relative_error
+from softrepa_tests.tiny_models import seeded
+
+
+def gradients(model, family, checkpointing=True, micro_batch=2):
+    with torch.inference_mode(False), torch.enable_grad():
+        tokens = golden_tokens(family)
+        network = PairNetwork(model, tokens.blocks, checkpointing)
+        rows = seeded((1 if tokens.family.is_unet else 5, 4, tokens.hidden_width), "rows", 0.5)
+        return network.gradients(rows, StepBatch.of_all(*batch(family), TIMESTEP[family]), micro_batch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_weights_fetched_into_buffers_that_later_layers_use(models, family, checkpointing, monkeypatch):
+    errors, expected = gradients(models[family], family, checkpointing)
+    with shared_buffers(models[family], monkeypatch) as fetched:
+        seen, found = gradients(models[family], family, checkpointing)
+    assert len(set(fetched)) > 20
+    assert relative_error(seen, errors) <= 1e-5
+    assert relative_error(found, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_fetched_weights_are_not_kept(models, family, monkeypatch):
+    """What autograd saves for the backward pass has the shape of no weight."""
+    shapes = {tuple(w.shape) for w in models[family].model.diffusion_model.parameters() if w.numel() > 4096}
+    saved = []
+
+    def pack(tensor):
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    with shared_buffers(models[family], monkeypatch), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        gradients(models[family], family, checkpointing=False)
+    transposed = {shape[::-1] for shape in shapes}
+    assert saved and not {shape for shape in saved if shape in shapes | transposed}
+
+
+LAYERS = [
+    (comfy.ops.manual_cast.Linear(5, 7), (2, 3, 5), Linear),
+    (comfy.ops.manual_cast.Conv2d(4, 6, 3, padding=1, stride=2), (2, 4, 9, 9), Conv2d),
+    (comfy.ops.manual_cast.Conv2d(4, 6, 3, dilation=2, groups=2), (2, 4, 9, 9), Conv2d),
+    (comfy.ops.manual_cast.GroupNorm(2, 4), (2, 4, 5, 5), Again),
+    (comfy.ops.manual_cast.LayerNorm(5), (2, 3, 5), Again),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "function"), LAYERS)
+def test_each_kind_of_layer_against_its_own_gradient(layer, shape, function):
+    with torch.inference_mode(False), torch.enable_grad():
+        layer = layer.double()
+        for name, weight in layer.named_parameters():
+            weight.data = seeded(weight.shape, name, 1.0).double()
+            weight.requires_grad_(False)
+        x = seeded(shape, "x", 1.0).double().requires_grad_()
+        (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+        with frozen(layer):
+            (replaced,) = (vars(layer)[name] for name in ("forward_comfy_cast_weights",))
+            assert replaced.func is when_needed and replaced.args[0] is function
+            assert torch.autograd.gradcheck(layer, x)
+            (found,) = torch.autograd.grad(layer(x).square().sum(), x)
+        assert "forward_comfy_cast_weights" not in vars(layer)
+    assert relative_error(found, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_stored_in_another_dtype(family):
+    """Cast for each use: exact by the weights as they are stored, and not kept."""
+    with torch.inference_mode():
+        model = tiny_models.build(family)
+        plain = tiny_models.build(family)
+    for weight in plain.model.diffusion_model.state_dict().values():
+        weight.copy_(weight.to(torch.bfloat16).to(weight.dtype))
+    tiny_models.store_in(model, torch.bfloat16)
+    assert relative_error(gradients(model, family)[1], gradients(plain, family)[1]) <= 1e-4
+
+
+def test_nothing_is_left_on_the_model(models):
+    network = models["sd3"].model.diffusion_model
+    before = {name: id(weight) for name, weight in network.named_parameters()}
+    with torch.inference_mode(False), frozen(network):
+        inside = dict(network.named_parameters())
+        assert not any(weight.is_inference() for weight in inside.values())
+        assert all(weight.data_ptr() == inside[name].data_ptr() for name, weight in inside.items())
+    assert {name: id(weight) for name, weight in network.named_parameters()} == before
+    with pytest.raises(KeyError), torch.inference_mode(False), frozen(network):
+        raise KeyError
+    assert {name: id(weight) for name, weight in network.named_parameters()} == before
+
+
+def test_another_nodes_inference_tensor_in_the_way(models):
+    """A patch that brings a tensor made in inference mode into cross-attention, as image prompts do."""
+    image = seeded((1, 3, 768), "image", 1.0)
+    assert image.is_inference()
+    model = models["sd15"].clone()
+    model.set_model_attn2_patch(
+        lambda n, context, value, extra: (n, context * (1 + image.mean(1, keepdim=True)), value * image[:, :1])
+    )
+    plain = models["sd15"].clone()
+    with torch.inference_mode(False):
+        usual = image.clone()
+    plain.set_model_attn2_patch(
+        lambda n, context, value, extra: (n, context * (1 + usual.mean(1, keepdim=True)), value * usual[:, :1])
+    )
+    for checkpointing in (True, False):
+        found = gradients(model, "sd15", checkpointing)[1]
+        assert relative_error(found, gradients(plain, "sd15", checkpointing)[1]) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_an_override_without_backward_is_only_a_kernel(models, family, token_folder, caplog):
+    with caplog.at_level("INFO"):
+        plain = train(models, family, temperature=2.0)[0]
+        found = train({family: foreign.has_no_backward(models[family])}, family, temperature=2.0)[0]
+    assert torch.equal(plain.tokens, found.tokens)
+    assert "has no backward; training computes attention with PyTorch" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (lambda func, q, k, v, *args, **kwargs: func(q, k, 2 * v, *args, **kwargs).detach(), "changes the result"),
+        (lambda func, *args, **kwargs: (_ for _ in ()).throw(ValueError("no kernel")), r"fails \(no kernel\)"),
+    ],
+)
+def test_an_override_that_cannot_be_trained_under_is_refused(models, token_folder, override, message):
+    model = foreign.with_override(models["sd3"], override)
+    with pytest.raises(SoftREPAError, match=f"attention override .* that has no backward and {message}"):
+        train({"sd3": model}, "sd3")
+
+
+def test_an_override_that_has_a_backward_stays(models):
+    def louder(func, q, k, v, *args, **kwargs):
+        return func(q, k, 2 * v, *args, **kwargs)
+
+    options = {"optimized_attention_override": louder}
+    with torch.inference_mode(False), torch.enable_grad():
+        q, k, v = (seeded((1, 8, 64), name, 1.0) for name in "qkv")
+        override = differentiable_attention(options, torch.device("cpu"), torch.float32)
+        plain = differentiable_attention({}, torch.device("cpu"), torch.float32)
+        assert torch.allclose(override(None, q, k, v, 1), 2 * plain(None, q, k, v, 1))

@@ -1,0 +1,78 @@
+"""The token gradient from pair gradients, however many of these are kept at a time."""
+
+import pytest
+import torch
+from comfyui_softrepa.softrepa.loss import comparison, contrastive_loss, denoising_loss
+from comfyui_softrepa.softrepa.pairs import StepBatch, backward_through_pairs
+from softrepa_tests.toy_training import WIDTH, ToyPairs
+
+WRONG = (2, 0, 1, 3)
+OBJECTIVES = {
+    "paper": (lambda compared: lambda e: contrastive_loss(e, 1.0, denoising_weight=0.5, compared=compared), True),
+    "denoising": (lambda compared: denoising_loss, True),
+    "relative": (lambda compared: lambda e: contrastive_loss(e, 1.0, relative=True, compared=compared), False),
+    "symmetric": (lambda compared: lambda e: contrastive_loss(e, 1.0, symmetric=True, compared=compared), False),
+}
+
+
+def toy_batch() -> StepBatch:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, 2, 2, 2, generator=generator)
+    conds = [{"name": j, "cross_attn": torch.randn(WIDTH, generator=generator)} for j in range(4 + sum(WRONG))]
+    return StepBatch(latents, torch.zeros(1, 2, 2, 2), conds, 500, comparison(WRONG))
+
+
+class Counting(ToyPairs):
+    """Says how many gradients it gave at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.given, self.scored = [], 0
+
+    def gradients(self, rows, batch, micro_batch):
+        errors, gradients = super().gradients(rows, batch, micro_batch)
+        self.given.append(len(gradients))
+        return errors, gradients
+
+    def errors(self, rows, batch, micro_batch):
+        self.scored += 1
+        return ToyPairs.gradients(self, rows, batch, micro_batch)[0]
+
+    def weighted_gradient(self, rows, batch, weights, micro_batch):
+        gradients = ToyPairs.gradients(self, rows, batch, micro_batch)[1]
+        return torch.einsum("p,p...->...", weights[batch.compared], gradients)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(("kept", "parts"), [(1, [6, 4, 5, 7]), (11, [10, 5, 7]), (100, [22])])
+def test_any_number_of_kept_gradients_gives_the_gradient_of_one_graph(name, kept, parts):
+    batch = toy_batch()
+    objective, is_by_row = OBJECTIVES[name][0](batch.compared), OBJECTIVES[name][1]
+    rows = torch.randn(3, 2, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    errors = torch.stack(
+        [
+            torch.stack(
+                [(x.flatten() - cond["cross_attn"] - rows.mean(dim=(0, 1))).square().mean() for cond in batch.conds]
+            )
+            for x in batch.latents
+        ]
+    )
+    plain = objective(errors * batch.compared)
+    (expected,) = torch.autograd.grad(plain, rows)
+
+    pairs, ours = Counting(), rows.detach().clone().requires_grad_()
+    value, found = backward_through_pairs(ours, pairs, batch, 2, objective, is_by_row, kept * 4 * rows.numel())
+    assert torch.allclose(value, plain)
+    assert torch.allclose(found, errors.detach() * batch.compared)
+    assert torch.allclose(ours.grad, expected, atol=1e-6)
+    if is_by_row or len(parts) == 1:
+        assert (pairs.given, pairs.scored) == (parts, 0)
+    else:
+        assert (pairs.given, pairs.scored) == ([], 1)
+
+
+def test_parts_are_whole_rows():
+    batch = toy_batch()
+    parts = batch.parts(11)
+    assert [part.pairs for part in parts] == [10, 5, 7]
+    assert torch.equal(torch.stack([part.compared for part in parts]).sum(0).bool(), batch.compared)
