@@ -77,7 +77,9 @@ class Device(TorchDispatchMode):
         if not stays:
             self.copied_out += [leaf.numel() for leaf in flat(found) if isinstance(leaf, Tensor)]
             return args[0] if func is aten.copy_.default else found
-        found = args[0] if func._schema.is_mutable else changed(found, on_device)
+        # a view is an inference tensor or none as what it looks at is, whatever the mode
+        with torch.inference_mode(args[0].is_inference() if func.is_view else torch.is_inference_mode_enabled()):
+            found = args[0] if func._schema.is_mutable else changed(found, on_device)
         return return_and_correct_aliasing(func, args, kwargs, found)
 
     def _check(self, func, args, leaves, stays: bool) -> None:

@@ -1,4 +1,4 @@
-"""What only a GPU's memory brings about: models that are pushed out, pairs that fill it, attention without a backward."""
+"""What only a card brings about: models that are pushed out, pairs that fill it, attention without a backward."""
 
 from types import SimpleNamespace
 
@@ -9,13 +9,14 @@ import pytest
 import torch
 from comfyui_softrepa.softrepa.comfy.score import HeldOut, score
 from comfyui_softrepa.softrepa.comfy.training import AdaptivePairs
-from comfyui_softrepa.softrepa.loss import comparison
+from comfyui_softrepa.softrepa.pairs import StepBatch
 from softrepa_tests.learning import InMemory, dataset, moved_by, same_training
 from softrepa_tests.other_device import DEVICE, built, other_device
 from softrepa_tests.token_sets import tokens_for
 
 FAMILIES = ("sd15", "sdxl", "sd3")
 GIGABYTE = 10**9
+ROWS = torch.zeros(5, 4, 8)
 
 
 class Evicting(InMemory):
@@ -76,20 +77,24 @@ def gpu(monkeypatch):
 class CountedPairs:
     """A network that only writes down how many pairs it was given at once."""
 
+    device = torch.device("cuda")
+
     def __init__(self):
         self.sizes: list[int] = []
 
-    def gradients(self, rows, latents, noise, conds, t, micro_batch, compared=None):
+    def gradients(self, rows, batch, micro_batch):
         self.sizes.append(micro_batch)
+
+
+def images(count: int) -> StepBatch:
+    return StepBatch.of_all(torch.zeros(count, 1), torch.zeros(1, 1), [{}] * count, 0)
 
 
 @pytest.mark.parametrize(("free", "of_a_pair"), [(20, 2), (20, 7), (5, 2), (1, 2)])
 def test_pairs_at_once_fill_the_memory_and_no_more(gpu, free, of_a_pair):
     gpu.free, gpu.peak = free * GIGABYTE, of_a_pair * GIGABYTE
     network = CountedPairs()
-    pairs = AdaptivePairs(network, torch.device("cuda"))
-    images = 32
-    pairs.gradients(None, torch.zeros(images, 1), None, [None] * images, 0, 0, comparison([0] * images))
+    AdaptivePairs(network).gradients(ROWS, images(32), 0)
     measured, used = network.sizes
     assert measured == 1
     assert used == 1 or used * of_a_pair <= free
@@ -98,8 +103,7 @@ def test_pairs_at_once_fill_the_memory_and_no_more(gpu, free, of_a_pair):
 
 def test_a_chosen_number_of_pairs_is_not_overruled(gpu):
     network = CountedPairs()
-    pairs = AdaptivePairs(network, torch.device("cuda"))
-    pairs.gradients(None, torch.zeros(4, 1), None, [None] * 4, 0, 5, comparison([0] * 4))
+    AdaptivePairs(network).gradients(ROWS, images(4), 5)
     assert network.sizes == [5]
 
 
