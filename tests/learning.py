@@ -4,6 +4,8 @@ import torch
 from comfyui_softrepa.nodes.training import TrainTokens
 from comfyui_softrepa.softrepa.batches import Example
 from comfyui_softrepa.softrepa.dataset import Dataset
+from comfyui_softrepa.softrepa.tokens import SoftTokens
+from softrepa_tests.sampling import relative_error
 from softrepa_tests.tiny_models import CHANNELS, WIDTH, seeded
 
 
@@ -40,3 +42,21 @@ def train(models, family: str, **options) -> tuple:
     """The outputs of the training node: tokens, losses, steps, path."""
     options = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "seed": 0} | options
     return TrainTokens.execute(models[family], options.pop("dataset", None) or dataset(family), **options).args
+
+
+def moved_by(model, family: str, start: SoftTokens, **options) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What a run adds to the tokens it starts from, by SGD in proportion to the gradient; its losses."""
+    options = {"optimizer": "SGD", "learning_rate": 1.0, "micro_batch": 3, "steps": 1} | options
+    if options.get("preset") != "AGSM":
+        options |= {"temperature": 2.0}
+    tokens, losses, _, _ = train({family: model}, family, init_tokens=start, **options)
+    names = [name for name in ("tokens", "time_table", "negative_tokens") if getattr(start, name) is not None]
+    return {name: getattr(tokens, name) - getattr(start, name) for name in names}, torch.tensor(losses["loss"])
+
+
+def same_training(ours: tuple, expected: tuple, tolerance: float = 1e-3) -> None:
+    """For two results of `moved_by`."""
+    assert relative_error(ours[1], expected[1]) <= tolerance
+    for name, change in expected[0].items():
+        assert change.norm() > 0, name
+        assert relative_error(ours[0][name], change) <= tolerance, name

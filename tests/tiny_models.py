@@ -78,6 +78,12 @@ def store_in(model: ModelPatcher, dtype: torch.dtype) -> None:
             module.comfy_cast_weights = True
 
 
+def compute_in(model: ModelPatcher, dtype: torch.dtype) -> None:
+    """Keeps the weights in `dtype` and computes in it, as a GPU does with half precision."""
+    model.model.diffusion_model.to(dtype)
+    model.model.diffusion_model.dtype = dtype
+
+
 def _weight(name: str, shape, tag: str) -> torch.Tensor:
     if len(shape) == 1:
         is_norm_scale = "norm" in name and name.endswith("weight")

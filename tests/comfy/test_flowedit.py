@@ -153,6 +153,17 @@ def test_only_what_is_used_is_computed(models, count):
         assert calls == expected, options
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_token_sets_are_one_forward(models, family, count):
+    """A second set takes the place of the first one's hooks, as nothing else acts on the model then."""
+    model = models[family]
+    for seed in ("a", "b", "c"):
+        model = apply_tokens(model, tokens_for(family, seed=seed))
+    calls = count(model)
+    edit(model, family, n_max=2)
+    assert calls == [4] * 2
+
+
 def test_prompts_of_other_lengths_run_apart(models, count):
     """SD3's text is not padded: lengths that differ between source and target are two forwards."""
     calls = count(models["sd3"])

@@ -105,6 +105,18 @@ def test_running_average():
     assert distance < 1
 
 
+@pytest.mark.parametrize("ema_decay", [0.9, 0.15])
+def test_the_running_average_soon_forgets_the_start(ema_decay):
+    """Its decay rises as 1/10, 2/11, 3/12, ... to the one that was asked for."""
+    run = trainer(ema_decay=ema_decay, learning_rate=0.05, denoising_weight=1.0)
+    expected = run.tokens.tokens.detach().clone()
+    for step in range(4):
+        run.step(1)
+        decay = min(ema_decay, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * run.tokens.tokens.detach()
+        assert torch.allclose(run.finished("x", {}).tokens, expected, atol=1e-6)
+
+
 def test_a_loss_that_is_no_number_stops_the_run():
     run = trainer()
     run.next_batch = lambda size: (torch.full((size, 2, 2, 2), torch.nan), *batches()(size)[1:])
