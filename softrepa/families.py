@@ -130,10 +130,8 @@ def family_of_shape(shape: tuple[int, ...], label: str) -> Family:
     for family in FAMILIES.values():
         if family.fits(shape):
             return family
-    raise SoftREPAError(
-        f"{label}: tokens have shape {list(shape)}, "
-        "expected [m, 768] (SD1.5), [m, 2048] (SDXL) or [layers, m, width] (SD3)."
-    )
+    *others, last = (f"{family.shape_text} ({family.title})" for family in FAMILIES.values())
+    raise SoftREPAError(f"{label}: tokens have shape {list(shape)}, expected {', '.join(others)} or {last}.")
 
 
 def parse_blocks(text: str, family: Family, label: str) -> Blocks:

@@ -125,7 +125,7 @@ def test_blocks(family, text):
     except SoftREPAError:
         return
     assert parse_blocks(format_blocks(blocks), FAMILIES[family], "Test") == blocks
-    assert isinstance(blocks, tuple) == FAMILIES[family].is_unet
+    assert isinstance(blocks, int) == FAMILIES[family].is_layered
 
 
 @bounded
