@@ -130,7 +130,7 @@ def repeats_of(root: Path, name: str) -> tuple[int, str] | None:
 
 def _files(root: Path, folders: dict[Path, list[str]], left_out: LeftOut) -> Iterator[tuple[str, Source]]:
     """By name: regular files whose names are text, those in shards among them."""
-    paths = {}
+    paths: dict[str, Path] = {}
     for folder, names in folders.items():
         inside = name_in(root, folder)
         paths |= {posixpath.normpath(f"{inside}/{composed(name)}"): folder / name for name in names}
