@@ -60,12 +60,19 @@ def _locked(path: Path) -> BufferedRandom:
         file = path.open("a+b")
         try:
             _lock(file)
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            if IS_WINDOWS or _is_at(path, file):
                 return file
         except BaseException:
             file.close()
             raise
         file.close()
+
+
+def _is_at(path: Path, file: BufferedRandom) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _lock(file: BufferedRandom) -> None:

@@ -11,7 +11,7 @@ import folder_paths
 
 from ..checkpoint import PUBLISHED
 from ..errors import SoftREPAError, is_plain, said, shown, unwritable
-from ..files import is_file
+from ..files import is_file, is_folder
 from ..locks import HeldError, NoLocksError, held
 
 FOLDER = "softrepa"
@@ -159,8 +159,8 @@ def reserved_token_path(filename_prefix: str) -> Path:
 
 def check_runs(tokens: Path) -> None:
     """Raises SoftREPAError where the run that writes `tokens` would follow a link out of the output folder."""
-    output = Path(folder_paths.get_output_directory())
-    for path in (checkpoint_path(tokens), log_folder(tokens)):
+    output, logs = Path(folder_paths.get_output_directory()), log_folder(tokens)
+    for path in (checkpoint_path(tokens), logs, *(logs.iterdir() if is_folder(logs) else ())):
         if not _is_inside(path, output):
             raise SoftREPAError(
                 f"{shown(path)} leads to {shown(os.path.realpath(path))}, expected a place in ComfyUI's output folder; "

@@ -13,7 +13,7 @@ import torch
 from comfyui_softrepa.nodes import schema
 from comfyui_softrepa.nodes.tokens import LoadTokens, SaveTokens
 from comfyui_softrepa.softrepa import checkpoint
-from comfyui_softrepa.softrepa.comfy import folders
+from comfyui_softrepa.softrepa.comfy import folders, training
 from comfyui_softrepa.softrepa.comfy.encoding import dataset_of_folder
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.trainer import Trainer
@@ -171,10 +171,11 @@ def short(models, prefix: str, **options):
 def test_a_run_that_is_being_written_is_not_resumed(models, token_folder, monkeypatch, is_resumed):
     if is_resumed:
         short(models, "run", steps=2)
-    step, refused = Trainer.step, []
+    step, tried, refused = Trainer.step, [], []
 
     def another(self, micro_batch):
-        if self.step_index == 3:
+        if self.step_index == 3 and not tried:
+            tried.append(None)
             with pytest.raises(SoftREPAError) as caught:
                 short(models, "run", steps=9, resume=True)
             refused.append(str(caught.value))
@@ -190,24 +191,26 @@ def test_a_run_that_is_being_written_is_not_resumed(models, token_folder, monkey
     assert list(folders.checkpoint_path(folders.home() / "run").parent.rglob(folders.LOCK)) == []
 
 
-def test_what_another_run_has_added_meanwhile_is_not_lost(models, token_folder, monkeypatch):
+def test_what_another_run_has_added_meanwhile_is_gone_on_from(models, token_folder, monkeypatch):
     """Between reading a checkpoint and claiming it."""
-    from comfyui_softrepa.softrepa.comfy import training
-
-    same_run, others = training.same_run, []
+    same_run, step, done = training.same_run, Trainer.step, []
 
     def meanwhile(candidates, settings):
         found = same_run(candidates, settings)
-        if not others:
-            others.append(None)
-            short(models, "run", steps=3, resume=True)
+        monkeypatch.setattr(training, "same_run", same_run)
+        short(models, "run", steps=3, resume=True)
+        done.clear()
         return found
 
+    def counted(self, micro_batch):
+        done.append(self.step_index)
+        return step(self, micro_batch)
+
     short(models, "run", steps=1)
+    monkeypatch.setattr(Trainer, "step", counted)
     monkeypatch.setattr(training, "same_run", meanwhile)
     resumed = train(models, "sd3", steps=4, filename_prefix="run", resume=True)
-    assert resumed[2] == 4
-    monkeypatch.undo()
+    assert (resumed[2], done) == (4, [3])
     assert resumed[1] == train(models, "sd3", steps=4, filename_prefix="whole")[1]
 
 
@@ -230,7 +233,9 @@ def test_a_refused_run_leaves_nothing(models, token_folder, comfy_folders):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("linked", ["", "sub", "sub/run_00001", "sub/run_00001.checkpoint.safetensors"])
+@pytest.mark.parametrize(
+    "linked", ["", "sub", "sub/run_00001", "sub/run_00001.checkpoint.safetensors", "sub/run_00001/steps.csv"]
+)
 def test_no_link_leads_out_of_the_output_folder(models, token_folder, comfy_folders, tmp_path, linked, resume):
     runs, outside = comfy_folders / "output" / folders.RUNS, tmp_path / "outside"
     path = checkpoint.load(short(models, "sub/run")).name

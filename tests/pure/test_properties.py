@@ -64,11 +64,11 @@ def test_any_bytes(tmp_path, name, content):
     assert loaded(path) is None
 
 
-SMALL = st.integers(-2, 12)
+FEW = st.integers(0, 6) | st.just(-1)
 
 
 @bounded
-@given(st.lists(st.tuples(st.integers(0, 4), SMALL), max_size=4), SMALL, st.integers(0, 24))
+@given(st.lists(st.tuples(st.integers(0, 4), FEW), max_size=3), FEW, st.integers(0, 24))
 def test_a_tensor_is_what_torch_makes_of_it_or_refused(along, offset, count):
     """Its numbers are in the file, and there is one for each place."""
     size, stride = (tuple(part) for part in zip(*along, strict=True)) if along else ((), ())
