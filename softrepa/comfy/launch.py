@@ -19,6 +19,7 @@ from .training import Run, TokenPlan, train
 TIME_TABLE = {"auto": None, "on": True, "off": False}
 VALIDATION_BATCHES = 16
 PREVIEW_STEPS = 20
+MOST_CFG = 100
 
 
 def launch(
@@ -51,6 +52,8 @@ def launch(
             raise SoftREPAError(f"{name} is {value}, expected {low} or more.")
     if denoising_weight < 0 and denoising_weight != -1:
         raise SoftREPAError(f"denoising_weight is {denoising_weight:g}, expected 0 or more, or -1.")
+    if not 1 <= preview_cfg <= MOST_CFG:  # nor NaN, which ComfyUI lets through
+        raise SoftREPAError(f"preview_cfg is {preview_cfg:g}, expected 1 to {MOST_CFG}.")
     options = with_preset(preset, options)
     config = TrainingConfig(**options, denoising_weight=None if denoising_weight < 0 else denoising_weight)
     if time_table not in TIME_TABLE:

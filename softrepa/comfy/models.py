@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 
 from ..errors import SoftREPAError
 from ..families import FAMILIES, Blocks, Family, parse_blocks
+from ..latent_lists import PIXELS
 from ..tokens import SoftTokens
 
 
@@ -28,8 +30,7 @@ class ModelShape:
 
 def model_shape(model: ModelPatcher) -> ModelShape:
     """Recognises the model by its network. Raises SoftREPAError for a family without soft tokens."""
-    network = model.get_model_object("diffusion_model")
-    network = getattr(network, "_orig_mod", network)  # torch.compile wraps the module
+    network = network_of(model)
     if isinstance(network, MMDiT):
         return ModelShape(FAMILIES["sd3"], network.hidden_size, len(network.joint_blocks))
     width = model.model.model_config.unet_config.get("context_dim")
@@ -40,6 +41,24 @@ def model_shape(model: ModelPatcher) -> ModelShape:
             return ModelShape(family, width)
     found = type(model.model).__name__ + (f" (context width {width})" if width else "")
     raise SoftREPAError(f"Model is {found}, expected SD1.5, SDXL, SD3 or SD3.5.")
+
+
+def network_of(model: ModelPatcher) -> torch.nn.Module:
+    network = model.get_model_object("diffusion_model")
+    return getattr(network, "_orig_mod", network)  # torch.compile wraps the module
+
+
+def check_positions(name: str, model: ModelPatcher, width: int, height: int) -> None:
+    """Refuses latents of more cells a side than the position table of an SD3 model reaches."""
+    network = network_of(model)
+    if not isinstance(network, MMDiT) or network.pos_embed is None:
+        return
+    most = network.pos_embed_max_size * network.patch_size
+    if max(width, height) > most:
+        raise SoftREPAError(
+            f"{name} is {PIXELS * width} x {PIXELS * height} pixels, expected at most {PIXELS * most} a side: this "
+            "model has no positions beyond."
+        )
 
 
 def check_fit(tokens: SoftTokens, shape: ModelShape) -> None:

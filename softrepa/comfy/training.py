@@ -16,12 +16,13 @@ from torch import Tensor
 from .. import training_state
 from ..dataset import Cond, Dataset
 from ..errors import SoftREPAError
-from ..families import TEXT_WIDTH, Blocks, format_blocks, parse_blocks
+from ..families import Blocks, format_blocks, parse_blocks
 from ..loss import denoising_loss
 from ..pairs import MOST_KEPT, StepBatch
 from ..tokens import SoftTokens
 from ..trainer import StepRecord, Trainer, new_tokens
 from ..training_config import TrainingConfig
+from .dataset_checks import check_encodings
 from .identity import base_model, description, identity
 from .models import ModelShape, check_fit, model_shape
 from .pairs import PairNetwork, halving, is_out_of_memory
@@ -213,7 +214,7 @@ def train(
     `metadata` is added to what the token file says of the run. Raises SoftREPAError.
     """
     shape = checked_model(model)
-    check_dataset(dataset, shape, model.model.latent_format.latent_channels, config)
+    check_dataset(dataset, model, config)
     dataset = dataset.started(config.seed)
     if config.hard_negatives:
         prepared = dataset.prepare_hard_negatives()
@@ -310,22 +311,9 @@ def checked_model(model: ModelPatcher) -> ModelShape:
     return shape
 
 
-def check_dataset(dataset: Dataset, shape: ModelShape, channels: int, config: TrainingConfig) -> None:
-    """Matching widths and latent channels, and enough different captions for a batch."""
-    expected = shape.family.context_width or TEXT_WIDTH
-    width = dataset.empty["cross_attn"].shape[-1]
-    if width != expected:
-        raise SoftREPAError(
-            f"{dataset.label} has text of width {width}, expected {expected} for {shape.family.title}: "
-            "encode it with this model's own CLIP."
-        )
-    example = dataset.train[0]
-    found = dataset.encodings.latent(example).shape[0]
-    if found != channels:
-        raise SoftREPAError(
-            f"{dataset.label} has latents of {found} channels, expected {channels} for {shape.family.title}: "
-            "encode it with this model's own VAE."
-        )
+def check_dataset(dataset: Dataset, model: ModelPatcher, config: TrainingConfig) -> None:
+    """Encodings of this model, and enough different captions for a batch."""
+    check_encodings(dataset, model)
     if dataset.different_captions < config.batch_size:
         raise SoftREPAError(
             f"{dataset.label} has {dataset.different_captions} images of one size with different captions, "
