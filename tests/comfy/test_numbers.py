@@ -113,9 +113,7 @@ def test_in_given_encodings(name):
     broken = samples if name == "latents" else entries["" if name.startswith("empty") else "b"][0][0]
     broken[-1].view(-1)[:2] = math.nan
     given = [{"samples": samples}], [entries[word] for word in "abc"], [entries[""]]
-    with pytest.raises(
-        SoftREPAError, match=f"^(an entry of )?{name} has 2 NaN or infinite values, expected finite numbers"
-    ):
+    with pytest.raises(SoftREPAError, match=f"^(an entry of )?{name} has 2 NaN or infinite values"):
         DatasetFromLatents.execute(*given)
 
 
