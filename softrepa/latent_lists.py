@@ -7,6 +7,7 @@ from torch import Tensor
 from .batches import Example, by_size, variety
 from .dataset import Cond, Dataset
 from .errors import SoftREPAError
+from .numbers import check_finite
 
 PIXELS = 8
 """Pixels a latent cell stands for in SD1.5, SDXL and SD3, to name sizes in pixels."""
@@ -65,6 +66,7 @@ def cond_of(entry: list, label: str) -> Cond:
     if extra.get("hooks") is not None:
         raise SoftREPAError(f"{label} carries hooks, expected a plain encoding; leave LoRA hooks out of training.")
     pooled = extra.get("pooled_output")
+    check_finite(label, context)
     return {"cross_attn": context.cpu(), "pooled_output": None if pooled is None else pooled.cpu()}
 
 
@@ -74,6 +76,7 @@ def _images_of(latent: dict) -> list[Tensor]:
         raise SoftREPAError(
             f"latents have one of shape {list(samples.shape)}, expected still images, [batch, channels, height, width]."
         )
+    check_finite("an entry of latents", samples)
     return list(samples.cpu().float())
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .errors import SoftREPAError, shown
 from .families import Blocks, Family, depth, family_named
+from .numbers import check_finite
 
 BUCKETS = 100
 """Rows of a time table: ten timesteps share one."""
@@ -113,9 +114,7 @@ class SoftTokens:
         if tensor.numel() == 0:
             raise SoftREPAError(f"{self.label}: {key} is empty, of shape {list(tensor.shape)}, expected some vectors.")
         tensor = tensor.detach().float()
-        bad = (~torch.isfinite(tensor)).sum().item()
-        if bad:
-            raise SoftREPAError(f"{self.label}: {key} has {bad} NaN or infinite values, expected finite numbers.")
+        check_finite(f"{self.label}: {key}", tensor)
         return tensor
 
     def _check_shapes(self):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from . import agsm, loss, optimizers
 from .errors import SoftREPAError, shown
+from .numbers import ABOVE_0, FROM_0, SHARE_BELOW_1, at_least, check_number
 from .swaps import MOST
 
 OBJECTIVES = ("contrastive", "denoising", "agsm")
@@ -70,21 +71,15 @@ class TrainingConfig:
                 raise SoftREPAError(f'{name} is "{shown(getattr(self, name))}", expected one of {", ".join(known)}.')
         least = {"steps": 1, "batch_size": 2, "accumulation": 1, "warmup_steps": 0, "hard_negatives": 0}
         least |= {"schedule_steps": 1, "restart_after": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise SoftREPAError(f"{name} is {getattr(self, name)}, expected {low} or more.")
+        names = {name: at_least(low) for name, low in least.items()}
         guidance = ("positive_guidance", "negative_guidance")
         rates = ("learning_rate", "minimum_learning_rate")
-        for name in (*rates, "weight_decay", "gradient_clip", "denoising_weight", *guidance):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise SoftREPAError(f"{name} is {value}, expected 0 or more.")
-        for name in ("temperature", "logit_scale", "agsm_temperature"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise SoftREPAError(f"{name} is {getattr(self, name)}, expected more than 0.")
-        for name in ("ema_decay", "caption_dropout", "teacher_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise SoftREPAError(f"{name} is {getattr(self, name)}, expected 0 to below 1.")
+        names |= dict.fromkeys((*rates, "weight_decay", "gradient_clip", "denoising_weight", *guidance), FROM_0)
+        names |= dict.fromkeys(("temperature", "logit_scale", "agsm_temperature"), ABOVE_0)
+        names |= dict.fromkeys(("ema_decay", "caption_dropout", "teacher_decay"), SHARE_BELOW_1)
+        for name, expected in names.items():
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), expected)
         if self.hard_negatives > MOST:
             raise SoftREPAError(f"hard_negatives is {self.hard_negatives}, expected at most {MOST}.")
         if self.temperature_mode == "relative" and self.temperature < LEAST_RELATIVE:

@@ -147,13 +147,19 @@ class Lists(TorchFunctionMode):
 
 
 @contextmanager
-def other_device(monkeypatch):
-    """Within it ComfyUI computes on the other device. Gives its `Device`, whose refusals are errors even if caught."""
+def other_device(monkeypatch, free: int = FREE):
+    """Within it ComfyUI computes on the other device, of which `free` bytes are free.
+
+    Gives its `Device`, whose refusals are errors even if somebody caught them.
+    """
     device = Device()
     with monkeypatch.context() as patch, Lists(), device:
         patch.setattr(memory, "get_torch_device", lambda: DEVICE)
+        patch.setattr(memory, "vram_state", memory.VRAMState.NORMAL_VRAM)
+        if free < FREE:
+            patch.setattr(memory, "minimum_inference_memory", lambda: 0)
         for name in ("get_free_memory", "get_total_memory"):
-            patch.setattr(memory, name, _told(getattr(memory, name)))
+            patch.setattr(memory, name, _told(getattr(memory, name), free))
         try:
             yield device
         finally:
@@ -162,13 +168,13 @@ def other_device(monkeypatch):
         raise AssertionError(f"refused, and caught by somebody: {device.refused}")
 
 
-def _told(real):
+def _told(real, free: int):
     """ComfyUI's question for the bytes of a device, answered for the other one."""
 
     def amount(dev=None, *both, **named):
         if dev is not None and dev != DEVICE:
             return real(dev, *both, **named)
-        return (FREE, FREE) if any((*both, *named.values())) else FREE
+        return (free, free) if any((*both, *named.values())) else free
 
     return amount
 

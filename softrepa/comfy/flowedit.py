@@ -50,6 +50,7 @@ class FlowEditGuider(CFGGuider):
             self.target_guider.set_conds(target_positive, target_negative)
 
     def set_cfg(self, source_cfg: float, target_cfg: float):
+        checks.check_guidance(source_cfg, target_cfg)
         self.source_cfg, self.target_cfg = source_cfg, target_cfg
         self.cfg = target_cfg
 
@@ -63,7 +64,10 @@ class FlowEditGuider(CFGGuider):
             )
         if len(sigmas) == 0:  # a scheduler with denoise 0: nothing to run
             return latent_image
-        checks.check_latent(latent_image, self.model_patcher)
+        for guider in (self, self.target_guider):
+            if guider is not None:
+                checks.check_latent(latent_image, guider.model_patcher)
+        checks.check_mask(denoise_mask)
         checks.check_conds(self._conds_by_input(), len(latent_image))
         checks.check_noise(noise)
         checks.check_sigmas(sigmas, sampler.n_min)

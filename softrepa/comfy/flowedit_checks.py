@@ -5,6 +5,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..errors import SoftREPAError
+from ..numbers import FROM_0, check_finite, check_number
+from .models import check_positions
 
 
 def check_counts(steps: int, n_max: int, n_min: int) -> None:
@@ -44,7 +46,7 @@ def check_target_model(model: ModelPatcher, target_model: ModelPatcher) -> None:
 
 
 def check_latent(latent: Tensor, model: ModelPatcher) -> None:
-    """Refuses what is no batch of still images of the model's kind."""
+    """Refuses what is no batch of still images of the model's kind and within its reach."""
     if latent.is_nested or latent.ndim != 4:
         found = "a nested latent" if latent.is_nested else f"of shape {list(latent.shape)}"
         raise SoftREPAError(
@@ -56,6 +58,8 @@ def check_latent(latent: Tensor, model: ModelPatcher) -> None:
             f"latent_image has {latent.shape[1]} channels, expected {channels}, as {type(model.model).__name__} has: "
             "encode the image with the VAE of this model."
         )
+    check_finite("latent_image", latent)
+    check_positions("latent_image", model, latent.shape[3], latent.shape[2])
     if torch.count_nonzero(latent) == 0:
         raise SoftREPAError("latent_image is empty (all zeros), expected an image, for example from VAE Encode.")
 
@@ -64,6 +68,8 @@ def check_conds(conds: dict[str, list[dict]], batch: int) -> None:
     """Refuses conditioning whose rows cannot be matched with the images. `conds`: by input name."""
     for name, entries in conds.items():
         for cond in entries:
+            if "cross_attn" in cond:
+                check_finite(name, cond["cross_attn"])
             found = cond["cross_attn"].shape[0] if "cross_attn" in cond else 1
             if found not in (1, batch):
                 raise SoftREPAError(
@@ -71,13 +77,25 @@ def check_conds(conds: dict[str, list[dict]], batch: int) -> None:
                 )
 
 
+def check_guidance(source_cfg: float, target_cfg: float) -> None:
+    for name, value in (("source_cfg", source_cfg), ("target_cfg", target_cfg)):
+        check_number(name, value, FROM_0)
+
+
+def check_mask(mask: Tensor | None) -> None:
+    if mask is not None:
+        check_finite("noise_mask", mask)
+
+
 def check_noise(noise: Tensor) -> None:
+    check_finite("noise", noise)
     if torch.count_nonzero(noise) == 0:
         raise SoftREPAError("noise is all zeros, expected random noise, for example from RandomNoise.")
 
 
 def check_sigmas(sigmas: Tensor, n_min: int) -> None:
     """Refuses a schedule that FlowEdit cannot run to its end."""
+    check_finite("the schedule in sigmas", sigmas)
     steps = len(sigmas) - 1
     if steps < 1:
         raise SoftREPAError(f"sigmas have {len(sigmas)} values, expected 2 or more.")

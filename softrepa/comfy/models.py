@@ -1,9 +1,22 @@
-"""What of a MODEL and of tokens must agree."""
+"""What of a MODEL and of tokens, or of pictures, must agree."""
+
+from comfy.model_patcher import ModelPatcher
 
 from ..errors import SoftREPAError
 from ..families import Blocks, depth, parse_blocks
+from ..latent_lists import PIXELS
 from ..tokens import SoftTokens
-from .families import ModelShape
+from .families import ModelShape, most_cells
+
+
+def check_positions(name: str, model: ModelPatcher, width: int, height: int) -> None:
+    """Refuses latents of more cells a side than the network has positions for."""
+    most = most_cells(model)
+    if most is not None and max(width, height) > most:
+        raise SoftREPAError(
+            f"{name} is {PIXELS * width} x {PIXELS * height} pixels, expected at most {PIXELS * most} a side: this "
+            "model has no positions beyond."
+        )
 
 
 def check_fit(tokens: SoftTokens, shape: ModelShape) -> None:

@@ -5,7 +5,6 @@ hooks that insert them (`families`) into that call's own options, behind what ot
 whatever order the nodes stand. Nothing is kept on the shared model.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from uuid import UUID, uuid4
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..errors import SoftREPAError
 from ..families import Blocks
+from ..numbers import FROM_0, SHARE, check_number
 from ..tokens import SoftTokens
 from .attention import OVERRIDE, SoftKeyBias, heeds_masks
 from .families import adapter_of, model_shape
@@ -44,11 +44,9 @@ class TokenSet:
 
     def __post_init__(self):
         label = self.tokens.label
-        if not (math.isfinite(self.strength) and self.strength >= 0):
-            raise SoftREPAError(f"{label}: strength is {self.strength}, expected 0 or more.")
+        check_number(f"{label}: strength", self.strength, FROM_0)
         for name in ("start_percent", "end_percent"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SoftREPAError(f"{label}: {name} is {getattr(self, name)}, expected 0 to 1.")
+            check_number(f"{label}: {name}", getattr(self, name), SHARE)
         if self.start_percent > self.end_percent:
             raise SoftREPAError(
                 f"{label}: start_percent is {self.start_percent}, expected at most end_percent, {self.end_percent}."

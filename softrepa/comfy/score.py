@@ -15,6 +15,7 @@ from ..dataset import Batch, Dataset
 from ..errors import SoftREPAError
 from ..pairs import StepBatch
 from ..timesteps import SCORED, parse_timesteps
+from .dataset_checks import check_encodings
 from .pairs import PairNetwork, halving
 
 TIMESTEPS = parse_timesteps(SCORED)
@@ -91,7 +92,10 @@ def score(
     """Of a MODEL as it is, with the tokens that it carries. Latents of the batches are the VAE's own.
 
     `micro_batch` pairs run at once; 0 is one caption's. The result does not depend on it. `tick` is told how far it is.
+    Raises SoftREPAError for a dataset that another model encoded.
     """
+    if isinstance(batches, HeldOut):
+        check_encodings(batches.dataset, model)
     patcher = model.clone()
     memory.load_models_gpu([patcher])
     columns: dict[str, list[Tensor]] = {"retrieved": [], "losses": [], "information": []}

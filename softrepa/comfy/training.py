@@ -22,6 +22,7 @@ from ..pairs import MOST_KEPT, StepBatch
 from ..tokens import SoftTokens
 from ..trainer import StepRecord, Trainer, new_tokens
 from ..training_config import TrainingConfig
+from .dataset_checks import check_encodings
 from .families import ModelShape, model_shape
 from .identity import base_model, description, identity
 from .models import check_fit
@@ -213,7 +214,7 @@ def train(
     `metadata` is added to what the token file says of the run. Raises SoftREPAError.
     """
     shape = checked_model(model)
-    check_dataset(dataset, shape, model.model.latent_format.latent_channels, config)
+    check_dataset(dataset, model, config)
     dataset = dataset.started(config.seed)
     if config.hard_negatives:
         prepared = dataset.prepare_hard_negatives()
@@ -310,22 +311,9 @@ def checked_model(model: ModelPatcher) -> ModelShape:
     return shape
 
 
-def check_dataset(dataset: Dataset, shape: ModelShape, channels: int, config: TrainingConfig) -> None:
-    """Matching widths and latent channels, and enough different captions for a batch."""
-    expected = shape.family.text_width
-    width = dataset.empty["cross_attn"].shape[-1]
-    if width != expected:
-        raise SoftREPAError(
-            f"{dataset.label} has text of width {width}, expected {expected} for {shape.family.title}: "
-            "encode it with this model's own CLIP."
-        )
-    example = dataset.train[0]
-    found = dataset.encodings.latent(example).shape[0]
-    if found != channels:
-        raise SoftREPAError(
-            f"{dataset.label} has latents of {found} channels, expected {channels} for {shape.family.title}: "
-            "encode it with this model's own VAE."
-        )
+def check_dataset(dataset: Dataset, model: ModelPatcher, config: TrainingConfig) -> None:
+    """Encodings of this model, and enough different captions for a batch."""
+    check_encodings(dataset, model)
     if dataset.different_captions < config.batch_size:
         raise SoftREPAError(
             f"{dataset.label} has {dataset.different_captions} images of one size with different captions, "

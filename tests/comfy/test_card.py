@@ -7,11 +7,14 @@ import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
 import comfy.model_management as memory
 import pytest
 import torch
+from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
 from comfyui_softrepa.softrepa.comfy.score import HeldOut, score
 from comfyui_softrepa.softrepa.comfy.training import AdaptivePairs
 from comfyui_softrepa.softrepa.pairs import StepBatch
+from softrepa_tests.editing import edit
 from softrepa_tests.learning import InMemory, dataset, moved_by, same_training
 from softrepa_tests.other_device import DEVICE, built, other_device
+from softrepa_tests.sampling import relative_error, sample
 from softrepa_tests.token_sets import tokens_for
 
 FAMILIES = ("sd15", "sdxl", "sd3")
@@ -61,6 +64,23 @@ def test_a_model_that_encoding_pushes_out_comes_back_for_the_score(models, monke
         ours = score(model, HeldOut(encoding_on_the_fly(family), 3, 2, 0), (500,))
     assert set(devices) == {DEVICE}
     assert torch.allclose(ours.information, expected.information, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_fits_in_part(models, token_folder, monkeypatch, family):
+    """ComfyUI brings the weights that stay on the CPU to the device layer by layer."""
+    start = tokens_for(family)
+    expected = sample(apply_tokens(models[family], start), family, steps=1)
+    trained = moved_by(models[family], family, start)
+    edited = edit(apply_tokens(models[family], start), family, n_max=1)
+    model = built(family)
+    with other_device(monkeypatch, free=model.model_size() // 2):
+        same_training(moved_by(model, family, start), trained)
+        assert 0 < model.loaded_size() < model.model_size()
+        ours = sample(apply_tokens(model, start), family, steps=1).cpu()
+        assert 0 < model.loaded_size() < model.model_size()
+        assert relative_error(edit(apply_tokens(model, start), family, n_max=1), edited) <= 1e-5
+    assert relative_error(ours, expected) <= 1e-5
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from comfyui_softrepa.softrepa.comfy.flowedit_passes import Stack
 from comfyui_softrepa.softrepa.comfy.patching import SoftTokenPatch, apply_tokens
 from comfyui_softrepa.softrepa.comfy.score import HeldOut, score
 from comfyui_softrepa.softrepa.tokens import SoftTokens
+from softrepa_tests import foreign
 from softrepa_tests.editing import edit, source_latent
 from softrepa_tests.learning import dataset, moved_by, same_training
 from softrepa_tests.other_device import DEVICE, built, other_device
@@ -88,6 +89,19 @@ def test_training(models, token_folder, monkeypatch, family, options):
         ours = moved_by(built(family), family, start, **options)
         assert max(device.copied_out) <= 2 * start.tokens.numel()  # nothing of a picture's size leaves it
     same_training(ours, expected)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+@pytest.mark.parametrize("change", [foreign.drops_masks, foreign.has_no_backward])
+def test_overrides_of_other_nodes(models, token_folder, monkeypatch, family, change):
+    """They are asked what they do on the device."""
+    sets, start = ACTING["weaker"], tokens_for(family)
+    expected = sample(with_tokens(models[family], family, sets), family, steps=1)
+    trained = moved_by(models[family], family, start)
+    with other_device(monkeypatch):
+        model = change(built(family))
+        same_training(moved_by(model, family, start), trained)
+        assert relative_error(sample(with_tokens(model, family, sets), family, steps=1).cpu(), expected) <= EXACT
 
 
 class ToyVAE:

@@ -1,6 +1,7 @@
 """How tokens come into a network: one adapter for each way in. Everything else asks the adapter of a MODEL."""
 
 from comfy.model_patcher import ModelPatcher
+from torch import nn
 
 from ...errors import SoftREPAError
 from ...families import FAMILIES, Family
@@ -8,7 +9,7 @@ from .adapter import Adapter, ModelShape
 from .joint import Joint
 from .unet import UNet
 
-__all__ = ["ADAPTERS", "Adapter", "ModelShape", "adapter_of", "is_guard", "model_shape"]
+__all__ = ["ADAPTERS", "Adapter", "ModelShape", "adapter_of", "is_guard", "model_shape", "most_cells"]
 
 ADAPTERS: dict[str, Adapter] = {adapter.stream: adapter for adapter in (UNet(), Joint())}
 """By the `stream` of a family's row."""
@@ -20,8 +21,7 @@ def adapter_of(family: Family) -> Adapter:
 
 def model_shape(model: ModelPatcher) -> ModelShape:
     """Recognises the model by its network. Raises SoftREPAError for a family without soft tokens."""
-    network = model.get_model_object("diffusion_model")
-    network = getattr(network, "_orig_mod", network)  # torch.compile wraps the module
+    network = network_of(model)
     for adapter in ADAPTERS.values():
         if shape := adapter.recognised(network, model.model.model_config.unet_config):
             return shape
@@ -29,6 +29,17 @@ def model_shape(model: ModelPatcher) -> ModelShape:
     found += f" (context width {width})" if width else ""
     titles = [name for family in FAMILIES.values() for name in family.models]
     raise SoftREPAError(f"Model is {found}, expected {', '.join(titles[:-1])} or {titles[-1]}.")
+
+
+def most_cells(model: ModelPatcher) -> int | None:
+    """The longest side of a latent that the network has positions for; None where it goes on for ever."""
+    known = [adapter.most_cells(network_of(model)) for adapter in ADAPTERS.values()]
+    return next((most for most in known if most is not None), None)
+
+
+def network_of(model: ModelPatcher) -> nn.Module:
+    network = model.get_model_object("diffusion_model")
+    return getattr(network, "_orig_mod", network)  # torch.compile wraps the module
 
 
 def is_guard(hook) -> bool:

@@ -62,3 +62,6 @@ class Adapter(Protocol):
 
     def embedder(self, network: nn.Module) -> nn.Module | None:
         """What rows of the text's width go through before they join the stream; None where they join it as they are."""
+
+    def most_cells(self, network: nn.Module) -> int | None:
+        """The longest side of a latent that a network of this adapter has positions for; None for any other."""

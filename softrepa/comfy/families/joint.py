@@ -68,6 +68,10 @@ class Joint:
     def embedder(self, network):
         return network.context_embedder
 
+    def most_cells(self, network) -> int | None:
+        has_table = isinstance(network, MMDiT) and network.pos_embed is not None
+        return network.pos_embed_max_size * network.patch_size if has_table else None
+
 
 def _replacement(options: dict, layer: Place):
     return options.get("patches_replace", {}).get(REPLACE, {}).get((BLOCK, layer))

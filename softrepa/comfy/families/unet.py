@@ -93,6 +93,9 @@ class UNet:
     def embedder(self, network):
         return None
 
+    def most_cells(self, network) -> int | None:
+        return None
+
 
 def guard(query, context, value, extra_options):
     """attn2 patch that changes nothing: refuses calls that did not go through the model's wrappers."""
