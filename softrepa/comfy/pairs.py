@@ -190,12 +190,13 @@ class PairNetwork:
         with frozen(network), self.adapter.recomputing(network, self.checkpointing, self.foreign):
             yield
 
+    @with_foreign_tensors
     def embed(self, rows: Tensor) -> Tensor:
         """Rows of the text's width as the network takes them, with their graph."""
         embedder = self.adapter.embedder(self.base_model.diffusion_model)
         if embedder is None:
             return rows
-        with frozen(embedder):
+        with frozen(embedder), self.foreign.made_ordinary():
             return embedder(rows.to(self.device, compute_dtype(self.base_model))).float()
 
     def prepared(self, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor, Captions]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
+from comfyui_softrepa.softrepa.pairs import StepBatch
 from softrepa_tests import tiny_models
 from softrepa_tests.golden_step import TIMESTEP, batch, golden_tokens
 from softrepa_tests.learning import moved_by, same_training
@@ -44,5 +45,5 @@ def test_gradients_of_a_large_picture_do_not_underflow(models):
         with torch.inference_mode(False), torch.enable_grad():
             rows = golden_tokens("sd3").tokens
             network = PairNetwork(model, trained_blocks=5)
-            gradients.append(network.gradients(rows, *large, conds[:1], TIMESTEP["sd3"], 1)[1])
+            gradients.append(network.gradients(rows, StepBatch.of_all(*large, conds[:1], TIMESTEP["sd3"]), 1)[1])
     assert relative_error(gradients[1], gradients[0]) <= 0.005
