@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from benchmarks import environment
-from benchmarks.lock import exclusive
+from tools import environment
+from tools.lock import exclusive
 
 FOLDER = Path(__file__).absolute().parent / "smallworld" / "results"
 RESULTS = FOLDER / "alignment"
@@ -192,9 +192,9 @@ def patched(work: Path, job: Job):
     import io
 
     from softrepa import headless
-    from softrepa.checkpoint import load
-    from softrepa.comfy.patching import apply_tokens
+    from softrepa.comfy.tokens.patching import apply_tokens
     from softrepa.smallworld.checkpoint import CHECKPOINT_NAME
+    from softrepa.token_files import load
 
     model = stock_model(work).model
     if job.row.training is None:

@@ -6,7 +6,7 @@ import platform
 import sys
 from dataclasses import dataclass
 
-from . import environment
+from tools import environment
 
 TEXT_WIDTH = {"sd15": 768, "sdxl": 2048, "sd3": 4096}
 POOLED_WIDTH = {"sdxl": 1280, "sd3": 2048}

@@ -10,7 +10,9 @@ import argparse
 import statistics
 import time
 
-from . import cases, environment
+from tools import environment
+
+from . import cases
 from .cases import Case, build, machine, random_text, sd3, sd15
 from .sampling import CPU_CASES, GPU_CASES
 
@@ -32,7 +34,7 @@ def seconds_a_step(case: Case, model, forwards: str) -> float:
     """A guided edit of one image; ComfyUI's own memory estimate decides how the batch is split."""
     import torch
 
-    from softrepa.comfy.flowedit import FlowEditGuider, FlowEditSampler, edit_sigmas
+    from softrepa.comfy.editing.flowedit import FlowEditGuider, FlowEditSampler, edit_sigmas
 
     guider = FlowEditGuider(model)
     guider.set_conds(*([random_text(case)] for _ in range(4)))

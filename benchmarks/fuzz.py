@@ -18,7 +18,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-from . import environment
+from tools import environment
 
 MOST_BYTES = 10**9
 MOST_SAID = 4000
@@ -30,10 +30,10 @@ def read_tokens(number: int, folder: Path) -> str:
     """Which file it was. Whatever is read is also looked at, drawn from and written again."""
     import torch
 
-    from softrepa import checkpoint
+    from softrepa import token_files
     from softrepa.errors import printable
 
-    from .mutations import mutated_tokens, token_files
+    from .mutations import mutated_tokens
 
     rng = random.Random(f"tokens {number}")
     whole = _once("tokens", token_files)
@@ -43,18 +43,18 @@ def read_tokens(number: int, folder: Path) -> str:
     if name == "dc_t_tokens.pth":  # the tokens beside it are whole
         (folder / "dc_tokens.pth").write_bytes(whole["dc_tokens.pth"])
         path = folder
-    tokens = checkpoint.load(path)
-    said = "\n".join(checkpoint.summary(tokens))
+    tokens = token_files.load(path)
+    said = "\n".join(token_files.summary(tokens))
     if said != printable(said):
         raise AssertionError("the summary has what a terminal acts on")
     tokens.at(torch.tensor([500.0]))
-    checkpoint.load(checkpoint.save(tokens, folder / "again.safetensors"))
+    token_files.load(token_files.save(tokens, folder / "again.safetensors"))
     return name
 
 
 def read_captions(number: int, folder: Path) -> str:
-    from softrepa.folder import read_folder
-    from softrepa.swaps import swaps
+    from softrepa.data.folder import read_folder
+    from softrepa.data.swaps import swaps
 
     from .mutations import caption_files, mutated_captions, write_pictures
 

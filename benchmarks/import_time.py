@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import environment
+from tools import environment
 
 ROOT = Path(__file__).absolute().parents[1]
 

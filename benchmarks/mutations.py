@@ -70,7 +70,7 @@ def odd(value, rng: random.Random):
 # Token files
 
 
-def token_files() -> dict[str, bytes]:
+def whole_token_files() -> dict[str, bytes]:
     """Small whole ones of every kind, by the name that they need."""
     draw = torch.Generator().manual_seed(0)
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import environment
+from tools import environment
 
 CHANGE = "a painting of "
 
@@ -51,8 +51,8 @@ def run(photographs: list[Path], family: str, size: int, steps: int, into: Path 
     import numpy as np
     from PIL import Image
 
-    from .server import ComfyServer
-    from .standins import stand_in
+    from tools.server import ComfyServer
+    from tools.standins import stand_in
 
     models = {"checkpoints": [stand_in(family).checkpoint.parent]}
     memory, seconds, changes = [], [], []

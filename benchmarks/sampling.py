@@ -10,7 +10,9 @@ import argparse
 import statistics
 import time
 
-from . import cases, environment
+from tools import environment
+
+from . import cases
 from .cases import Case, build, machine, random_text, sd3, sd15, sdxl, soft_tokens
 
 STEPS = 4
@@ -54,7 +56,7 @@ def seconds_a_step(case: Case, model) -> float:
 
 
 def measure(case: Case, rounds: int, device, dtype) -> None:
-    from softrepa.comfy.patching import apply_tokens
+    from softrepa.comfy.tokens.patching import apply_tokens
 
     model = build(case, device, dtype)
     tokens = soft_tokens(case, model)

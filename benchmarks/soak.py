@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import environment
+from tools import environment
 
 PROBE = Path(__file__).with_name("soak_probe.py")
 SETTLED = 100
@@ -239,7 +239,7 @@ def looked_at(server) -> dict:
 
 def run_one(server, number: int, used: set[str]) -> str:
     """How a prompt ended: "done", "cancelled", "refused" as it should be, or what went wrong."""
-    from .server import PromptError, PromptInterrupted, ServerError
+    from tools.server import PromptError, PromptInterrupted, ServerError
 
     rng = random.Random(number)
     graph = Graph(rng)
@@ -288,11 +288,12 @@ def prepare(work: Path) -> None:
 
 def left_over(work: Path) -> list[str]:
     """Files that are half-written, or locks that nobody holds."""
-    from softrepa import checkpoint, training_state
+    from softrepa import token_files
     from softrepa.errors import SoftREPAError
+    from softrepa.training import state as training_state
 
     wrong = [str(path.relative_to(work)) for path in work.rglob("*") if path.suffix == ".tmp" or path.name == "lock"]
-    for folder, read in ((work / "models" / "softrepa", checkpoint.load), (work / "output", training_state.load)):
+    for folder, read in ((work / "models" / "softrepa", token_files.load), (work / "output", training_state.load)):
         for path in folder.rglob("*.safetensors"):
             try:
                 read(path)
@@ -343,7 +344,7 @@ def main() -> int:
     arguments = parser.parse_args()
     environment.enter("benchmarks.soak", arguments.comfyui, arguments.python)
 
-    from .server import ComfyServer
+    from tools.server import ComfyServer
 
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         prepare(Path(folder))

@@ -16,7 +16,9 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-from . import cases, environment
+from tools import environment
+
+from . import cases
 from .cases import Case, build, machine, random_text, sd3, sd15, sdxl, soft_tokens
 
 BATCHES = (4, 8, 16)
@@ -116,8 +118,8 @@ def batch(case: Case, count: int) -> tuple:
 
 def plain_step(network, tokens, latents, noise, conds) -> None:
     """One graph over all pairs; autograd does the rest."""
-    from softrepa.loss import contrastive_loss
-    from softrepa.noising import pair_error
+    from softrepa.training.loss import contrastive_loss
+    from softrepa.training.noising import pair_error
 
     sigma, seen, target, captions = network.prepared(latents, noise, conds, TIMESTEP)
     count = len(latents)
@@ -132,8 +134,8 @@ def plain_step(network, tokens, latents, noise, conds) -> None:
 
 
 def our_step(pairs, tokens, latents, noise, conds, micro_batch: int) -> None:
-    from softrepa.loss import contrastive_loss
-    from softrepa.trainer import backward_through_pairs
+    from softrepa.training.loss import contrastive_loss
+    from softrepa.training.trainer import backward_through_pairs
 
     tokens.zero_grad()
     backward_through_pairs(
@@ -150,9 +152,9 @@ def sizes(text: str) -> tuple[int, ...]:
 def measure(case: Case, dtype_name: str, batches: tuple[int, ...], rounds: int, device) -> None:
     import torch
 
-    from softrepa.comfy.pairs import PairNetwork
-    from softrepa.comfy.training import outside_inference
-    from softrepa.trainer import TrainableTokens
+    from softrepa.comfy.training.pairs import PairNetwork
+    from softrepa.comfy.training.run import outside_inference
+    from softrepa.training.trainer import TrainableTokens
 
     dtype = getattr(torch, dtype_name)
     model = build(case, device, dtype, torch.bfloat16 if dtype.itemsize == 1 else None)
@@ -170,7 +172,7 @@ def figures(case: Case, way: Way, network, tokens, count: int, rounds: int, devi
     """Peak memory and pairs a second of one batch size."""
     import torch
 
-    from softrepa.comfy.training import AdaptivePairs
+    from softrepa.comfy.training.run import AdaptivePairs
 
     latents, noise, conds = batch(case, count)
     pairs, peak, seconds = AdaptivePairs(network, device), Peak(device), []

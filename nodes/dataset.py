@@ -2,11 +2,11 @@
 
 from comfy_api.latest import io
 
-from ..softrepa.captions import CAPTION_LINES, EACH
-from ..softrepa.comfy import dataset_folders
-from ..softrepa.comfy.encoding import dataset_of_folder
+from ..softrepa.comfy.data import dataset_folders
+from ..softrepa.comfy.data.encoding import dataset_of_folder
+from ..softrepa.data.captions import CAPTION_LINES, EACH
+from ..softrepa.data.latent_lists import dataset_of_lists
 from ..softrepa.errors import SoftREPAError
-from ..softrepa.latent_lists import dataset_of_lists
 from .schema import ADVANCED, Dataset, schema, show_on_node
 
 ALIASES = ["dataset", "training images", "captions", "image text folder", "coco"]

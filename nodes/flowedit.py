@@ -4,8 +4,8 @@ import comfy.samplers
 import latent_preview
 from comfy_api.latest import io
 
-from ..softrepa.comfy.flowedit import FlowEditGuider, FlowEditSampler, edit_latent, edit_sigmas
-from ..softrepa.comfy.flowedit_checks import check_counts
+from ..softrepa.comfy.editing.checks import check_counts
+from ..softrepa.comfy.editing.flowedit import FlowEditGuider, FlowEditSampler, edit_latent, edit_sigmas
 from .schema import ADVANCED, schema
 
 ALIASES = ["flow edit", "image editing", "edit photo", "img2img", "inversion free", "prompt to prompt", "instruct edit"]

@@ -6,7 +6,7 @@ import comfy.sd
 import folder_paths
 from comfy_api.latest import io
 
-from ..softrepa import checkpoint
+from ..softrepa import token_files
 from ..softrepa.smallworld.checkpoint import TOKENS, cached_checkpoint
 from .schema import Tokens, schema
 
@@ -40,7 +40,7 @@ class LoadSmallWorld(io.ComfyNode):
         model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
             str(path), output_vae=True, output_clip=True, embedding_directory=embeddings
         )
-        return io.NodeOutput(model, clip, vae, checkpoint.load(TOKENS))
+        return io.NodeOutput(model, clip, vae, token_files.load(TOKENS))
 
 
 NODES = [LoadSmallWorld]

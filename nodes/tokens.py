@@ -4,9 +4,9 @@ import logging
 
 from comfy_api.latest import io, ui
 
-from ..softrepa import checkpoint
+from ..softrepa import token_files
 from ..softrepa.comfy import folders
-from ..softrepa.comfy.patching import APPLY_TO, BANKS, apply_tokens
+from ..softrepa.comfy.tokens.patching import APPLY_TO, BANKS, apply_tokens
 from ..softrepa.errors import SoftREPAError, printable, shown, unwritable
 from ..softrepa.families import where
 from ..softrepa.tokens import SoftTokens
@@ -124,7 +124,7 @@ class LoadTokens(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, tokens_name, **options) -> io.NodeOutput:
-        tokens = checkpoint.load(folders.token_path(tokens_name), name=tokens_name)
+        tokens = token_files.load(folders.token_path(tokens_name), name=tokens_name)
         patched = apply_tokens(model, tokens, **options)
         show_on_node(cls, description_line(tokens))
         if tokens.time_table is None:
@@ -181,7 +181,7 @@ class SaveTokens(io.ComfyNode):
     def execute(cls, tokens, filename_prefix) -> io.NodeOutput:
         path = folders.new_token_path(filename_prefix)
         try:
-            checkpoint.save(tokens, path)
+            token_files.save(tokens, path)
         except OSError as error:
             raise unwritable(path, error) from error
         show_on_node(cls, f"Saved {path.name}")
@@ -207,7 +207,7 @@ class PreviewTokens(io.ComfyNode):
     @classmethod
     def execute(cls, tokens) -> io.NodeOutput:
         plot = token_plot.draw(tokens)
-        return io.NodeOutput(plot, "\n".join(checkpoint.summary(tokens)), ui=ui.PreviewImage(plot, cls=cls))
+        return io.NodeOutput(plot, "\n".join(token_files.summary(tokens)), ui=ui.PreviewImage(plot, cls=cls))
 
 
 NODES = [LoadTokens, ApplyTokens, SaveTokens, PreviewTokens]

@@ -2,11 +2,11 @@
 
 from comfy_api.latest import io
 
-from ..softrepa import optimizers
-from ..softrepa.comfy.launch import TIME_TABLE, launch
-from ..softrepa.presets import PRESETS
-from ..softrepa.swaps import MOST
-from ..softrepa.training_config import OBJECTIVES, TEMPERATURE_MODES
+from ..softrepa.comfy.training.run.launch import TIME_TABLE, launch
+from ..softrepa.data.swaps import MOST
+from ..softrepa.training import optimizers
+from ..softrepa.training.config import OBJECTIVES, TEMPERATURE_MODES
+from ..softrepa.training.presets import PRESETS
 from .schema import ADVANCED, Dataset, Tokens, schema, show_on_node
 
 

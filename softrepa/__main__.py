@@ -9,10 +9,10 @@ from pathlib import Path
 
 from .errors import SoftREPAError, printable, shown, unwritable
 from .families import FAMILIES
-from .timesteps import SCORED
+from .training.timesteps import SCORED
 
 try:
-    from . import checkpoint, headless
+    from . import headless, token_files
 except ModuleNotFoundError as missing:
     if missing.name not in ("torch", "safetensors"):
         raise
@@ -31,11 +31,11 @@ def convert(args) -> None:
         raise SoftREPAError(f'OUT is "{shown(out)}", expected a name that ends in .safetensors.')
     if os.path.lexists(out) and not args.force:
         raise SoftREPAError(f'OUT "{shown(out)}" exists, expected a new name (or --force).')
-    tokens = checkpoint.load(source, family=args.family, blocks=args.blocks)
+    tokens = token_files.load(source, family=args.family, blocks=args.blocks)
     if tokens.time_table is None:
         print("note: no time table was found; these are static tokens", file=sys.stderr)
     try:
-        checkpoint.save(tokens, out)
+        token_files.save(tokens, out)
     except OSError as error:
         raise unwritable(out, error) from None
     print(printable(str(out)))
@@ -46,17 +46,17 @@ def published_source(inputs: list[str]) -> Path:
     paths = [Path(name) for name in inputs]
     if len(paths) == 1:
         return paths[0]
-    for tokens, table in checkpoint.PUBLISHED.items():
+    for tokens, table in token_files.PUBLISHED.items():
         pair = {path.name: path for path in paths}
         if len(paths) == 2 and set(pair) == {tokens, table} and paths[0].parent == paths[1].parent:
             return pair[tokens]
     found = shown(", ".join(inputs))
-    pairs = " or ".join(f"{tokens} with {table}" for tokens, table in checkpoint.PUBLISHED.items())
+    pairs = " or ".join(f"{tokens} with {table}" for tokens, table in token_files.PUBLISHED.items())
     raise SoftREPAError(f"IN is {found}, expected one file, one folder, or {pairs} from one folder.")
 
 
 def inspect(args) -> None:
-    print("\n".join(checkpoint.summary(checkpoint.load(args.file))))
+    print("\n".join(token_files.summary(token_files.load(args.file))))
 
 
 def train(args) -> None:

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-from . import checkpoint
+from . import token_files
 from .errors import SoftREPAError, printable, said, shown
 from .files import is_file, is_folder, parse_json, read_bounded
-from .timesteps import parse_timesteps
 from .tokens import SoftTokens
-from .training_config import TrainingConfig
+from .training.config import TrainingConfig
+from .training.timesteps import parse_timesteps
 
 DATA = {
     "resolution": 512,
@@ -37,7 +37,7 @@ def read_config(path: Path) -> dict:
     """Inputs by name: of a .json file, or those that a trained .safetensors file was made with."""
     label = f'CONFIG "{shown(path)}"'
     if path.suffix == ".safetensors":
-        metadata = checkpoint.load(path).metadata
+        metadata = token_files.load(path).metadata
         if "inputs" not in metadata:
             raise SoftREPAError(f"{label} does not say how it was trained, expected a file that this pack trained.")
         content: bytes | str = metadata["inputs"]
@@ -154,8 +154,8 @@ def load_dataset(inputs: dict, clip, vae):
     """The dataset of "folder" and what else the dataset node takes; these are removed from `inputs`."""
     import torch
 
-    from .comfy.dataset_folders import dataset_path
-    from .comfy.encoding import dataset_of_folder
+    from .comfy.data.dataset_folders import dataset_path
+    from .comfy.data.encoding import dataset_of_folder
 
     name = inputs.pop("folder")
     options = {key: inputs.pop(key, default) for key, default in DATA.items()}
@@ -167,7 +167,7 @@ def train(config: dict) -> Path:
     """Trains as the node does; returns the file of tokens. ComfyUI must be started."""
     import torch
 
-    from .comfy.launch import launch
+    from .comfy.training.launch import launch
 
     missing = [name for name in REQUIRED if name not in config]
     if missing:
@@ -235,10 +235,10 @@ def score(config: dict, tokens_name: str | None, **options) -> dict:
     """Accuracy and loss of a checkpoint on a folder, with tokens or without. ComfyUI must be started."""
     import torch
 
-    from .comfy.launch import launch
-    from .comfy.patching import apply_tokens
-    from .comfy.score import HeldOut
-    from .comfy.score import score as measure
+    from .comfy.tokens.patching import apply_tokens
+    from .comfy.training.launch import launch
+    from .comfy.training.score import HeldOut
+    from .comfy.training.score import score as measure
 
     inputs = dict(config)
     missing = [name for name in ("checkpoint", "folder") if name not in inputs]
@@ -264,7 +264,7 @@ def load_tokens(name: str) -> SoftTokens:
     from .comfy import folders
 
     path = Path(name)
-    return checkpoint.load(path if os.path.lexists(path) else folders.token_path(name))
+    return token_files.load(path if os.path.lexists(path) else folders.token_path(name))
 
 
 class Line:

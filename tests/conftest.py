@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "comfyui_softrepa": ROOT,
-    "softrepa": ROOT / "softrepa",  # as the benchmarks import it
+    "softrepa": ROOT / "softrepa",  # as the tools and benchmarks import it
     "softrepa_tests": ROOT / "tests",
     "benchmarks": ROOT / "benchmarks",
+    "tools": ROOT / "tools",
 }
 
 

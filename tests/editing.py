@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
-from comfyui_softrepa.softrepa.comfy.flowedit import FlowEditGuider, FlowEditSampler, edit_latent, edit_sigmas
-from comfyui_softrepa.softrepa.flowedit import Draws
+from comfyui_softrepa.softrepa.comfy.editing.flowedit import FlowEditGuider, FlowEditSampler, edit_latent, edit_sigmas
+from comfyui_softrepa.softrepa.editing.flowedit import Draws
 from softrepa_tests.sampling import noise, prompt
 from softrepa_tests.tiny_models import build, sdxl_vector
 

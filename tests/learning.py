@@ -2,8 +2,8 @@
 
 import torch
 from comfyui_softrepa.nodes.training import TrainTokens
-from comfyui_softrepa.softrepa.batches import Example
-from comfyui_softrepa.softrepa.dataset import Dataset
+from comfyui_softrepa.softrepa.data.batches import Example
+from comfyui_softrepa.softrepa.data.dataset import Dataset
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests.sampling import relative_error
 from softrepa_tests.tiny_models import CHANNELS, WIDTH, seeded

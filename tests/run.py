@@ -1,4 +1,4 @@
-"""Runs the tests in the prepared environment (benchmarks/environment.py), beside a real ComfyUI.
+"""Runs the tests in the prepared environment (tools/environment.py), beside a real ComfyUI.
 
 python3 -m tests.run [--comfyui VERSION] [--python PATH] [pytest arguments]
 
@@ -9,7 +9,7 @@ import argparse
 import subprocess
 import sys
 
-from benchmarks import environment
+from tools import environment
 
 EVERYTHING = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]  # long files come first by name
 

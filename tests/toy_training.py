@@ -2,8 +2,8 @@
 
 import torch
 from comfyui_softrepa.softrepa.families import FAMILIES
-from comfyui_softrepa.softrepa.trainer import Trainer, new_tokens
-from comfyui_softrepa.softrepa.training_config import TrainingConfig
+from comfyui_softrepa.softrepa.training.config import TrainingConfig
+from comfyui_softrepa.softrepa.training.trainer import Trainer, new_tokens
 
 WIDTH = 8
 

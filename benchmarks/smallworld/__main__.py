@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import environment
+from tools import environment
 
 FOLDER = Path(__file__).absolute().parent
 SHIPPED = FOLDER.parents[1] / "softrepa" / "smallworld"
@@ -111,8 +111,8 @@ def tokens(steps: int, pictures: int, into: Path) -> None:
 def edit(count: int, into: Path) -> None:
     import comfy.utils
 
-    from softrepa.checkpoint import load
-    from softrepa.comfy.patching import apply_tokens
+    from softrepa.comfy.tokens.patching import apply_tokens
+    from softrepa.token_files import load
 
     from . import editing
     from .measure import StockModel, replace_picture, replace_text

@@ -88,7 +88,7 @@ class Editor:
     @torch.inference_mode()
     def run(self, model, n_max: int, target_cfg: float, source_cfg: float = SOURCE_CFG, seed: int = 0) -> np.ndarray:
         """The edited pictures, float32 BHWC."""
-        from softrepa.comfy.flowedit import FlowEditGuider, FlowEditSampler, edit_latent, edit_sigmas
+        from softrepa.comfy.editing.flowedit import FlowEditGuider, FlowEditSampler, edit_latent, edit_sigmas
 
         guider = FlowEditGuider(model)
         guider.set_conds(*self.conds)

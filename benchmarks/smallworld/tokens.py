@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.server import ComfyServer
 from softrepa.smallworld.checkpoint import CHECKPOINT_NAME
 from softrepa.smallworld.text import FastEncoder
+from tools.server import ComfyServer
 
 from .world import IMAGE_SIZE, caption, draw, hard_negatives, plain_caption, random_scene, random_spec
 
@@ -89,7 +89,7 @@ class HeldOut:
     ):
         import comfy.sd1_clip
 
-        from softrepa.dataset import Batch
+        from softrepa.data.dataset import Batch
 
         text = FastEncoder(comfy.sd1_clip.SDTokenizer())
 
@@ -126,13 +126,13 @@ class HeldOut:
 
     def in_batch(self, model, temperature: float):
         """The Score among each batch's own captions."""
-        from softrepa.comfy.score import score
+        from softrepa.comfy.training.score import score
 
         return score(model, self.batches, self.timesteps, temperature=temperature, micro_batch=BATCH_SIZE**2)
 
     def beside_wrong_captions(self, model) -> torch.Tensor:
         """Whether the true caption fits best (N,). The model must be loaded."""
-        from softrepa.comfy.pairs import pair_errors
+        from softrepa.comfy.training.pairs import pair_errors
 
         hits = []
         for number, (latents, conds) in enumerate(self.hard):
@@ -190,8 +190,8 @@ def prepare(work: Path, pictures: int, seed: int = 5) -> None:
 
 def study(work: Path, pictures: int, steps: int, seeds: int, say: Callable = print) -> tuple[dict, Path]:
     """{temperature: {measure: Change}} for the reference's temperature and 2, and one file of tokens."""
-    from softrepa.checkpoint import load
-    from softrepa.comfy.patching import apply_tokens
+    from softrepa.comfy.tokens.patching import apply_tokens
+    from softrepa.token_files import load
 
     from .measure import StockModel
 

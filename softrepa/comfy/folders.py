@@ -9,10 +9,10 @@ from pathlib import Path
 
 import folder_paths
 
-from ..checkpoint import PUBLISHED
 from ..errors import SoftREPAError, is_plain, said, shown, unwritable
 from ..files import is_file, is_folder
 from ..locks import HeldError, NoLocksError, held
+from ..token_files import PUBLISHED
 
 FOLDER = "softrepa"
 EXTENSIONS = {".safetensors", ".pth"}

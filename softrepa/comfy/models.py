@@ -2,9 +2,9 @@
 
 from comfy.model_patcher import ModelPatcher
 
+from ..data.latent_lists import PIXELS
 from ..errors import SoftREPAError
 from ..families import Blocks, depth, parse_blocks
-from ..latent_lists import PIXELS
 from ..tokens import SoftTokens
 from .families import ModelShape, most_cells
 

@@ -10,10 +10,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from softrepa_tests import published
 
-from benchmarks import frontend as pages
-from benchmarks.server import ComfyServer
-from benchmarks.standins import stand_in
-from benchmarks.workflows import MODELS, SDXL
+from tools import frontend as pages
+from tools.server import ComfyServer
+from tools.standins import stand_in
+from tools.workflows import MODELS, SDXL
 
 CAPTIONS = ("a red square", "a blue circle", "two cats", "a house by the sea", "an empty street", "green hills")
 

@@ -6,10 +6,10 @@ import pytest
 from softrepa_tests.browser.conftest import fill
 from softrepa_tests.conftest import ROOT
 
-from benchmarks.frontend import read_graph
-from benchmarks.server import ComfyServer
-from benchmarks.standins import stand_in
-from benchmarks.workflows import SD3
+from tools.frontend import read_graph
+from tools.server import ComfyServer
+from tools.standins import stand_in
+from tools.workflows import SD3
 
 NAME = "Image with soft tokens (SD3)"
 

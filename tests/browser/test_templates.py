@@ -3,11 +3,11 @@
 from itertools import combinations
 
 import pytest
-from comfyui_softrepa.softrepa import checkpoint
+from comfyui_softrepa.softrepa import token_files
 from softrepa_tests.conftest import ROOT
 
-from benchmarks.frontend import read_graph
-from benchmarks.workflows import WORKFLOWS
+from tools.frontend import read_graph
+from tools.workflows import WORKFLOWS
 
 SMALL = {
     "EmptyLatentImage": {"width": 128, "height": 128},
@@ -148,7 +148,7 @@ def test_curves_and_cancel(frontend, server):
     assert seen["interrupted"]
     (train,) = (node for node in frontend.nodes() if node["type"] == "SoftREPATrain")
     assert seen["previews"][train["id"]] > 1000
-    tokens = checkpoint.load(server.work / "models" / "softrepa" / "cancelled_00001.safetensors")
+    tokens = token_files.load(server.work / "models" / "softrepa" / "cancelled_00001.safetensors")
     assert 3 <= int(tokens.metadata["steps"]) < 1000
     frontend.set_widgets({"SoftREPATrain": {"steps": 2, "filename_prefix": "after"}})
     assert frontend.run()["error"] is None

@@ -7,10 +7,10 @@ import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
 import comfy.model_management as memory
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
-from comfyui_softrepa.softrepa.comfy.score import HeldOut, score
-from comfyui_softrepa.softrepa.comfy.training import AdaptivePairs
-from comfyui_softrepa.softrepa.pairs import StepBatch
+from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
+from comfyui_softrepa.softrepa.comfy.training.run.run import AdaptivePairs
+from comfyui_softrepa.softrepa.comfy.training.run.score import HeldOut, score
+from comfyui_softrepa.softrepa.training.pairs import StepBatch
 from softrepa_tests.editing import edit
 from softrepa_tests.learning import InMemory, dataset, moved_by, same_training
 from softrepa_tests.other_device import DEVICE, built, other_device

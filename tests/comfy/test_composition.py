@@ -17,7 +17,7 @@ from comfy_extras.nodes_nag import NAGuidance
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sd3 import SkipLayerGuidanceSD3
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
+from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests import tiny_models

@@ -8,17 +8,18 @@ import folder_paths
 import pytest
 import torch
 from comfyui_softrepa.nodes import dataset as dataset_nodes
-from comfyui_softrepa.softrepa import headless, images
-from comfyui_softrepa.softrepa.cache import Cache
-from comfyui_softrepa.softrepa.comfy import dataset_folders, encoding
-from comfyui_softrepa.softrepa.comfy.launch import launch
+from comfyui_softrepa.softrepa import headless
+from comfyui_softrepa.softrepa.comfy.data import dataset_folders, encoding
+from comfyui_softrepa.softrepa.comfy.training.run.launch import launch
+from comfyui_softrepa.softrepa.data import images
+from comfyui_softrepa.softrepa.data.cache import Cache
+from comfyui_softrepa.softrepa.data.sources import WholeFile
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.sources import WholeFile
 from PIL import Image
 from softrepa_tests.conftest import ROOT
 
 import nodes
-from benchmarks.standins import stand_in
+from tools.standins import stand_in
 
 CAPTIONS = ("a (very) red square", "blue", "green (left) and grey", "something yellow")
 COLOURS = ((200, 20, 20), (10, 10, 220), (20, 160, 60), (230, 220, 40))

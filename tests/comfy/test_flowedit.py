@@ -5,9 +5,9 @@ import comfy.samplers
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
-from comfyui_softrepa.softrepa.comfy.flowedit import edit_sigmas
-from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
-from comfyui_softrepa.softrepa.flowedit import Draws
+from comfyui_softrepa.softrepa.comfy.editing.flowedit import edit_sigmas
+from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
+from comfyui_softrepa.softrepa.editing.flowedit import Draws
 from softrepa_tests import tiny_models
 from softrepa_tests.editing import Network, conds, edit, paper_edit, sd3_schedule, source_latent, vp_schedule
 from softrepa_tests.oracle import injected

@@ -14,9 +14,9 @@ from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
-from comfyui_softrepa.softrepa.comfy.flowedit import edit_sigmas
-from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
-from comfyui_softrepa.softrepa.flowedit import Draws, flow_edit
+from comfyui_softrepa.softrepa.comfy.editing.flowedit import edit_sigmas
+from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
+from comfyui_softrepa.softrepa.editing.flowedit import Draws, flow_edit
 from softrepa_tests import tiny_models
 from softrepa_tests.composing import lora_for, small_controlnet
 from softrepa_tests.editing import conds, edit, source_latent

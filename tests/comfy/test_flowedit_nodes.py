@@ -11,8 +11,8 @@ from comfy_extras.nodes_custom_sampler import (
     SamplerCustomAdvanced,
     SplitSigmas,
 )
-from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
-from comfyui_softrepa.softrepa.flowedit import Draws
+from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
+from comfyui_softrepa.softrepa.editing.flowedit import Draws
 from softrepa_tests import tiny_models
 from softrepa_tests.editing import Network, conds, paper_edit, sd3_schedule, source_latent
 from softrepa_tests.sampling import guider, prompt, relative_error

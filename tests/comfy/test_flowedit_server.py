@@ -8,8 +8,8 @@ from PIL import Image
 from softrepa_tests.conftest import ROOT
 
 from benchmarks import photographs
-from benchmarks.server import ComfyServer, PromptError, PromptInterrupted
-from benchmarks.standins import stand_in
+from tools.server import ComfyServer, PromptError, PromptInterrupted
+from tools.standins import stand_in
 
 SIZE = 96
 

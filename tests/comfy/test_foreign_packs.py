@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
+from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from softrepa_tests import foreign
 from softrepa_tests.oracle import injected

@@ -3,10 +3,17 @@
 import comfy.ops
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.frozen import Again, Conv2d, Linear, differentiable_attention, frozen, when_needed
-from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.training.run.frozen import (
+    Again,
+    Conv2d,
+    Linear,
+    differentiable_attention,
+    frozen,
+    when_needed,
+)
+from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.pairs import StepBatch
+from comfyui_softrepa.softrepa.training.pairs import StepBatch
 from softrepa_tests import foreign, tiny_models
 from softrepa_tests.golden_step import FAMILIES, TIMESTEP, batch, golden_tokens
 from softrepa_tests.learning import train

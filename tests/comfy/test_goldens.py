@@ -5,7 +5,7 @@ from pathlib import Path
 import comfy.samplers
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
+from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from safetensors.torch import load_file
 from softrepa_tests.sampling import Record, relative_error

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
-from comfyui_softrepa.softrepa.pairs import StepBatch
+from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork
+from comfyui_softrepa.softrepa.training.pairs import StepBatch
 from softrepa_tests import tiny_models
 from softrepa_tests.golden_step import TIMESTEP, batch, golden_tokens
 from softrepa_tests.learning import moved_by, same_training

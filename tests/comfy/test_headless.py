@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import comfy.model_management as memory
 import pytest
 from comfyui_softrepa.softrepa import headless
-from comfyui_softrepa.softrepa.comfy import encoding
+from comfyui_softrepa.softrepa.comfy.data import encoding
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 
 import nodes
-from benchmarks.standins import stand_in
+from tools.standins import stand_in
 
 NO_CHOICE = {"default_device": None, "cuda_device": None, "oneapi_device_selector": None, "deterministic": False}
 

@@ -12,11 +12,12 @@ import server
 import torch
 from comfyui_softrepa.nodes import schema
 from comfyui_softrepa.nodes.tokens import LoadTokens, SaveTokens
-from comfyui_softrepa.softrepa import checkpoint
-from comfyui_softrepa.softrepa.comfy import folders, training
-from comfyui_softrepa.softrepa.comfy.encoding import dataset_of_folder
+from comfyui_softrepa.softrepa import token_files
+from comfyui_softrepa.softrepa.comfy import folders
+from comfyui_softrepa.softrepa.comfy.data.encoding import dataset_of_folder
+from comfyui_softrepa.softrepa.comfy.training import run as training
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.trainer import Trainer
+from comfyui_softrepa.softrepa.training.trainer import Trainer
 from softrepa_tests.conftest import ROOT
 from softrepa_tests.learning import train
 from softrepa_tests.token_sets import tokens_for
@@ -38,7 +39,7 @@ def elsewhere(tmp_path, monkeypatch):
     """An empty models folder, and a folder of extra_model_paths.yaml with one file in it."""
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
     (tmp_path / "models").mkdir()
-    checkpoint.save(tokens_for("sd15"), tmp_path / "extra" / "one.safetensors")
+    token_files.save(tokens_for("sd15"), tmp_path / "extra" / "one.safetensors")
     extra = ([str(tmp_path / "extra")], set())
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "softrepa", extra)
     return tmp_path / "models" / "softrepa"
@@ -92,7 +93,7 @@ def test_the_nodes_stay_whatever_the_model_folder_is(elsewhere, monkeypatch, bro
 
 
 def test_links_in_circles_are_followed_once(token_folder):
-    checkpoint.save(tokens_for("sd15"), token_folder / "deep" / "one.safetensors")
+    token_files.save(tokens_for("sd15"), token_folder / "deep" / "one.safetensors")
     for name in ("a", "b"):
         (token_folder / "deep" / name).symlink_to(token_folder)
     assert choices() == [str(Path("deep", "one.safetensors"))]
@@ -103,7 +104,7 @@ def test_links_in_circles_are_followed_once(token_folder):
 
 @pytest.mark.skipif(not LINUX, reason="other systems have no such names")
 def test_a_file_with_a_name_in_latin_1(models, token_folder, caplog):
-    checkpoint.save(tokens_for("sdxl"), token_folder / "caf\udce9.safetensors")
+    token_files.save(tokens_for("sdxl"), token_folder / "caf\udce9.safetensors")
     (name,) = choices()
     assert LoadTokens.validate_inputs(tokens_name=name) is True
     assert torch.equal(LoadTokens.execute(models["sdxl"], name).args[1].tokens, tokens_for("sdxl").tokens)
@@ -125,7 +126,7 @@ def test_prefixes_that_are_no_names(models, token_folder, prefix):
 @pytest.mark.parametrize("prefix", ["🙂" * 50, "漢字" * 33, "ü" * 100, "x" * 100 + "/" + "y" * 100])
 def test_prefixes_as_long_as_a_name_can_be(models, token_folder, prefix):
     path = short(models, prefix)
-    assert checkpoint.load(path).metadata["steps"] == "1"
+    assert token_files.load(path).metadata["steps"] == "1"
     assert short(models, prefix, steps=2, resume=True) == path
 
 
@@ -186,7 +187,7 @@ def test_a_run_that_is_being_written_is_not_resumed(models, token_folder, monkey
         path = short(models, "run", steps=4, checkpoint_every=1, resume=is_resumed)
     (message,) = refused
     assert message.startswith("resume: run_00001.checkpoint.safetensors is being written by another run at this moment")
-    assert checkpoint.load(path).metadata["steps"] == "4"
+    assert token_files.load(path).metadata["steps"] == "4"
     assert short(models, "run", steps=5, resume=True) == path
     assert list(folders.checkpoint_path(folders.home() / "run").parent.rglob(folders.LOCK)) == []
 
@@ -223,7 +224,7 @@ def test_folders_without_locks_are_written_and_it_is_said(models, token_folder, 
     monkeypatch.setattr(locks, "try_lock", unsupported)
     short(models, "run")
     assert "knows no locks" in caplog.text
-    assert checkpoint.load(short(models, "run", steps=2, resume=True)).metadata["steps"] == "2"
+    assert token_files.load(short(models, "run", steps=2, resume=True)).metadata["steps"] == "2"
 
 
 def test_a_refused_run_leaves_nothing(models, token_folder, comfy_folders):
@@ -238,7 +239,7 @@ def test_a_refused_run_leaves_nothing(models, token_folder, comfy_folders):
 )
 def test_no_link_leads_out_of_the_output_folder(models, token_folder, comfy_folders, tmp_path, linked, resume):
     runs, outside = comfy_folders / "output" / folders.RUNS, tmp_path / "outside"
-    path = checkpoint.load(short(models, "sub/run")).name
+    path = token_files.load(short(models, "sub/run")).name
     assert path == "run_00001.safetensors"
     place = runs / linked
     place.rename(outside)

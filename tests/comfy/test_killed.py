@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa import checkpoint, training_state
+from comfyui_softrepa.softrepa import token_files
 from comfyui_softrepa.softrepa.comfy import folders
+from comfyui_softrepa.softrepa.training import state as training_state
 from softrepa_tests.learning import train
 
 KILLS = 20
@@ -51,7 +52,7 @@ def test_killed_twenty_times(models, token_folder):
         state = written()
         reached.append(training_state.load(state[0]).step if state else 0)
         for tokens in token_folder.glob("*.safetensors"):  # written after the checkpoint, so never ahead of it
-            assert int(checkpoint.load(tokens).metadata["steps"]) <= reached[-1]
+            assert int(token_files.load(tokens).metadata["steps"]) <= reached[-1]
     assert reached == sorted(reached)
     assert len(set(reached)) > KILLS // 2, reached
     steps = reached[-1] + 1

@@ -3,10 +3,10 @@
 import comfy.model_management as memory
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork, is_out_of_memory
-from comfyui_softrepa.softrepa.comfy.training import AdaptivePairs, kept_bytes
-from comfyui_softrepa.softrepa.loss import contrastive_loss
-from comfyui_softrepa.softrepa.pairs import MOST_KEPT, StepBatch, backward_through_pairs
+from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork, is_out_of_memory
+from comfyui_softrepa.softrepa.comfy.training.run.run import AdaptivePairs, kept_bytes
+from comfyui_softrepa.softrepa.training.loss import contrastive_loss
+from comfyui_softrepa.softrepa.training.pairs import MOST_KEPT, StepBatch, backward_through_pairs
 from softrepa_tests.golden_step import TIMESTEP, batch, golden_tokens
 from softrepa_tests.learning import train
 from softrepa_tests.sampling import relative_error
@@ -50,7 +50,7 @@ def test_gradients_do_not_grow_with_the_batch(models, token_folder, monkeypatch)
         return gradients(self, rows, step, micro_batch)
 
     monkeypatch.setattr(PairNetwork, "gradients", measured)
-    monkeypatch.setattr("comfyui_softrepa.softrepa.pairs.backward_through_pairs.__defaults__", (True, 1))
+    monkeypatch.setattr("comfyui_softrepa.softrepa.training.pairs.backward_through_pairs.__defaults__", (True, 1))
     train(models, "sd3", batch_size=5, steps=1, temperature=2.0)
     assert kept == [4, 5, 5, 5, 5, 5]  # the first is the pre-flight's
 

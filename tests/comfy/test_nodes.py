@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
-from comfyui_softrepa.softrepa import checkpoint
+from comfyui_softrepa.softrepa import token_files
 from safetensors.torch import save_file
 from softrepa_tests import published, tiny_models
 from softrepa_tests.conftest import ROOT
@@ -20,7 +20,7 @@ from softrepa_tests.token_sets import tokens_for
 def saved(token_folder):
     """Files for the tiny models in models/softrepa; their names by family."""
     for family in ("sd15", "sdxl", "sd3"):
-        checkpoint.save(tokens_for(family), token_folder / f"{family}.safetensors")
+        token_files.save(tokens_for(family), token_folder / f"{family}.safetensors")
     return {family: f"{family}.safetensors" for family in ("sd15", "sdxl", "sd3")}
 
 
@@ -80,10 +80,10 @@ if OFFICIAL:
 
     @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
     def test_official_files_run(models, family):
-        from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
+        from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 
         model = tiny_models.mmdit_of(1536, 6) if family == "sd3" else models[family]
-        tokens = checkpoint.load(Path(OFFICIAL) / family.replace("sd15", "sd1.5"))
+        tokens = token_files.load(Path(OFFICIAL) / family.replace("sd15", "sd1.5"))
         with injected(model, tokens):
             expected = sample(model, family, steps=2)
         assert relative_error(sample(apply_tokens(model, tokens), family, steps=2), expected) <= 1e-5
@@ -111,7 +111,7 @@ def test_saving_stays_in_the_model_folder(pack, models, saved, prefix):
 def test_several_model_folders(pack, models, token_folder, tmp_path, monkeypatch):
     """A folder that only holds saved files does not hide published ones of its name; new files go home."""
     first, second = tmp_path / "first", tmp_path / "second"
-    checkpoint.save(tokens_for("sd15"), first / "mine" / "one.safetensors")
+    token_files.save(tokens_for("sd15"), first / "mine" / "one.safetensors")
     published.write(second / "mine", "sd15")
     paths = [str(first), str(second), str(token_folder)]
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "softrepa", (paths, {".safetensors", ".pth"}))
@@ -140,7 +140,7 @@ def test_a_changed_file_is_loaded_again(pack, saved, token_folder):
     before = load.fingerprint_inputs(tokens_name=saved["sd15"])
     assert load.fingerprint_inputs(tokens_name=saved["sd15"]) == before
     time.sleep(0.01)
-    checkpoint.save(tokens_for("sd15", "b"), token_folder / saved["sd15"])
+    token_files.save(tokens_for("sd15", "b"), token_folder / saved["sd15"])
     assert load.fingerprint_inputs(tokens_name=saved["sd15"]) != before
 
 

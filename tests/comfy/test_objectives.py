@@ -7,14 +7,15 @@ from functools import partial
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa import agsm, checkpoint
-from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
-from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
-from comfyui_softrepa.softrepa.comfy.score_matching import regression
+from comfyui_softrepa.softrepa import token_files
+from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
+from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.training.run.score_matching import regression
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.loss import comparison, contrastive_loss
-from comfyui_softrepa.softrepa.pairs import StepBatch, backward_through_pairs
-from comfyui_softrepa.softrepa.trainer import TrainableTokens
+from comfyui_softrepa.softrepa.training import agsm
+from comfyui_softrepa.softrepa.training.loss import comparison, contrastive_loss
+from comfyui_softrepa.softrepa.training.pairs import StepBatch, backward_through_pairs
+from comfyui_softrepa.softrepa.training.trainer import TrainableTokens
 from softrepa_tests.golden_step import FAMILIES, TIMESTEP, batch, golden_tokens
 from softrepa_tests.learning import train
 from softrepa_tests.sampling import relative_error, sample
@@ -156,7 +157,7 @@ def test_runs_go_on_where_they_stopped(models, token_folder, family, options):
     whole = train(models, family, steps=4, filename_prefix="whole", **options)
     half = train(models, family, steps=2, filename_prefix="half", **options)
     rest = train(models, family, steps=4, filename_prefix="half", resume=True, **options)
-    saved = checkpoint.load(rest[3])
+    saved = token_files.load(rest[3])
     assert rest[3] == half[3]
     for name in ("tokens", "time_table", "negative_tokens"):
         ours, theirs = getattr(saved, name), getattr(whole[0], name)

@@ -4,10 +4,10 @@ from contextlib import suppress
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy import pairs
-from comfyui_softrepa.softrepa.comfy.flowedit_passes import Stack
-from comfyui_softrepa.softrepa.comfy.patching import SoftTokenPatch, apply_tokens
-from comfyui_softrepa.softrepa.comfy.score import HeldOut, score
+from comfyui_softrepa.softrepa.comfy.editing.passes import Stack
+from comfyui_softrepa.softrepa.comfy.tokens.patching import SoftTokenPatch, apply_tokens
+from comfyui_softrepa.softrepa.comfy.training import pairs
+from comfyui_softrepa.softrepa.comfy.training.run.score import HeldOut, score
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests import foreign
 from softrepa_tests.editing import edit, source_latent
@@ -121,7 +121,7 @@ def test_previews_and_held_out_images(models, token_folder, monkeypatch, family)
     expected = moved_by(models[family], family, start)
     said = []
     monkeypatch.setattr("comfyui_softrepa.nodes.training.show_on_node", lambda node, text: said.append(text))
-    monkeypatch.setattr("comfyui_softrepa.softrepa.comfy.launch.PREVIEW_STEPS", 1)
+    monkeypatch.setattr("comfyui_softrepa.softrepa.comfy.training.launch.PREVIEW_STEPS", 1)
     with other_device(monkeypatch):
         ours = moved_by(built(family), family, start, dataset=data, **previews)
     same_training(ours, expected)

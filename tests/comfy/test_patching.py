@@ -10,8 +10,8 @@ import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
 from comfy_extras.nodes_sag import SelfAttentionGuidance
-from comfyui_softrepa.softrepa.comfy.attention import combined
-from comfyui_softrepa.softrepa.comfy.patching import KEY, apply_tokens, in_window
+from comfyui_softrepa.softrepa.comfy.tokens.attention import combined
+from comfyui_softrepa.softrepa.comfy.tokens.patching import KEY, apply_tokens, in_window
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests.oracle import injected

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_softrepa.nodes.tokens import SaveTokens
-from comfyui_softrepa.softrepa import checkpoint, training_state
+from comfyui_softrepa.softrepa import token_files
 from comfyui_softrepa.softrepa.comfy import folders
-from comfyui_softrepa.softrepa.comfy.identity import base_model
-from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
-from comfyui_softrepa.softrepa.comfy.reports import LogFile
+from comfyui_softrepa.softrepa.comfy.training.run.identity import base_model
+from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.training.run.reports import LogFile
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES
-from comfyui_softrepa.softrepa.trainer import Trainer, new_tokens
+from comfyui_softrepa.softrepa.training import state as training_state
+from comfyui_softrepa.softrepa.training.trainer import Trainer, new_tokens
 from safetensors.torch import save_file
 from softrepa_tests.composing import lora_for
 from softrepa_tests.learning import dataset, train
@@ -46,7 +47,7 @@ def test_resumed_at_half(models, token_folder, family, optimizer):
     assert same(rest[0], whole[0])
     assert rest[1] == whole[1]
     assert rest[3] == half[3]
-    assert same(checkpoint.load(rest[3]), whole[0])
+    assert same(token_files.load(rest[3]), whole[0])
 
 
 def test_interrupted_in_the_middle_of_twenty_steps(models, token_folder, monkeypatch):
@@ -69,7 +70,7 @@ def test_interrupted_in_the_middle_of_twenty_steps(models, token_folder, monkeyp
             with pytest.raises(memory.InterruptProcessingException):
                 train(models, "sd3", steps=25, filename_prefix="broken", resume=True, **OPTIONS)
             path = token_folder / "broken_00001.safetensors"
-            reached.append(int(checkpoint.load(path).metadata["steps"]) if path.exists() else 0)
+            reached.append(int(token_files.load(path).metadata["steps"]) if path.exists() else 0)
     rest = train(models, "sd3", steps=25, filename_prefix="broken", resume=True, **OPTIONS)
     assert reached == sorted(reached)
     assert 5 <= reached[-1] < 25
@@ -91,7 +92,7 @@ def test_another_configuration_is_refused(models, token_folder, change, message)
     train(models, "sd3", steps=1, filename_prefix="run")
     with pytest.raises(SoftREPAError, match=rf"run_00001\.checkpoint\.safetensors is of another run.*{message}"):
         train(models, "sd3", steps=2, filename_prefix="run", resume=True, **change)
-    assert checkpoint.load(token_folder / "run_00001.safetensors").metadata["steps"] == "1"
+    assert token_files.load(token_folder / "run_00001.safetensors").metadata["steps"] == "1"
 
 
 def test_nothing_to_resume_starts_anew(models, token_folder):
@@ -135,7 +136,7 @@ def test_a_full_disk_is_said_and_training_goes_on(models, token_folder, monkeypa
         tokens = train(models, "sd3", steps=4, checkpoint_every=1, filename_prefix="run")
     assert "step 1 could not be saved" in caplog.text
     assert "No space left on device" in caplog.text
-    assert same(checkpoint.load(tokens[3]), tokens[0])
+    assert same(token_files.load(tokens[3]), tokens[0])
     full[0] = True
     with pytest.raises(SoftREPAError, match=r"could not be written.*No space left.*saved until now: step 0 of 1"):
         train(models, "sd3", steps=1, filename_prefix="other")
@@ -154,13 +155,13 @@ def test_a_loss_that_is_no_number_keeps_what_was_learned(models, token_folder, m
     monkeypatch.setattr(PairNetwork, "gradients", poisoned)
     with pytest.raises(SoftREPAError, match="The loss is nan at step 3, expected a number"):
         train(models, "sd3", steps=9, filename_prefix="run")
-    assert checkpoint.load(token_folder / "run_00001.safetensors").metadata["steps"] == "2"
+    assert token_files.load(token_folder / "run_00001.safetensors").metadata["steps"] == "2"
 
 
 def test_what_led_to_no_number_does_not_replace_what_was_saved(models, token_folder):
     with pytest.raises(SoftREPAError, match=r"The (loss|gradient) is .* at step \d+, expected a number"):
         train(models, "sd3", steps=9, filename_prefix="run", optimizer="SGD", learning_rate=1e30, checkpoint_every=1)
-    saved = checkpoint.load(token_folder / "run_00001.safetensors")
+    saved = token_files.load(token_folder / "run_00001.safetensors")
     state = training_state.load(folders.checkpoint_path(token_folder / "run_00001.safetensors"))
     assert saved.metadata["steps"] == str(state.step)
     assert all(value.isfinite().all() for key, value in state.tensors.items() if key.startswith("parameter/"))
@@ -233,7 +234,7 @@ def test_a_lost_token_file_is_written_again(models, token_folder):
     first = train(models, "sd3", steps=2, filename_prefix="run")
     Path(first[3]).unlink()
     again = train(models, "sd3", steps=2, filename_prefix="run", resume=True)
-    assert same(checkpoint.load(again[3]), first[0])
+    assert same(token_files.load(again[3]), first[0])
 
 
 def test_a_log_that_cannot_be_written_does_not_stop_a_run(models, token_folder, monkeypatch, caplog):

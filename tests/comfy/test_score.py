@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_softrepa.nodes.score import AlignmentScore
-from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork, pair_errors
-from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
-from comfyui_softrepa.softrepa.comfy.score import HeldOut, parse_timesteps, score
-from comfyui_softrepa.softrepa.dataset import Dataset
+from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
+from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork, pair_errors
+from comfyui_softrepa.softrepa.comfy.training.run.score import HeldOut, parse_timesteps, score
+from comfyui_softrepa.softrepa.data.dataset import Dataset
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.loss import contrastive_loss, information, retrieval_accuracy
+from comfyui_softrepa.softrepa.training.loss import contrastive_loss, information, retrieval_accuracy
 from softrepa_tests.learning import InMemory, dataset, train
 
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from softrepa_tests.conftest import ROOT
 
-from benchmarks.server import ComfyServer, PromptError
-from benchmarks.standins import stand_in
+from tools.server import ComfyServer, PromptError
+from tools.standins import stand_in
 
 OPTIONS = ["strength", "start_percent", "end_percent", "apply_to", "blocks", "uncond_bank"]
 

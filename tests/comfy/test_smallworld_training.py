@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from benchmarks.server import ComfyServer
 from benchmarks.smallworld import tokens
 from benchmarks.smallworld.measure import StockModel
-from softrepa.checkpoint import load
-from softrepa.comfy.patching import apply_tokens
+from softrepa.comfy.tokens.patching import apply_tokens
+from softrepa.token_files import load
+from tools.server import ComfyServer
 
 SEEDS, STEPS, PICTURES = 5, 30, 64
 LEARNING_RATE = 2e-3

@@ -2,20 +2,22 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from comfy.model_base import BaseModel
 from comfyui_softrepa.nodes import training as training_node
-from comfyui_softrepa.softrepa import checkpoint, training_state
-from comfyui_softrepa.softrepa.comfy.launch import PREVIEW_STEPS
-from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork
-from comfyui_softrepa.softrepa.comfy.patching import apply_tokens
-from comfyui_softrepa.softrepa.comfy.training import AdaptivePairs
+from comfyui_softrepa.softrepa import token_files
+from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
+from comfyui_softrepa.softrepa.comfy.training.run.launch import PREVIEW_STEPS
+from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.training.run.run import AdaptivePairs
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.pairs import StepBatch
-from comfyui_softrepa.softrepa.trainer import Trainer
+from comfyui_softrepa.softrepa.training import state as training_state
+from comfyui_softrepa.softrepa.training.pairs import StepBatch
+from comfyui_softrepa.softrepa.training.trainer import Trainer
 from PIL import Image
 from softrepa_tests import tiny_models
 from softrepa_tests.learning import dataset, train
@@ -28,8 +30,8 @@ FAMILIES = ("sd15", "sdxl", "sd3")
 def test_a_run_leaves_tokens_a_file_and_its_configuration(models, token_folder, family):
     tokens, losses, steps, path = train(models, family, filename_prefix="mine/run")
     assert steps == len(losses["loss"]) == 3
-    saved = checkpoint.load(path)
-    assert token_folder in checkpoint.Path(path).parents
+    saved = token_files.load(path)
+    assert token_folder in Path(path).parents
     assert torch.equal(saved.tokens, tokens.tokens)
     assert (tokens.time_table is None) == (family == "sdxl")
     assert saved.metadata["steps"] == "3"
@@ -123,7 +125,7 @@ def test_interrupted_runs_keep_what_they_learned(models, token_folder, monkeypat
     with pytest.raises(memory.InterruptProcessingException):
         train(models, "sd3", steps=10)
     (path,) = token_folder.glob("*.safetensors")
-    assert checkpoint.load(path).metadata["steps"] == "2"
+    assert token_files.load(path).metadata["steps"] == "2"
 
 
 def test_going_on_from_tokens(models, token_folder):

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.pairs import PairNetwork, pair_errors
-from comfyui_softrepa.softrepa.loss import contrastive_loss, information, retrieval_accuracy
-from comfyui_softrepa.softrepa.pairs import StepBatch, backward_through_pairs
-from comfyui_softrepa.softrepa.trainer import TrainableTokens
+from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork, pair_errors
+from comfyui_softrepa.softrepa.training.loss import contrastive_loss, information, retrieval_accuracy
+from comfyui_softrepa.softrepa.training.pairs import StepBatch, backward_through_pairs
+from comfyui_softrepa.softrepa.training.trainer import TrainableTokens
 from safetensors.torch import load_file
 from softrepa_tests.golden_step import FAMILIES, TIMESTEP, batch, golden_tokens
 from softrepa_tests.sampling import relative_error

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa import checkpoint
+from comfyui_softrepa.softrepa import token_files
 from PIL import Image
 from softrepa_tests.conftest import ROOT
 
-from benchmarks.environment import steady_threads
-from benchmarks.server import ComfyServer, PromptError, PromptInterrupted, ServerError, has_accelerator
-from benchmarks.standins import stand_in
+from tools.environment import steady_threads
+from tools.server import ComfyServer, PromptError, PromptInterrupted, ServerError, has_accelerator
+from tools.standins import stand_in
 
 CAPTIONS = ("a red square", "a blue circle", "two cats", "a house by the sea", "an empty street", "green hills")
 
@@ -77,7 +77,7 @@ def test_a_folder_becomes_tokens_and_a_picture(server):
     assert result.images["plot"][0].is_file()
     assert ("train", 2, 2) in seen
     (path,) = (server.work / "models" / "softrepa").glob("trained_*.safetensors")
-    tokens = checkpoint.load(path)
+    tokens = token_files.load(path)
     assert (tokens.family.name, tokens.blocks, tokens.width) == ("sd3", 5, 384)
     assert tokens.metadata["steps"] == "2"
     assert json.loads(tokens.metadata["training"])["temperature"] == 2.0
@@ -114,7 +114,7 @@ def config(server, **training) -> dict:
 
 
 def trained(server, name: str):
-    return checkpoint.load(server.work / "models" / "softrepa" / f"{name}_00001.safetensors")
+    return token_files.load(server.work / "models" / "softrepa" / f"{name}_00001.safetensors")
 
 
 def test_the_command_line_and_the_node_go_on_with_each_others_runs(server, tmp_path):
@@ -145,8 +145,8 @@ def test_a_trained_file_is_a_config_and_scores(server):
     file = server.work / "models" / "softrepa" / "first_00001.safetensors"
     checkpoint_path = stand_in("sd3").checkpoint
     command_line(server, "train", file, "--checkpoint", checkpoint_path)
-    again = checkpoint.load(file.with_name("first_00002.safetensors"))
-    assert torch.equal(again.tokens, checkpoint.load(file).tokens)
+    again = token_files.load(file.with_name("first_00002.safetensors"))
+    assert torch.equal(again.tokens, token_files.load(file).tokens)
     options = ("--checkpoint", checkpoint_path, "--batch-size", "3", "--batches", "1", "--timesteps", "500")
     plain = json.loads(command_line(server, "score", file, *options))
     steered = json.loads(command_line(server, "score", file, "--tokens", file, *options))

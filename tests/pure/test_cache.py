@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa.cache import Cache
+from comfyui_softrepa.softrepa.data.cache import Cache
 from safetensors.torch import load, save
 
 

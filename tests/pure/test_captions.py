@@ -9,9 +9,9 @@ import threading
 import unicodedata
 
 import pytest
-from comfyui_softrepa.softrepa.captions import WHOLE, list_folder, repeats_of
-from comfyui_softrepa.softrepa.left_out import LeftOut
-from comfyui_softrepa.softrepa.tables import CAPTION_KEYS, FILE_KEYS
+from comfyui_softrepa.softrepa.data.captions import WHOLE, list_folder, repeats_of
+from comfyui_softrepa.softrepa.data.left_out import LeftOut
+from comfyui_softrepa.softrepa.data.tables import CAPTION_KEYS, FILE_KEYS
 from PIL import Image
 from softrepa_tests.folders import captions, picture, reasons, write
 

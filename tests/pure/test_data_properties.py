@@ -3,8 +3,8 @@
 import json
 
 import torch
-from comfyui_softrepa.softrepa.cache import Cache
-from comfyui_softrepa.softrepa.folder import ImageFolder, read_folder
+from comfyui_softrepa.softrepa.data.cache import Cache
+from comfyui_softrepa.softrepa.data.folder import ImageFolder, read_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from softrepa_tests.properties import EDITS, TEXT, bounded, edited

@@ -13,14 +13,14 @@ from io import BytesIO
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa import buckets, folder, images
-from comfyui_softrepa.softrepa.batches import Example, Sampler, caption_key, compatible_batches, epoch_batches
-from comfyui_softrepa.softrepa.dataset import Dataset, divide
+from comfyui_softrepa.softrepa.data import buckets, folder, images
+from comfyui_softrepa.softrepa.data.batches import Example, Sampler, caption_key, compatible_batches, epoch_batches
+from comfyui_softrepa.softrepa.data.dataset import Dataset, divide
+from comfyui_softrepa.softrepa.data.folder import read_folder
+from comfyui_softrepa.softrepa.data.latent_lists import dataset_of_lists
+from comfyui_softrepa.softrepa.data.sources import WholeFile, identity_of
+from comfyui_softrepa.softrepa.data.tables import TABLES
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.folder import read_folder
-from comfyui_softrepa.softrepa.latent_lists import dataset_of_lists
-from comfyui_softrepa.softrepa.sources import WholeFile, identity_of
-from comfyui_softrepa.softrepa.tables import TABLES
 from PIL import Image
 from softrepa_tests.conftest import ROOT
 from softrepa_tests.folders import picture, write

@@ -25,7 +25,7 @@ FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
 COMMAND = re.compile(r"python3? -m ([\w.]+)(.*)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-OUR_PATH = re.compile(r"(?:benchmarks|nodes|softrepa|tests|workflows)/[\w./-]*")
+OUR_PATH = re.compile(r"(?:benchmarks|nodes|softrepa|tests|tools|workflows)/[\w./-]*")
 HANDS_ITS_OPTIONS_ON = {"tests.run"}  # to pytest
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa.flowedit import Draws, flow_edit
+from comfyui_softrepa.softrepa.editing.flowedit import Draws, flow_edit
 
 SHAPE = (2, 3, 4, 4)
 

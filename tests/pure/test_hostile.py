@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_softrepa.softrepa import __main__ as command_line
-from comfyui_softrepa.softrepa import checkpoint, headless, locks, swaps, training_state
+from comfyui_softrepa.softrepa import headless, locks, token_files
+from comfyui_softrepa.softrepa.data import swaps
 from comfyui_softrepa.softrepa.errors import MOST_SAID, SoftREPAError, printable, shown
 from comfyui_softrepa.softrepa.families import FAMILIES, parse_blocks
 from comfyui_softrepa.softrepa.files import UnreadableError, parse_json, read_bounded, write_tensors
-from comfyui_softrepa.softrepa.timesteps import parse_timesteps
 from comfyui_softrepa.softrepa.tokens import SoftTokens
+from comfyui_softrepa.softrepa.training import state as training_state
+from comfyui_softrepa.softrepa.training.timesteps import parse_timesteps
 from safetensors.torch import save_file
 from softrepa_tests.toy_training import trainer
 
@@ -190,7 +192,7 @@ def test_a_pickle_makes_nothing_that_the_file_does_not_hold(tmp_path, monkeypatc
     monkeypatch.setattr(torch.nn.Embedding, "__init__", made)
     monkeypatch.setattr(torch, "load", made)
     with pytest.raises(SoftREPAError, match=rf"dc_tokens\.pth cannot be read \(.*{reason}"):
-        checkpoint.load(path)
+        token_files.load(path)
 
 
 @pytest.mark.parametrize(
@@ -214,10 +216,10 @@ def test_broken_pickles(tmp_path, pickle, numbers):
     path = tmp_path / "dc_tokens.pth"
     zipped(path, pickle, numbers)
     with pytest.raises(SoftREPAError, match=r"dc_tokens\.pth cannot be read \(it ") as caught:
-        checkpoint.load(path)
+        token_files.load(path)
     assert len(str(caught.value)) < 400
     zipped(path, strided((4, 768), (768, 1), 3072), bytes(4 * 3072))
-    assert checkpoint.load(path).tokens.shape == (4, 768)
+    assert token_files.load(path).tokens.shape == (4, 768)
 
 
 def test_archives_that_unfold_are_refused(tmp_path):
@@ -226,20 +228,20 @@ def test_archives_that_unfold_are_refused(tmp_path):
     zipped(path, good, bytes(10**7), compression=zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 10**5
     with pytest.raises(SoftREPAError, match="its contents are compressed"):
-        checkpoint.load(path)
+        token_files.load(path)
     zipped(path, good, bytes(4 * 3072), extra=1000)
     with pytest.raises(SoftREPAError, match="a .zip of more than 64 files"):
-        checkpoint.load(path)
+        token_files.load(path)
 
 
 def test_files_of_old_torch_are_read_too(tmp_path):
     path = tmp_path / "dc_tokens.pth"
     for tokens in (torch.randn(4, 768), torch.randn(768, 4).T):
         torch.save(tokens, path, _use_new_zipfile_serialization=False)
-        assert torch.equal(checkpoint.load(path).tokens, tokens)
+        assert torch.equal(token_files.load(path).tokens, tokens)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(SoftREPAError, match="is not a whole file saved by torch"):
-        checkpoint.load(path)
+        token_files.load(path)
 
 
 def safetensors_file(path: Path, header: object) -> None:
@@ -266,7 +268,7 @@ def test_safetensors_headers(tmp_path, header, reason):
     path = tmp_path / "tokens.safetensors"
     safetensors_file(path, header)
     with pytest.raises(SoftREPAError, match=rf"the .safetensors file cannot be read \(.*{reason}.*, expected a whole"):
-        checkpoint.load(path)
+        token_files.load(path)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +284,7 @@ def test_metadata_of_thousands_of_digits(tmp_path, metadata, message):
     path = tmp_path / "tokens.safetensors"
     save_file({"tokens": torch.ones(5, 4, 64)}, path, metadata)
     with pytest.raises(SoftREPAError, match=message) as caught:
-        checkpoint.load(path)
+        token_files.load(path)
     assert len(str(caught.value)) < 500
 
 
@@ -297,22 +299,22 @@ def test_numbers_of_thousands_of_digits_in_inputs():
 def test_names_that_are_no_files(tmp_path, name):
     for path in (tmp_path / f"{name}.safetensors", tmp_path / name / "tokens.safetensors", tmp_path / name):
         with pytest.raises(SoftREPAError, match="no file at") as caught:
-            checkpoint.load(path)
+            token_files.load(path)
         str(caught.value).encode("utf-8")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no such names")
 def test_a_name_in_latin_1(tmp_path):
-    path = checkpoint.save(sd15(), tmp_path / "caf\udce9.safetensors")
+    path = token_files.save(sd15(), tmp_path / "caf\udce9.safetensors")
     assert os.fsencode(path).endswith(b"caf\xe9.safetensors")
     assert path in list(tmp_path.iterdir())
-    loaded = checkpoint.load(path)
+    loaded = token_files.load(path)
     loaded.label.encode("utf-8")
 
 
 def test_metadata_that_cannot_be_encoded_loses_no_tokens(tmp_path):
-    path = checkpoint.save(sd15(dataset="caf\udce9 pictures"), tmp_path / "a.safetensors")
-    assert checkpoint.load(path).metadata["dataset"] == "caf\\udce9 pictures"
+    path = token_files.save(sd15(dataset="caf\udce9 pictures"), tmp_path / "a.safetensors")
+    assert token_files.load(path).metadata["dataset"] == "caf\\udce9 pictures"
 
 
 # The command line
@@ -356,7 +358,7 @@ def test_names_that_no_file_can_have(capsys, tmp_path):
 
 
 def whole(folder: Path) -> Path:
-    return checkpoint.save(sd15(), folder / "whole.safetensors")
+    return token_files.save(sd15(), folder / "whole.safetensors")
 
 
 def test_convert_below_a_file(capsys, tmp_path):
@@ -399,7 +401,7 @@ def test_configurations(capsys, tmp_path, text, message):
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
     assert message in said_by(capsys, "train", path)
     tokens = tmp_path / "trained.safetensors"
-    checkpoint.save(sd15(inputs=text), tokens)
+    token_files.save(sd15(inputs=text), tokens)
     assert message in said_by(capsys, "train", tokens)
 
 

@@ -59,13 +59,14 @@ NEVER = {
     "torchaudio": "slow to import, broken in some installations",
     "torchvision": "slow to import, broken in some installations",
     "benchmarks": "not shipped",
+    "tools": "not shipped",
     "tests": "not shipped",
     "softrepa_tests": "not shipped",
     "softrepa": "the pack's folder has any name: relative imports only",
     "comfyui_softrepa": "the pack's folder has any name: relative imports only",
 }
 DYNAMIC = {"__import__", "import_module", "exec", "eval"}
-OPTIONAL_PACKAGES = Path("softrepa/optimizers.py")
+OPTIONAL_PACKAGES = Path("softrepa/training/optimizers.py")
 """Imports the optimizers that may be installed by the name that its table gives."""
 
 SHIPPED = [path for path in files("*.py") if path.parts[0] in ("softrepa", "nodes", "__init__.py")]

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa import agsm
-from comfyui_softrepa.softrepa.batches import Example
-from comfyui_softrepa.softrepa.dataset import Dataset
+from comfyui_softrepa.softrepa.data.batches import Example
+from comfyui_softrepa.softrepa.data.dataset import Dataset
+from comfyui_softrepa.softrepa.data.latent_lists import dataset_of_lists
+from comfyui_softrepa.softrepa.data.swaps import MOST, swaps
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.latent_lists import dataset_of_lists
-from comfyui_softrepa.softrepa.loss import comparison, contrastive_loss
-from comfyui_softrepa.softrepa.swaps import MOST, swaps
-from comfyui_softrepa.softrepa.training_config import TrainingConfig
+from comfyui_softrepa.softrepa.training import agsm
+from comfyui_softrepa.softrepa.training.config import TrainingConfig
+from comfyui_softrepa.softrepa.training.loss import comparison, contrastive_loss
 from softrepa_tests.toy_training import trainer
 
 

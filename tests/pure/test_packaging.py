@@ -11,7 +11,7 @@ import pytest
 import tomllib
 import torch
 import yaml
-from comfyui_softrepa.softrepa import __version__, checkpoint
+from comfyui_softrepa.softrepa import __version__, token_files
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from PIL import Image
 from softrepa_tests.conftest import ROOT
@@ -145,7 +145,7 @@ class TestWheel:
 
     def test_inspect(self, wheel, tmp_path):
         path = tmp_path / "tokens.safetensors"
-        checkpoint.save(SoftTokens.of(torch.ones(4, 768), "sd15", ("down",)), path)
+        token_files.save(SoftTokens.of(torch.ones(4, 768), "sd15", ("down",)), path)
         run = self.command_line(wheel[1], "inspect", path)
         assert run.returncode == 0, run.stderr
         assert "sd15" in run.stdout

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa.loss import comparison, contrastive_loss, denoising_loss
-from comfyui_softrepa.softrepa.pairs import StepBatch, backward_through_pairs
+from comfyui_softrepa.softrepa.training.loss import comparison, contrastive_loss, denoising_loss
+from comfyui_softrepa.softrepa.training.pairs import StepBatch, backward_through_pairs
 from softrepa_tests.toy_training import WIDTH, ToyPairs
 
 WRONG = (2, 0, 1, 3)

@@ -5,20 +5,20 @@ import random
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa import checkpoint, pth
+from comfyui_softrepa.softrepa import pth, token_files
+from comfyui_softrepa.softrepa.data.swaps import swaps
 from comfyui_softrepa.softrepa.errors import SoftREPAError, is_plain, printable, shown
 from comfyui_softrepa.softrepa.families import FAMILIES, format_blocks, parse_blocks
 from comfyui_softrepa.softrepa.files import UnreadableError, parse_json
-from comfyui_softrepa.softrepa.swaps import swaps
-from comfyui_softrepa.softrepa.timesteps import parse_timesteps
 from comfyui_softrepa.softrepa.tokens import SoftTokens
+from comfyui_softrepa.softrepa.training.timesteps import parse_timesteps
 from hypothesis import given
 from hypothesis import strategies as st
 from softrepa_tests.properties import EDITS, TEXT, bounded, edited
 
-from benchmarks.mutations import mutated_tokens, token_files
+from benchmarks.mutations import mutated_tokens, whole_token_files
 
-WHOLE = token_files()
+WHOLE = whole_token_files()
 ANY_TEXT = st.text(st.characters())
 """With lone surrogates and control characters."""
 
@@ -26,7 +26,7 @@ ANY_TEXT = st.text(st.characters())
 def loaded(path) -> SoftTokens | None:
     """None where it is refused as it should be."""
     try:
-        tokens = checkpoint.load(path)
+        tokens = token_files.load(path)
     except SoftREPAError as error:
         text = str(error)
         text.encode("utf-8")
@@ -35,7 +35,7 @@ def loaded(path) -> SoftTokens | None:
         assert "\n" not in text
         return None
     assert tokens.tokens.isfinite().all()
-    summary = "\n".join(checkpoint.summary(tokens))
+    summary = "\n".join(token_files.summary(tokens))
     assert summary == printable(summary)
     return tokens
 
@@ -94,7 +94,7 @@ def test_a_tensor_is_what_torch_makes_of_it_or_refused(along, offset, count):
 def test_what_is_saved_is_loaded(tmp_path, layers, count, metadata, has_table):
     table = torch.randn(100, 8 * layers) if has_table else None
     tokens = SoftTokens.of(torch.randn(layers, count, 8), "sd3", layers, time_table=table, metadata=metadata)
-    again = checkpoint.load(checkpoint.save(tokens, tmp_path / "a.safetensors"))
+    again = token_files.load(token_files.save(tokens, tmp_path / "a.safetensors"))
     assert torch.equal(again.tokens, tokens.tokens)
     assert again.time_table is None if table is None else torch.equal(again.time_table, table)
     assert again.metadata == {printable(key): printable(text) for key, text in metadata.items()}

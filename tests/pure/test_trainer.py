@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa import optimizers
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES
-from comfyui_softrepa.softrepa.trainer import DivergedError, new_tokens
-from comfyui_softrepa.softrepa.training_config import TrainingConfig
+from comfyui_softrepa.softrepa.training import optimizers
+from comfyui_softrepa.softrepa.training.config import TrainingConfig
+from comfyui_softrepa.softrepa.training.trainer import DivergedError, new_tokens
 from softrepa_tests.toy_training import batches, trainer
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa import training_state
 from comfyui_softrepa.softrepa.errors import SoftREPAError
+from comfyui_softrepa.softrepa.training import state as training_state
 from safetensors.torch import save_file
 from softrepa_tests.toy_training import trainer
 

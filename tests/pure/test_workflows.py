@@ -7,7 +7,7 @@ from comfyui_softrepa.softrepa import __version__
 from PIL import Image
 from softrepa_tests.conftest import ROOT
 
-from benchmarks.workflows import WORKFLOWS
+from tools.workflows import WORKFLOWS
 
 FOLDER = ROOT / "workflows"
 

@@ -8,8 +8,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ...families import Blocks, Family
-from ..frozen import ForeignTensors
-from ..state import CallState, Place
+from ..tokens.state import CallState, Place
+from ..training.frozen import ForeignTensors
 
 
 @dataclass(frozen=True)

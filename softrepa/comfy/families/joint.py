@@ -7,9 +7,9 @@ from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 
 from ...errors import SoftREPAError
 from ...families import FAMILIES
-from ..attention import key_bias
-from ..frozen import ForeignTensors, Recomputed
-from ..state import CallState, Place, call_state, refuse_unweighed, with_appended
+from ..tokens.attention import key_bias
+from ..tokens.state import CallState, Place, call_state, refuse_unweighed, with_appended
+from ..training.frozen import ForeignTensors, Recomputed
 from .adapter import ModelShape
 
 REPLACE = "dit"

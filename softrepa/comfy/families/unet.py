@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from ...errors import SoftREPAError
 from ...families import FAMILIES
-from ..attention import key_bias
-from ..frozen import ForeignTensors, Recomputed
-from ..state import CallState, Entries, Place, call_state, refuse_unweighed, with_appended
+from ..tokens.attention import key_bias
+from ..tokens.state import CallState, Entries, Place, call_state, refuse_unweighed, with_appended
+from ..training.frozen import ForeignTensors, Recomputed
 from .adapter import ModelShape
 
 CHUNK = 77

@@ -1,0 +1,1 @@
+"""Datasets through ComfyUI's encoders."""

@@ -1,0 +1,1 @@
+"""FlowEdit under ComfyUI."""

@@ -1,0 +1,1 @@
+"""Soft tokens on a MODEL."""

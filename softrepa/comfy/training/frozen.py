@@ -1,0 +1,255 @@
+"""A frozen ComfyUI network inside autograd: whatever its weights are, wherever they lie, the gradients are exact."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import comfy.ops
+import torch
+import torch.nn.functional as F
+import torch.nn.grad
+from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from ...errors import SoftREPAError
+from ..tokens.attention import OVERRIDE, PROBE_HEADS, probe
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """`tensor`, or an alias of it without its inference mark."""
+    if not tensor.is_inference():
+        return tensor
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Within it autograd can go through a loaded network; nothing stays on it.
+
+    Nodes run in inference mode, so weights are inference tensors, which autograd refuses to save: aliases take their
+    places, which cost no memory. Weights that are cast or fetched for each use are not saved at all (`fetching`). No
+    model may be loaded or unloaded within: an alias holds the memory, and the values, of the time it was made.
+    """
+    undo: list[Callable[[], object]] = []
+    try:
+        for module in network.modules():
+            for name, weight in module._parameters.items():
+                if type(weight) is nn.Parameter and weight.is_inference():
+                    undo.append(partial(module._parameters.__setitem__, name, weight))
+                    module._parameters[name] = nn.Parameter(ordinary(weight), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if type(buffer) is Tensor and buffer.is_inference():
+                    undo.append(partial(module._buffers.__setitem__, name, buffer))
+                    module._buffers[name] = ordinary(buffer)
+            if isinstance(module, comfy.ops.CastWeightBiasOp) and fetches(module):
+                name, forward = fetching(module)
+                undo.append(partial(vars(module).pop, name))
+                vars(module)[name] = forward
+        yield
+    finally:
+        for put_back in reversed(undo):
+            put_back()
+
+
+CASTING = "forward_comfy_cast_weights"
+"""The method of ComfyUI's layers that fetches weights for one use, where they have to be."""
+
+
+def fetches(layer: comfy.ops.CastWeightBiasOp) -> bool:
+    """Whether a layer's weights are cast, patched or brought to the device for each use, as ComfyUI's layers ask it."""
+    return bool(layer.comfy_cast_weights or layer.weight_function or layer.bias_function)
+
+
+def fetching(layer: nn.Module) -> tuple[str, Callable]:
+    """A method of a layer, by name, and what takes its place so that autograd holds no weights.
+
+    ComfyUI fetches into buffers that the layers after it use again, and what autograd has saved of them would change;
+    where each layer gets a copy of its own, the whole model would come to lie in memory.
+    """
+    kind = type(layer)
+    own = getattr(kind, CASTING, None)
+    plain = partial(own or kind.forward, layer)
+    if own in LINEAR:
+        return CASTING, partial(when_needed, Linear, plain, layer)
+    if own in CONV2D and isinstance(layer.padding, tuple):
+        return CASTING, partial(when_needed, Conv2d, plain, layer)
+    if own in OTHERS:
+        return CASTING, partial(when_needed, Again, plain, plain)
+    plain = partial(kind.forward, layer)  # a layer of another kind, quantised perhaps, whose `forward` does more
+    return "forward", partial(when_needed, Again, plain, plain)
+
+
+def when_needed(function, plain, what, x: Tensor, *args, **kwargs) -> Tensor:
+    """By `function` where something has to come back through the layer."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return plain(x, *args, **kwargs)
+    return function.apply(x, what, args, kwargs)
+
+
+@contextmanager
+def fetched(layer: nn.Module, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of a layer on the device and in the dtype of `like`, as they are for one use."""
+    weight, bias, stream = comfy.ops.cast_bias_weight(layer, like, offloadable=True)
+    try:
+        yield weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+
+
+class Linear(torch.autograd.Function):
+    """x W^T + b by a frozen layer; the weight is fetched again for the gradient, g W."""
+
+    @staticmethod
+    def forward(ctx, x, layer, args, kwargs):
+        ctx.layer = layer
+        with fetched(layer, x) as (weight, bias):
+            return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with fetched(ctx.layer, gradient) as (weight, _):
+            return gradient @ weight, None, None, None
+
+
+class Conv2d(torch.autograd.Function):
+    """A frozen convolution; the weight is fetched again for the gradient, its transposed convolution."""
+
+    @staticmethod
+    def forward(ctx, x, layer, args, kwargs):
+        ctx.layer, ctx.shape = layer, x.shape
+        with fetched(layer, x) as (weight, bias):
+            return layer._conv_forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        layer = ctx.layer
+        with fetched(layer, gradient) as (weight, _):
+            shape = (layer.stride, layer.padding, layer.dilation, layer.groups)
+            return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, *shape), None, None, None
+
+
+class Again(torch.autograd.Function):
+    """Any frozen layer: it runs again for the gradient, so that what it fetched need not stay as it was."""
+
+    @staticmethod
+    def forward(ctx, x, run, args, kwargs):
+        ctx.save_for_backward(x)
+        ctx.run = lambda x: run(x, *args, **kwargs)
+        return ctx.run(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (found,) = torch.autograd.grad(ctx.run(leaf), leaf, gradient)
+        return found, None, None, None
+
+
+LINEAR = {getattr(kind, CASTING) for kind in (comfy.ops.disable_weight_init.Linear, comfy.ops.fp8_ops.Linear)}
+"""fp8 matrix products have no backward: within `frozen` such layers compute in the dtype of their input."""
+CONV2D = {getattr(comfy.ops.disable_weight_init.Conv2d, CASTING)}
+OTHERS = {
+    getattr(getattr(comfy.ops.disable_weight_init, name), CASTING)
+    for name in ("GroupNorm", "LayerNorm", "RMSNorm", "Conv1d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d")
+    if hasattr(comfy.ops.disable_weight_init, name)  # older versions lack some
+}
+
+
+class ForeignTensors:
+    """Inference tensors that other nodes hold and their patches bring into the network.
+
+    Autograd refuses them as it refuses weights, but they are found only when one is in the way. From then on every
+    operation looks at what it is given, which costs Python time in each.
+    """
+
+    def __init__(self):
+        self.are_met = False
+
+    def made_ordinary(self) -> AbstractContextManager:
+        return OrdinaryArguments() if self.are_met else nullcontext()
+
+    def explain(self, error: RuntimeError) -> bool:
+        """Whether `error` says so for the first time: then it is worth another try."""
+        is_first = not self.are_met and "Inference tensors cannot be saved for backward" in str(error)
+        self.are_met |= is_first
+        return is_first
+
+
+class OrdinaryArguments(TorchFunctionMode):
+    """Within it, inference tensors enter operations as ordinary tensors over the same memory."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(Tensor, ordinary, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class Recomputed:
+    """A block whose activations are computed again in the backward pass instead of kept."""
+
+    def __init__(self, forward, foreign: ForeignTensors):
+        self.forward, self.foreign = forward, foreign
+
+    def __call__(self, *args, transformer_options=None, **kwargs):
+        def run(*args):
+            with self.foreign.made_ordinary():
+                return self.forward(*args, **kwargs)
+
+        if transformer_options is not None:
+            kwargs["transformer_options"] = dict(transformer_options)  # a UNet goes on to write its place into it
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+KERNEL_TOLERANCE = 0.05
+"""What quantised attention kernels differ from PyTorch's by, relative, and more."""
+
+
+def differentiable_attention(options: dict, device: torch.device, dtype: torch.dtype):
+    """An `optimized_attention_override` for training, in place of the one in `options`, if there is any.
+
+    Always PyTorch's attention: sage has no backward, flash raises. An override of another node stays where gradients
+    come through it, and is left out where it is only another kernel. Raises SoftREPAError where it is more than that.
+    """
+    inner = options.get(OVERRIDE)
+    if inner is None or not gives_gradients(options, device, dtype):
+        if inner is not None:
+            check_only_a_kernel(inner, options, device, dtype)
+        return lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
+    return lambda func, *args, **kwargs: inner(attention_pytorch, *args, **kwargs)
+
+
+def gives_gradients(options: dict, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether queries, keys and values get finite gradients that are not zero through the override in `options`."""
+    leaves = [tensor.requires_grad_() for tensor in probe(device, dtype)]
+    try:
+        seen = optimized_attention(*leaves, PROBE_HEADS, transformer_options=options)
+        gradients = torch.autograd.grad(seen.float().square().sum(), leaves, allow_unused=True)
+    except Exception:  # whatever a foreign kernel raises, it has no backward
+        return False
+    return all(one is not None and one.isfinite().all() and one.abs().sum() > 0 for one in gradients)
+
+
+def check_only_a_kernel(inner, options: dict, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses an override without backward that computes something else than attention, or cannot be asked."""
+    name = f"{getattr(inner, '__module__', '?')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
+    with torch.no_grad():
+        q, k, v = probe(device, dtype)
+        try:
+            seen = optimized_attention(q, k, v, PROBE_HEADS, transformer_options=options).float()
+        except Exception as error:  # whatever a foreign kernel raises
+            found = f"fails ({error})"
+        else:
+            plain = attention_pytorch(q, k, v, PROBE_HEADS).float()
+            if (seen - plain).norm() <= KERNEL_TOLERANCE * plain.norm():
+                logging.info("SoftREPA: %s has no backward; training computes attention with PyTorch.", name)
+                return
+            found = "changes the result"
+    raise SoftREPAError(
+        f"Model has an attention override ({name}) that has no backward and {found}, expected none for training: "
+        "connect the model before the node that adds it."
+    )

@@ -1,0 +1,74 @@
+"""The loss of AGSM on a MODEL's own network: each pair's prediction regressed onto an aim of its own."""
+
+import comfy.model_management as memory
+import torch
+from torch import Tensor
+
+from ...training.agsm import pair_weights
+from ...training.noising import pair_error
+from ...training.pairs import Aims, StepBatch
+from .pairs import PairNetwork, gradient_of, with_foreign_tensors
+
+Pair = tuple[int, int]
+"""An image and a caption, by index."""
+
+
+@with_foreign_tensors
+def regression(
+    network: PairNetwork, aims: Aims, banks: Tensor, teacher: Tensor, batch: StepBatch, micro_batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss (`softrepa.training.agsm`), errors (B, J) and the loss's gradient by `banks` (2, L, m, d).
+
+    Image i is predicted under caption i with the first bank, under the others it is compared with by the second. What
+    each is regressed onto comes by `aims` from predictions with `teacher` (2, L, m, d); these are kept for as many
+    images as have `micro_batch` captions, or one.
+    """
+    with network.trainable():
+        return _regression(network, aims, banks, teacher, batch, micro_batch)
+
+
+def _regression(network, aims, banks, teacher, batch, micro_batch):
+    sigma, seen, target, captions = network.prepared(batch)
+    device, compared = network.device, batch.compared
+    banks, teacher = banks.to(device), teacher.to(device)
+    weights = pair_weights(compared).to(device)
+    errors = torch.zeros(compared.shape, device=device)
+    loss, gradient = torch.zeros((), device=device), torch.zeros_like(banks)
+
+    def predicted(images: list[int], texts: list[int], rows: Tensor) -> Tensor:
+        memory.throw_exception_if_processing_interrupted()
+        return network.output(seen[images], sigma, captions.joined(texts, device), rows)
+
+    at_once = max(1, micro_batch // int(compared.sum(dim=1).max()))
+    for group in torch.arange(len(compared)).split(at_once):
+        those = torch.zeros_like(compared)
+        those[group] = compared[group]
+        runs = list(captions.runs(micro_batch, those))
+        kept: dict[Pair, Tensor] = {}
+        with torch.no_grad():
+            for images, texts in runs:
+                output = predicted(images, texts, teacher[_banks(images, texts)])
+                kept.update(zip(zip(images, texts, strict=True), output.float(), strict=True))
+        for i in group.tolist():
+            own = [pair for pair in kept if pair[0] == i]
+            is_own = torch.tensor([j == i for _, j in own], device=device)
+            kept.update(
+                zip(own, aims(target[i].to(device), torch.stack([kept[pair] for pair in own]), is_own), strict=True)
+            )
+        for images, texts in runs:
+            places = _banks(images, texts)
+            leaf = banks[places].clone().requires_grad_()
+            output = predicted(images, texts, leaf)
+            aim = torch.stack([kept[pair] for pair in zip(images, texts, strict=True)])
+            distances, counted = pair_error(output, aim), weights[images, texts]
+            of_pairs = gradient_of(distances, leaf, aim[0].numel())
+            shares = torch.nn.functional.one_hot(places, 2).to(counted) * counted.unsqueeze(1)
+            gradient += torch.einsum("pb,p...->b...", shares, of_pairs)
+            loss += counted @ distances.detach()
+            errors[images, texts] = pair_error(output.detach(), target[images].to(device))
+    return loss, errors, gradient
+
+
+def _banks(images: list[int], texts: list[int]) -> Tensor:
+    """0 for an image's own caption, 1 for another."""
+    return torch.tensor([int(i != j) for i, j in zip(images, texts, strict=True)])

@@ -1,0 +1,1 @@
+"""Folders of captioned images as datasets: what is read, drawn and kept."""

@@ -1,0 +1,261 @@
+"""A folder of captioned images as examples: what each file holds, its training size, and what a person should know."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import SoftREPAError, shown
+from ..files import read_bounded, write_atomically
+from .batches import Example
+from .buckets import Size, bucket_sizes, join_small, nearest
+from .captions import EACH, LOOKED_FOR, Listing, list_folder, repeats_of
+from .dataset import divide, named_examples
+from .images import UNREADABLE, prepared, upright_size
+from .sources import SMALL, Source, WholeFile, identity, identity_of, release, stamp
+
+Tick = Callable[[int, int], None]
+"""Called with how many files are done, of how many; may raise to stop."""
+
+MOST_IMAGE = 2**30
+MOST_INDEX = 2**30
+"""Bytes of an image file, and of an index."""
+
+
+class UnusableImageError(SoftREPAError):
+    """An image that was there when the folder was read, and is not any more or shows now that it is damaged."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """What is known of a file: its `identity`, its size as seen, or why it cannot be used; its digest once needed."""
+
+    identity: str
+    size: Size
+    problem: str = ""
+    digest: str = ""
+
+
+@dataclass
+class Index:
+    """What is known of a folder's files, by name and with the stamp of each, kept in the file `path`.
+
+    A file whose stamp has changed is as unknown.
+    """
+
+    path: Path
+    files: dict[str, tuple[list, ImageFile]] = field(default_factory=dict)
+    is_changed: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> "Index":
+        """What is not as `write` leaves it counts as absent."""
+        try:
+            content = json.loads(read_bounded(path, MOST_INDEX))
+        except (OSError, ValueError, RecursionError):
+            content = None
+        files = content.get("files") if isinstance(content, dict) else None
+        entries = {name: _entry(value) for name, value in files.items()} if isinstance(files, dict) else {}
+        return cls(path, {name: entry for name, entry in entries.items() if entry})
+
+    def get(self, name: str, mark: list) -> ImageFile | None:
+        old, file = self.files.get(name, (None, None))
+        return file if old == mark else None
+
+    def set(self, name: str, mark: list, file: ImageFile) -> None:
+        self.files[name] = (mark, file)
+        self.is_changed = True
+
+    def write(self) -> None:
+        """Without it everything is read again: a disk that is full costs no more than that."""
+        if not self.is_changed:
+            return
+        files = {
+            name: [mark, file.identity, file.size, file.problem, file.digest]
+            for name, (mark, file) in self.files.items()
+        }
+        content = json.dumps({"files": files})
+        try:
+            write_atomically(self.path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+            self.is_changed = False
+        except OSError as error:
+            logging.warning("SoftREPA: %s cannot be written (%s)", self.path, error)
+
+
+@dataclass
+class ImageFolder:
+    """The examples of a folder, where their files are, and lines for the person."""
+
+    name: str
+    sources: dict[str, Source]
+    train: list[Example]
+    validation: list[Example]
+    notes: list[str]
+    index: Index
+    is_outdated: bool = False
+    """An image turned out to be unusable: whoever reads the folder again gets it without."""
+
+    def pixels(self, example: Example) -> Tensor:
+        """(height, width, 3) float32 in 0..1 at the training size. Raises UnusableImageError."""
+        data = self._content(example)
+        try:
+            return prepared(data, example.size)
+        except UNREADABLE as error:
+            mark, file = self.index.files[example.name]
+            self.index.set(example.name, mark, replace(file, problem=_reason(error)))
+            raise self._unusable(example, _reason(error)) from None
+
+    def digest(self, example: Example) -> str:
+        """That of the whole file. Read when it is first asked for, then kept. Raises UnusableImageError."""
+        if not self.known_digest(example):
+            self._content(example)
+        return self.known_digest(example)
+
+    def known_digest(self, example: Example) -> str:
+        """Empty where the file would have to be read."""
+        return self.index.files[example.name][1].digest
+
+    def finish(self) -> None:
+        """Keeps what was learned, and lets go what was held to learn it."""
+        self.index.write()
+        release()
+
+    def _content(self, example: Example) -> bytes:
+        mark, file = self.index.files[example.name]
+        try:
+            data = self.sources[example.name].read(MOST_IMAGE)
+        except OSError as error:
+            raise self._unusable(example, _reason(error)) from None
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != (file.digest or digest) or identity_of(data) != file.identity:
+            raise self._unusable(example, "its content has changed")
+        if not file.digest:
+            self.index.set(example.name, mark, replace(file, digest=digest))
+        return data
+
+    def _unusable(self, example: Example, reason: str) -> UnusableImageError:
+        self.is_outdated = True
+        return UnusableImageError(
+            f'Dataset "{shown(self.name)}": {shown(example.name)} cannot be used any more ({reason}), '
+            "expected the image that was there when the dataset was read; run again to read the folder anew."
+        )
+
+
+def read_folder(
+    root: Path,
+    name: str,
+    resolution: int,
+    bucketing: bool,
+    validation_percent: float,
+    index: Path,
+    tick: Tick = lambda done, total: None,
+    caption_lines: str = EACH,
+) -> ImageFolder:
+    """Every captioned image below `root`. Of a file that `index` does not know, SMALL bytes or the head are read."""
+    listing = list_folder(root, caption_lines)
+    known = _inspected(listing.sources, index, tick)
+    examples = []
+    sizes = bucket_sizes(resolution) if bucketing else [(resolution, resolution)]
+    for image in listing.sources:
+        file = known.files[image][1]
+        if file.problem:
+            listing.left_out.add(image, file.problem)
+        else:
+            repeats, _ = repeats_of(root, image) or (1, "")
+            captions = tuple(listing.captions[image])
+            examples.append(Example(image, file.identity, captions, nearest(file.size, sizes), repeats))
+    if not examples:
+        raise SoftREPAError(
+            f'folder "{shown(name)}" has no captioned image ({listing.left_out.told() or "it is empty"}), looked for '
+            f"{'; '.join(LOOKED_FOR)}."
+        )
+    train, validation = divide(examples, validation_percent)
+    if bucketing:
+        train, validation = (join_small(part) for part in (train, validation))
+    return ImageFolder(
+        name, listing.sources, train, validation, _notes(train + validation, known, listing, caption_lines), known
+    )
+
+
+def _inspected(sources: dict[str, Source], index: Path, tick: Tick) -> Index:
+    """What is known of these files, and of no others."""
+    before, now = Index.read(index), Index(index)
+    try:
+        for done, (name, source) in enumerate(sources.items()):
+            tick(done, len(sources))
+            try:
+                mark = stamp(source)
+                file = before.get(name, mark) or _inspect(source)
+            except OSError as error:
+                mark, file = [], ImageFile("", (0, 0), _reason(error))
+            now.set(name, mark, file)
+    finally:  # when stopped halfway too
+        now.is_changed = now.files != before.files
+        now.write()
+        release()
+    return now
+
+
+def _inspect(source: Source) -> ImageFile:
+    """Raises OSError where the file cannot be read, which is not remembered."""
+    if isinstance(source, WholeFile) and SMALL < (length := source.path.stat().st_size) <= MOST_IMAGE:
+        with source.path.open("rb") as file:
+            found = identity(file, length)
+            file.seek(0)
+            return ImageFile(found, *_size(lambda: upright_size(file, whole=False)))
+    data = source.read(MOST_IMAGE)
+    digest = hashlib.sha256(data).hexdigest()
+    return ImageFile(identity_of(data), *_size(lambda: upright_size(BytesIO(data), whole=True)), digest)
+
+
+def _size(look: Callable[[], Size]) -> tuple[Size, str]:
+    """The size, or why there is none."""
+    try:
+        return look(), ""
+    except UNREADABLE as error:
+        return (0, 0), _reason(error)
+
+
+def _entry(value: object) -> tuple[list, ImageFile] | None:
+    """One of the index, if it is of the right types."""
+    match value:
+        case [list() as mark, str() as found, [int() as width, int() as height], str() as problem, str() as digest]:
+            return mark, ImageFile(found, (width, height), problem, digest)
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """In the words of whoever raised it, without numbers, so that alike reasons are one.
+
+    PIL names the memory it read from when it knows no such format.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error)
+    if "cannot identify image file" in text:
+        return "no image that can be opened"
+    return shown(re.sub(r" \([^)]*\d[^)]*\)", "", text) or type(error).__name__)
+
+
+def _notes(examples: list[Example], known: Index, listing: Listing, caption_lines: str) -> list[str]:
+    originals = [known.files[one.name][1].size for one in examples]
+    least, most = (pick(originals, key=lambda size: size[0] * size[1]) for pick in (min, max))
+    notes = [f"originals from {least[0]}x{least[1]} to {most[0]}x{most[1]}"]
+    pairs = zip(examples, originals, strict=True)
+    enlarged = [one.name for one, size in pairs if size[0] < one.size[0] or size[1] < one.size[1]]
+    if enlarged:
+        notes.append(f"{len(enlarged)} are enlarged: {named_examples(enlarged)}")
+    if listing.several_lines and caption_lines == EACH:
+        notes.append(
+            f"{listing.several_lines} text files have several lines, each of them a caption: "
+            "set caption_lines to whole if they are one text"
+        )
+    if left_out := listing.left_out.told():
+        notes.append(left_out)
+    return notes

@@ -1,0 +1,1 @@
+"""Editing real images."""

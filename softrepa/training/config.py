@@ -1,0 +1,104 @@
+"""The settings of a training run: what they are called, what they are by default, which go together."""
+
+import math
+from dataclasses import dataclass
+
+from ..data.swaps import MOST
+from ..errors import SoftREPAError, shown
+from ..numbers import ABOVE_0, FROM_0, SHARE_BELOW_1, at_least, check_number
+from . import agsm, loss, optimizers
+
+OBJECTIVES = ("contrastive", "denoising", "agsm")
+"""The paper's; its plain denoising loss alone, to see what the contrast adds; its successor's (`agsm.py`)."""
+
+TEMPERATURE_MODES = ("fixed", "relative")
+LEAST_RELATIVE = 0.2
+"""Below it exp(-e / tau) vanishes again: 1 / 0.2 is e / tau of a mean error."""
+
+USED_BY = {
+    "denoising_weight": ("contrastive",),
+    "temperature": ("contrastive",),
+    "temperature_mode": ("contrastive",),
+    "logit_scale": ("contrastive",),
+    "symmetric": ("contrastive",),
+    "hard_negatives": ("contrastive", "agsm"),
+    "agsm_temperature": ("agsm",),
+    "positive_guidance": ("agsm",),
+    "negative_guidance": ("agsm",),
+    "teacher_decay": ("agsm",),
+}
+"""Settings that not every objective has."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What decides a run; the defaults are the reference's. `denoising_weight` None is the family's.
+
+    What is neither the paper's nor AGSM's: `temperature_mode` and `symmetric` (`loss.contrastive_loss`), and
+    `hard_negatives`, up to how many captions wrong by two swapped words each image is compared with as well.
+    """
+
+    steps: int
+    batch_size: int = 4
+    learning_rate: float = 1e-3
+    optimizer: str = optimizers.DEFAULT
+    seed: int = 0
+    temperature: float = loss.TEMPERATURE
+    logit_scale: float = loss.LOGIT_SCALE
+    denoising_weight: float | None = None
+    weight_decay: float = 1e-4
+    minimum_learning_rate: float = 1e-5
+    schedule_steps: int = 500
+    restart_after: int = 10
+    warmup_steps: int = 0
+    gradient_clip: float = 0.0
+    accumulation: int = 1
+    ema_decay: float = 0.0
+    caption_dropout: float = 0.0
+    objective: str = "contrastive"
+    temperature_mode: str = "fixed"
+    symmetric: bool = False
+    hard_negatives: int = 0
+    agsm_temperature: float = agsm.TEMPERATURE
+    positive_guidance: float = agsm.POSITIVE_GUIDANCE
+    negative_guidance: float = agsm.NEGATIVE_GUIDANCE
+    teacher_decay: float = agsm.TEACHER_DECAY
+
+    def __post_init__(self):
+        optimizers.check(self.optimizer)
+        for name, known in (("objective", OBJECTIVES), ("temperature_mode", TEMPERATURE_MODES)):
+            if getattr(self, name) not in known:
+                raise SoftREPAError(f'{name} is "{shown(getattr(self, name))}", expected one of {", ".join(known)}.')
+        least = {"steps": 1, "batch_size": 2, "accumulation": 1, "warmup_steps": 0, "hard_negatives": 0}
+        least |= {"schedule_steps": 1, "restart_after": 1}
+        names = {name: at_least(low) for name, low in least.items()}
+        guidance = ("positive_guidance", "negative_guidance")
+        rates = ("learning_rate", "minimum_learning_rate")
+        names |= dict.fromkeys((*rates, "weight_decay", "gradient_clip", "denoising_weight", *guidance), FROM_0)
+        names |= dict.fromkeys(("temperature", "logit_scale", "agsm_temperature"), ABOVE_0)
+        names |= dict.fromkeys(("ema_decay", "caption_dropout", "teacher_decay"), SHARE_BELOW_1)
+        for name, expected in names.items():
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), expected)
+        if self.hard_negatives > MOST:
+            raise SoftREPAError(f"hard_negatives is {self.hard_negatives}, expected at most {MOST}.")
+        if self.temperature_mode == "relative" and self.temperature < LEAST_RELATIVE:
+            raise SoftREPAError(
+                f"temperature is {self.temperature}, expected about 1 with temperature_mode relative: it is a multiple "
+                "of the batch's mean error."
+            )
+        for name, objectives in USED_BY.items():
+            default = type(self).__dataclass_fields__[name].default
+            if self.objective not in objectives and getattr(self, name) != default:
+                wanted = "its default" if default is None else f"its default, {default},"
+                raise SoftREPAError(
+                    f"{name} is {getattr(self, name)}, expected {wanted} with objective {self.objective}, which does "
+                    "not use it."
+                )
+
+    def learning_rate_at(self, step: int) -> float:
+        """Cosine annealing with warm restarts, moved on every `schedule_steps` iterations, after a linear warm-up."""
+        turn = step // self.schedule_steps % self.restart_after / self.restart_after
+        low = min(self.minimum_learning_rate, self.learning_rate)
+        rate = low + (self.learning_rate - low) * (1 + math.cos(math.pi * turn)) / 2
+        return rate * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else rate

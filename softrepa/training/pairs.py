@@ -1,0 +1,114 @@
+"""Image-caption pairs of one step, and the exact token gradient at the memory of a micro-batch (sections 1 and 5)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..data.dataset import Cond
+
+Rows = Tensor
+"""The rows of all layers at one timestep, (L, m, hidden width)."""
+
+Aims = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`agsm.aims` with its constants."""
+
+MOST_KEPT = 2**28
+"""Bytes of pair gradients that are kept at a time: 2,000 pairs of SD3. It is fixed, so that sums come out the same."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What a step looks at: B images, one noise and one timestep for all of them, and J captions.
+
+    latents: (B, C, H, W) as the network sees them; noise: (1, C, H, W); t: 0..999; compared: (B, J) bool, which pairs
+    count.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    conds: list[Cond]
+    t: int
+    compared: Tensor
+
+    @classmethod
+    def of_all(cls, latents: Tensor, noise: Tensor, conds: list[Cond], t: int) -> "StepBatch":
+        """Every image compared with every caption."""
+        return cls(latents, noise, conds, t, torch.ones(len(latents), len(conds), dtype=torch.bool))
+
+    @property
+    def pairs(self) -> int:
+        return int(self.compared.sum())
+
+    def parts(self, most: int) -> list["StepBatch"]:
+        """The same pairs in batches of whole rows, each of at most `most` pairs or of one row."""
+        masks: list[Tensor] = []
+        for row in range(len(self.compared)):
+            alone = torch.zeros_like(self.compared)
+            alone[row] = self.compared[row]
+            if masks and (masks[-1] | alone).sum() <= most:
+                masks[-1] |= alone
+            else:
+                masks.append(alone)
+        return [replace(self, compared=mask) for mask in masks]
+
+
+class Pairs(Protocol):
+    """The frozen model on image-caption pairs, `micro_batch` of them at once (`softrepa/comfy/training/pairs.py`)."""
+
+    def errors(self, rows: Rows, batch: StepBatch, micro_batch: int) -> Tensor:
+        """(B, J) without gradients; 0 where pairs are not compared."""
+
+    def gradients(self, rows: Rows, batch: StepBatch, micro_batch: int) -> tuple[Tensor, Tensor]:
+        """Errors, and each compared pair's gradient of its own error by the rows, (P, L, m, hidden width)."""
+
+    def weighted_gradient(self, rows: Rows, batch: StepBatch, weights: Tensor, micro_batch: int) -> Tensor:
+        """Sum of the pairs' gradients times `weights` (B, J), (L, m, hidden width)."""
+
+    def regression(
+        self, aims: Aims, banks: Tensor, teacher: Tensor, batch: StepBatch, micro_batch: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of AGSM, errors (B, J), and the loss's gradient by `banks` (2, L, m, hidden width)."""
+
+    def embed(self, rows: Tensor) -> Tensor: ...
+
+
+def backward_through_pairs(
+    rows: Rows,
+    pairs: Pairs,
+    batch: StepBatch,
+    micro_batch: int,
+    objective: Callable[[Tensor], Tensor],
+    is_by_row: bool = True,
+    most_kept: int = MOST_KEPT,
+) -> tuple[Tensor, Tensor]:
+    """Adds d loss / d parameters to the parameters behind `rows`; returns the loss and the errors (B, J).
+
+    dL/d rows = sum_ij W_ij g_ij with W = dL/dE and g_ij the gradient of a pair's own error: one forward and one
+    backward a pair are enough, for W is known when the errors are. Where the loss is a mean over images of what their
+    own rows of E give (`is_by_row`), that is after each row, so gradients of some rows are kept at a time. Where it is
+    not, and all gradients are more than `most_kept` bytes, the errors are computed first, without gradients.
+    """
+    fixed = rows.detach()
+    parts = batch.parts(most_kept // (4 * fixed.numel()))
+    if is_by_row or len(parts) == 1:
+        errors, gradient = torch.zeros(batch.compared.shape), torch.zeros_like(fixed)
+        for part in parts:
+            found, gradients = pairs.gradients(fixed, part, micro_batch)
+            errors = errors.to(found) + found
+            weights = loss_weights(errors, objective)[part.compared.to(errors.device)]
+            gradient += torch.einsum("p,p...->...", weights.to(gradients), gradients).to(gradient)
+    else:
+        errors = pairs.errors(fixed, batch, micro_batch)
+        gradient = pairs.weighted_gradient(fixed, batch, loss_weights(errors, objective), micro_batch)
+    rows.backward(gradient.to(rows.device))
+    return objective(errors.detach()), errors.detach()
+
+
+def loss_weights(errors: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+    """W = dL/dE, (B, J)."""
+    errors = errors.detach().requires_grad_()
+    (weights,) = torch.autograd.grad(objective(errors), errors)
+    return weights

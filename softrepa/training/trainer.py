@@ -1,0 +1,231 @@
+"""Learning soft tokens: the parameters, and the body of the training loop."""
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from ..data.dataset import Cond
+from ..errors import SoftREPAError
+from ..families import INIT_STD, Blocks, Family, depth
+from ..tokens import BUCKETS, SoftTokens, bucket
+from . import agsm, loss, optimizers
+from .config import TrainingConfig
+from .noising import draw_timestep
+from .pairs import Pairs, Rows, StepBatch, backward_through_pairs
+
+
+class TrainableTokens(nn.Module):
+    """Soft tokens as float32 parameters: `tokens` (L, m, d), `time_table` (100, L * hidden width), a second bank."""
+
+    def __init__(self, start: SoftTokens):
+        super().__init__()
+        self.family, self.blocks, self.shape = start.family, start.blocks, start.tokens.shape
+        layers = (start.layers, start.count, start.width)
+        self.tokens = nn.Parameter(start.tokens.reshape(layers).clone())
+        self.time_table = None if start.time_table is None else nn.Parameter(start.time_table.clone())
+        second = start.negative_tokens
+        self.negative_tokens = None if second is None else nn.Parameter(second.reshape(layers).clone())
+
+    def banks(self, t: int, embed: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The rows of both banks, (2, L, m, hidden width)."""
+        return torch.stack([self.rows(t, embed), self.rows(t, embed, negative=True)])
+
+    def rows(self, t: int, embed: Callable[[Tensor], Tensor] | None = None, negative: bool = False) -> Rows:
+        """As `SoftTokens.at` gives them for one timestep, with their graph."""
+        rows: Tensor = self.tokens
+        if negative:
+            assert self.negative_tokens is not None
+            rows = self.negative_tokens
+        if rows.shape[-1] == self.family.embedded_width and embed is not None:
+            rows = embed(rows)
+        if self.time_table is not None:
+            rows = rows + self.time_table[bucket(torch.tensor(t))].view(len(self.tokens), 1, -1).to(rows.device)
+        return rows
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step saw, before its update. `accuracy` is NaN where captions were not compared like with like."""
+
+    step: int
+    timestep: int
+    loss: float
+    accuracy: float
+    matching_error: float
+    gradient_norm: float
+
+
+class DivergedError(SoftREPAError):
+    """Training has left the numbers; the last updates before it may be wrong already."""
+
+
+class Trainer:
+    """The loop's body: one step at a time, deterministic for a seed.
+
+    `next_batch(batch_size)` gives latents (B, C, H, W) as the network sees them, B conds, and B lists of conds of wrong
+    captions; `empty` is the cond of "".
+    """
+
+    def __init__(self, config: TrainingConfig, start: SoftTokens, pairs: Pairs, next_batch, empty: Cond | None = None):
+        if config.denoising_weight is None and config.objective == "contrastive":
+            config = replace(config, denoising_weight=start.family.recipe.denoising_weight)
+        self.config, self.pairs, self.next_batch, self.empty = config, pairs, next_batch, empty
+        self.tokens = TrainableTokens(start)
+        self.teacher = copy.deepcopy(self.tokens).requires_grad_(False) if config.objective == "agsm" else None
+        self.average = {key: value.detach().clone() for key, value in self.tokens.named_parameters()}
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.optimizer = optimizers.make(
+            config.optimizer, self.tokens.parameters(), config.learning_rate, config.weight_decay
+        )
+        self.step_index = 0
+
+    def step(self, micro_batch: int) -> StepRecord:
+        """One update from `accumulation` batches. Raises DivergedError where loss or gradient is no longer a number.
+
+        A step that does not get to its end leaves no trace.
+        """
+        before = self.generator.get_state()
+        try:
+            records = [self._accumulate(micro_batch) for _ in range(self.config.accumulation)]
+            norm = self._average_gradients(len(records))
+        except BaseException:
+            self.generator.set_state(before)
+            self.optimizer.zero_grad()
+            raise
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate_at(self.step_index)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._update_averages()
+        self.step_index += 1
+        t, value, accuracy, error = (sum(column) / len(records) for column in zip(*records, strict=True))
+        return StepRecord(self.step_index, int(t), value, accuracy, error, norm)
+
+    def finished(self, name: str, metadata: dict[str, str]) -> SoftTokens:
+        """The tokens as they are now; their running average where `ema_decay` is set."""
+        source = self.average if self.config.ema_decay else dict(self.tokens.named_parameters())
+        copies = {key: value.detach().clone().cpu() for key, value in source.items()}
+        family, blocks = self.tokens.family, self.tokens.blocks
+        banks = {key: copies[key].view(self.tokens.shape) for key in ("tokens", "negative_tokens") if key in copies}
+        table = copies.get("time_table")
+        return SoftTokens(**banks, family=family, blocks=blocks, time_table=table, name=name, metadata=metadata)
+
+    def _average_gradients(self, batches: int) -> float:
+        """Of `batches` added ones, clipped; returns their norm before that."""
+        parameters = list(self.tokens.parameters())
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= batches
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip or math.inf).item()
+        self._check_number("gradient", norm)
+        return norm
+
+    def _check_number(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"The {name} is {value} at step {self.step_index + 1}, expected a number; "
+                "try a lower learning_rate or a base model in another precision."
+            )
+
+    def _accumulate(self, micro_batch: int) -> tuple[int, float, float, float]:
+        config = self.config
+        latents, conds, wrong = self.next_batch(config.batch_size)
+        t = draw_timestep(self.generator)
+        noise = torch.randn((1, *latents.shape[1:]), generator=self.generator)
+        if self.empty is not None and torch.rand((), generator=self.generator) < config.caption_dropout:
+            # one at most: two equal captions in a batch would be false negatives
+            dropped = int(torch.randint(len(conds), (), generator=self.generator))
+            conds, wrong = list(conds), list(wrong)
+            conds[dropped], wrong[dropped] = self.empty, []  # nearly right is better than nothing said
+        compared = loss.comparison([len(captions) for captions in wrong])
+        if config.objective == "denoising":
+            compared = torch.eye(len(conds), dtype=torch.bool)
+        batch = StepBatch(latents, noise, [*conds, *chain(*wrong)], t, compared)
+        learn = self._match_scores if config.objective == "agsm" else self._contrast
+        value, errors = learn(batch, micro_batch)
+        self._check_number("loss", value.item())
+        is_retrieval = config.objective == "contrastive"  # AGSM's captions are not all read with one bank
+        accuracy = loss.retrieval_accuracy(errors[:, : len(errors)]) if is_retrieval else math.nan
+        return t, value.item(), accuracy, errors.diagonal().mean().item()
+
+    def objective(self, errors: Tensor, compared: Tensor | None = None) -> Tensor:
+        """The loss on errors (B, J), where it is one of them alone."""
+        config = self.config
+        if config.objective == "denoising":
+            return loss.denoising_loss(errors)
+        relative, weight = config.temperature_mode == "relative", config.denoising_weight or 0.0
+        return loss.contrastive_loss(
+            errors, config.temperature, config.logit_scale, weight, relative, config.symmetric, compared
+        )
+
+    def _contrast(self, batch: StepBatch, micro_batch: int) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return backward_through_pairs(
+            self.tokens.rows(batch.t, self.pairs.embed),
+            self.pairs,
+            batch,
+            micro_batch,
+            lambda errors: self.objective(errors, batch.compared),
+            # these look at the whole batch: at its mean error, and at its columns
+            is_by_row=config.temperature_mode != "relative" and not config.symmetric,
+        )
+
+    def _match_scores(self, batch: StepBatch, micro_batch: int) -> tuple[Tensor, Tensor]:
+        config = self.config
+        assert self.teacher is not None
+        banks, teacher = (tokens.banks(batch.t, self.pairs.embed) for tokens in (self.tokens, self.teacher))
+        aims = partial(
+            agsm.aims,
+            temperature=config.agsm_temperature,
+            positive=config.positive_guidance,
+            negative=config.negative_guidance,
+        )
+        value, errors, gradient = self.pairs.regression(aims, banks.detach(), teacher.detach(), batch, micro_batch)
+        banks.backward(gradient.to(banks.device))
+        return value, errors
+
+    @torch.no_grad()
+    def _update_averages(self) -> None:
+        # the warm-up of the decay keeps the start out of short runs
+        decay = min(self.config.ema_decay, (1 + self.step_index) / (10 + self.step_index))
+        teacher = {} if self.teacher is None else dict(self.teacher.named_parameters())
+        for key, value in self.tokens.named_parameters():
+            self.average[key].lerp_(value.detach().to(self.average[key]), 1 - decay)
+            if key in teacher:
+                teacher[key].lerp_(value.detach(), 1 - self.config.teacher_decay)
+
+
+def start_seed(seed: int) -> int:
+    """The seed of a run's first tokens: not that of its draws, which would begin with the same numbers."""
+    return int.from_bytes(hashlib.sha256(f"tokens {seed}".encode()).digest()[:8], "big") >> 1
+
+
+def new_tokens(
+    family: Family,
+    width: int,
+    n_tokens: int,
+    blocks: Blocks,
+    has_time_table: bool,
+    seed: int,
+    bos: Tensor | None,
+    two_banks: bool = False,
+) -> SoftTokens:
+    """Tokens as the references start them: `bos` (d,) in every row where it is given, otherwise N(0, 0.02)."""
+    generator = torch.Generator().manual_seed(start_seed(seed))
+    layers = depth(blocks)
+    tokens = torch.randn(layers, n_tokens, width, generator=generator) * INIT_STD
+    if bos is not None:
+        tokens = bos.float().expand_as(tokens).clone()
+    table = torch.randn(BUCKETS, layers * width, generator=generator) * INIT_STD if has_time_table else None
+    banks = [tokens]
+    if two_banks:
+        banks.append(tokens if bos is not None else torch.randn(tokens.shape, generator=generator) * INIT_STD)
+    first, *second = (bank.view(family.shape(layers, n_tokens, width)) for bank in banks)
+    return SoftTokens(first, family, blocks, time_table=table, negative_tokens=second[0] if second else None)
