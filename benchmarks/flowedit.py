@@ -7,6 +7,7 @@ drifts slows all of them; each figure is the median of the ratios round by round
 """
 
 import argparse
+import math
 import statistics
 import time
 
@@ -14,7 +15,7 @@ from tools import environment
 
 from . import cases
 from .cases import Case, build, machine, random_text, sd3, sd15
-from .sampling import CPU_CASES, GPU_CASES
+from .sampling import CPU_CASES, GPU_CASES, Steps
 
 STEPS = 4
 SMALL_GPU_CASES = (
@@ -64,17 +65,22 @@ def seconds_a_step(case: Case, model, forwards: str) -> float:
     return (marks[-1] - marks[0]) / (len(marks) - 1)
 
 
-def measure(case: Case, rounds: int, device, dtype) -> None:
-    model = build(case, device, dtype)
-    for forwards in LARGEST_BATCH:
+def measured(case: Case, model, ways: tuple[str, ...], rounds: int, until: float = math.inf) -> Steps:
+    """Seconds of a step as one forward, and of the other `ways` over it; `rounds` and `until` as in sampling."""
+    for forwards in ("one", *ways):
         seconds_a_step(case, model, forwards)
-    one, ratios = [], {"two": [], "four": []}
-    for _ in range(rounds):
+    one, ratios = [], {forwards: [] for forwards in ways}
+    while len(one) < rounds and (not one or time.monotonic() < until):
         one.append(seconds_a_step(case, model, "one"))
         for forwards, values in ratios.items():
             values.append(seconds_a_step(case, model, forwards) / one[-1])
-    figures = "".join(f"{statistics.median(values):>14.3f}" for values in ratios.values())
-    print(f"{case.title:30}{1000 * statistics.median(one):>10.1f} ms{figures}", flush=True)
+    return Steps(statistics.median(one), {name: statistics.median(values) for name, values in ratios.items()})
+
+
+def measure(case: Case, rounds: int, device, dtype) -> None:
+    steps = measured(case, build(case, device, dtype), ("two", "four"), rounds)
+    figures = "".join(f"{ratio:>14.3f}" for ratio in steps.ratios.values())
+    print(f"{case.title:30}{1000 * steps.plain:>10.1f} ms{figures}", flush=True)
 
 
 def main() -> None:

@@ -7,8 +7,10 @@ drifts slows both; each figure is the median of the ratios round by round.
 """
 
 import argparse
+import math
 import statistics
 import time
+from dataclasses import dataclass
 
 from tools import environment
 
@@ -55,11 +57,18 @@ def seconds_a_step(case: Case, model) -> float:
     return (marks[-1] - marks[0]) / (len(marks) - 1)
 
 
-def measure(case: Case, rounds: int, device, dtype) -> None:
+@dataclass(frozen=True)
+class Steps:
+    """Seconds of a plain step, and of each variant's over it."""
+
+    plain: float
+    ratios: dict[str, float]
+
+
+def measured(case: Case, model, tokens, rounds: int, until: float = math.inf) -> Steps:
+    """By medians of `rounds` rounds, of fewer where the clock (`time.monotonic`) passes `until`, but of one."""
     from softrepa.comfy.tokens.patching import apply_tokens
 
-    model = build(case, device, dtype)
-    tokens = soft_tokens(case, model)
     variants = {
         "plain again": model.clone(),
         "strength 1": apply_tokens(model, tokens),
@@ -69,12 +78,18 @@ def measure(case: Case, rounds: int, device, dtype) -> None:
     for variant in (model, *variants.values()):
         seconds_a_step(case, variant)
     plain, ratios = [], {name: [] for name in variants}
-    for _ in range(rounds):
+    while len(plain) < rounds and (not plain or time.monotonic() < until):
         plain.append(seconds_a_step(case, model))
         for name, variant in variants.items():
             ratios[name].append(seconds_a_step(case, variant) / plain[-1])
-    figures = "".join(f"{statistics.median(ratios[name]):>14.3f}" for name in variants)
-    print(f"{case.title:30}{1000 * statistics.median(plain):>10.1f} ms{figures}", flush=True)
+    return Steps(statistics.median(plain), {name: statistics.median(values) for name, values in ratios.items()})
+
+
+def measure(case: Case, rounds: int, device, dtype) -> None:
+    model = build(case, device, dtype)
+    steps = measured(case, model, soft_tokens(case, model), rounds)
+    figures = "".join(f"{ratio:>14.3f}" for ratio in steps.ratios.values())
+    print(f"{case.title:30}{1000 * steps.plain:>10.1f} ms{figures}", flush=True)
 
 
 def main() -> None:

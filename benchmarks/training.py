@@ -9,6 +9,7 @@ micro-batches; the plain graph holds every pair until the loss is known. Both co
 import argparse
 import ctypes
 import gc
+import math
 import statistics
 import sys
 import threading
@@ -103,9 +104,11 @@ def _resident() -> int:
     return psutil.Process().memory_info().rss
 
 
-def batch(case: Case, count: int) -> tuple:
+def batch(case: Case, count: int):
     """`count` random images and captions of a case's shapes, and the noise they share."""
     import torch
+
+    from softrepa.training.pairs import StepBatch
 
     generator = torch.Generator().manual_seed(0)
     channels, size = case.model["in_channels"], case.size
@@ -113,36 +116,45 @@ def batch(case: Case, count: int) -> tuple:
     noise = torch.randn(1, channels, size, size, generator=generator)
     texts = [random_text(case, generator) for _ in range(count)]
     conds = [{"cross_attn": context, **extra} for context, extra in texts]
-    return latents, noise, conds
+    return StepBatch.of_all(latents, noise, conds, TIMESTEP)
 
 
-def plain_step(network, tokens, latents, noise, conds) -> None:
+def plain_step(network, tokens, step) -> None:
     """One graph over all pairs; autograd does the rest."""
     from softrepa.training.loss import contrastive_loss
     from softrepa.training.noising import pair_error
 
-    sigma, seen, target, captions = network.prepared(latents, noise, conds, TIMESTEP)
-    count = len(latents)
+    sigma, seen, target, captions = network.prepared(step)
+    count = len(step.latents)
     images, texts = zip(*((i, j) for i in range(count) for j in range(count)), strict=True)
-    rows = tokens.rows(TIMESTEP).to(seen.device)
-    joined = captions.joined(list(texts))
-    output = network.output(seen[list(images)], sigma, joined, rows.expand(count**2, *rows.shape))
-    errors = pair_error(output, target[list(images)]).view(count, count)
-    loss = contrastive_loss(errors, TEMPERATURE)
+    rows = tokens.rows(TIMESTEP).to(network.device)
+    joined = captions.joined(list(texts), network.device)
     tokens.zero_grad()
-    loss.backward()
+    with network.trainable():
+        output = network.output(seen[list(images)], sigma, joined, rows.expand(count**2, *rows.shape))
+        errors = pair_error(output, target[list(images)].to(network.device)).view(count, count)
+        contrastive_loss(errors, TEMPERATURE).backward()
 
 
-def our_step(pairs, tokens, latents, noise, conds, micro_batch: int) -> None:
+def our_step(pairs, tokens, step, micro_batch: int) -> None:
     from softrepa.training.loss import contrastive_loss
-    from softrepa.training.trainer import backward_through_pairs
+    from softrepa.training.pairs import backward_through_pairs
 
     tokens.zero_grad()
-    backward_through_pairs(
-        tokens.rows(TIMESTEP),
-        lambda rows: pairs.gradients(rows, latents, noise, conds, TIMESTEP, micro_batch),
-        lambda errors: contrastive_loss(errors, TEMPERATURE),
-    )
+    rows = tokens.rows(TIMESTEP)
+    backward_through_pairs(rows, pairs, step, micro_batch, lambda errors: contrastive_loss(errors, TEMPERATURE))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """`peak` bytes beside what was there before; `at_once` pairs fitted."""
+
+    peak: int
+    pairs_a_second: float
+    at_once: int = 0
+
+    def __str__(self):
+        return f"{self.peak / GIGABYTE:.3f} GB {self.pairs_a_second:8.2f}/s"
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -151,46 +163,49 @@ def sizes(text: str) -> tuple[int, ...]:
 
 def measure(case: Case, dtype_name: str, batches: tuple[int, ...], rounds: int, device) -> None:
     import torch
+    from softrepa.comfy.training.run.pairs import PairNetwork
+    from softrepa.comfy.training.run.run import outside_inference
 
-    from softrepa.comfy.training.pairs import PairNetwork
-    from softrepa.comfy.training.run import outside_inference
     from softrepa.training.trainer import TrainableTokens
 
     dtype = getattr(torch, dtype_name)
     model = build(case, device, dtype, torch.bfloat16 if dtype.itemsize == 1 else None)
-    tokens = TrainableTokens(soft_tokens(case, model))
+    start = soft_tokens(case, model)
     weights = sum(w.numel() * w.element_size() for w in model.model.diffusion_model.state_dict().values())
     print(f"\n{case.title}, {dtype_name} weights ({weights / GIGABYTE:.2f} GB)", flush=True)
     with outside_inference():
+        tokens = TrainableTokens(start)
         for way in WAYS:
             network = PairNetwork(model, tokens.blocks, way.checkpointing)
-            row = [figures(case, way, network, tokens, count, rounds, device) for count in batches]
-            print(f"{way.title:30}" + "".join(f"{cell:>24}" for cell in row), flush=True)
+            row = [measured(case, way, network, tokens, count, rounds) or "out of memory" for count in batches]
+            cells = "".join(f"{cell!s:>24}" for cell in row)
+            print(f"{way.title:30}{cells}", flush=True)
 
 
-def figures(case: Case, way: Way, network, tokens, count: int, rounds: int, device) -> str:
-    """Peak memory and pairs a second of one batch size."""
+def measured(case: Case, way: Way, network, tokens, count: int, rounds: int, until: float = math.inf) -> Figures | None:
+    """Of a step on `count` images, None without memory for it. By the median of `rounds` steps behind a first one.
+
+    Of fewer where the clock (`time.monotonic`) passes `until`, but of one.
+    """
     import torch
+    from softrepa.comfy.training.run.run import AdaptivePairs
 
-    from softrepa.comfy.training.run import AdaptivePairs
-
-    latents, noise, conds = batch(case, count)
-    pairs, peak, seconds = AdaptivePairs(network, device), Peak(device), []
+    step, device = batch(case, count), network.device
+    pairs, peak, seconds = AdaptivePairs(network), Peak(device), []
     try:
-        for _ in range(rounds + 1):  # the first warms up and is watched for memory alone
+        while len(seconds) < 2 or (len(seconds) <= rounds and time.monotonic() < until):
             start = time.perf_counter()
-            with peak.watched() if not seconds else nullcontext():
+            with peak.watched() if not seconds else nullcontext():  # the first warms up and shows the memory
                 if way.micro_batch is None:
-                    plain_step(network, tokens, latents, noise, conds)
+                    plain_step(network, tokens, step)
                 else:
-                    our_step(pairs, tokens, latents, noise, conds, way.micro_batch)
+                    our_step(pairs, tokens, step, way.micro_batch)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
     except torch.OutOfMemoryError:
-        return "out of memory"
-    rate = count**2 / statistics.median(seconds[1:])
-    return f"{peak.bytes / GIGABYTE:.3f} GB {rate:8.2f}/s"
+        return None
+    return Figures(peak.bytes, count**2 / statistics.median(seconds[1:]), pairs.at_once)
 
 
 def main() -> None:

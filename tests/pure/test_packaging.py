@@ -138,7 +138,7 @@ class TestWheel:
         return self.run(installed, code, *arguments)
 
     def test_imports_with_torch_and_safetensors_alone(self, wheel):
-        code = "import softrepa.tokens, softrepa.checkpoint; print(softrepa.__file__, softrepa.__version__)"
+        code = "import softrepa.tokens, softrepa.token_files; print(softrepa.__file__, softrepa.__version__)"
         run = self.run(wheel[1], code)
         assert run.returncode == 0, run.stderr
         assert run.stdout.split() == [str(wheel[1] / "softrepa" / "__init__.py"), __version__]

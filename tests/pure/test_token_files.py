@@ -263,6 +263,6 @@ def test_importable_with_torch_and_safetensors_alone():
     code = (
         "import sys\n"
         "for name in ('comfy', 'folder_paths', 'PIL', 'server'): sys.modules[name] = None\n"
-        "import softrepa.tokens, softrepa.checkpoint, softrepa.families\n"
+        "import softrepa.tokens, softrepa.token_files, softrepa.families\n"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

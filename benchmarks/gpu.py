@@ -1,0 +1,230 @@
+"""Every figure that needs a GPU, as one table: sampling with tokens, FlowEdit and training, by family and resolution.
+
+    python3 -m benchmarks.gpu
+
+Real model sizes with random weights in float16; they fit a card of 24 GB. It takes less than eight minutes: each family
+has a time of its own, after which its remaining figures are left out. Without a GPU it says what it would measure.
+`--small` runs small models on whatever there is, once and without a limit, to try the command.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tools import environment
+
+from . import cases
+from .cases import Case, build, machine, sd3, sd15, sdxl, soft_tokens, unet
+
+PARTS: dict[str, float] = {"sd15": 90, "sdxl": 160, "sd3": 200}
+"""Seconds of each family, the start of ComfyUI included."""
+
+CASES = (
+    Case("SD1.5 512 px", "sd15", sd15(320), 64, 77),
+    Case("SDXL 512 px", "sdxl", sdxl(320), 64, 77),
+    Case("SDXL 1024 px", "sdxl", sdxl(320), 128, 77),
+    Case("SD3 512 px", "sd3", sd3(1536, 24), 64, 154),
+    Case("SD3 1024 px", "sd3", sd3(1536, 24), 128, 154),
+)
+_HEADS = {"num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True}
+_LABELS = {"adm_in_channels": 2816, "num_classes": "sequential"}
+SMALL_CASES = (
+    Case("SD1.5 / 10, 64 px", "sd15", sd15(32), 8, 77),
+    Case("SDXL / 5, 64 px", "sdxl", unet(64, [1, 2], [0, 1], 1, context_dim=2048, **_HEADS, **_LABELS), 8, 77),
+    Case("SD3 / 12, 6 blocks, 64 px", "sd3", sd3(128, 6), 8, 154),
+    Case("SD3 / 12, 6 blocks, 128 px", "sd3", sd3(128, 6), 16, 154),
+)
+START_UP = 15
+"""Seconds of a part for ComfyUI, CUDA and a figure that takes longer than its share."""
+
+UNLIMITED = 3600
+ROUNDS = 15
+IMAGES = 2
+"""Of a training step, so four pairs, which run at once where they fit."""
+
+STAYS = 0.25
+"""Of an offloaded model on the card."""
+
+SAMPLING = ("plain step", "plain again", "strength 1", "strength 0.5", "strength 0")
+FLOWEDIT = ("FlowEdit step", "in two forwards")
+TRAINING = {
+    "training": (False, True),
+    "no checkpoints": (False, False),
+    "offloaded": (True, True),
+    "offloaded, no checkpoints": (True, False),
+}
+"""(offloaded, checkpointing)"""
+
+COLUMNS = (*SAMPLING, *FLOWEDIT, *TRAINING)
+LEGEND = (
+    "Sampling: the time of a plain step, batch 1 with guidance, and that of others over it. FlowEdit: of a step as one "
+    "forward of four samples, and of two over it. Training: image-caption pairs a second, and the most memory that the "
+    f"card had in use, weights included; {IMAGES**2} pairs at once or as many as fitted; offloaded: {STAYS:.0%} of the "
+    "weights stay on the card."
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    row: str
+    column: str
+    text: str
+
+
+class Clock:
+    """Divides the time until `end` among the figures that are still to come."""
+
+    def __init__(self, end: float, figures: int):
+        self.end, self.figures = end, figures
+
+    def until(self) -> float:
+        """When the next figure is to be there."""
+        now = time.monotonic()
+        share = max(0.0, self.end - now) / max(1, self.figures)
+        self.figures -= 1
+        return now + share
+
+
+def figures_of(chosen: list[Case], device, rounds: int, end: float) -> Iterator[Cell]:
+    """All figures of one family's cases; the weights are made once."""
+    import comfy.model_management as memory
+    import torch
+    from comfy.model_patcher import ModelPatcher
+
+    clock = Clock(end, len(chosen) * (2 + len(TRAINING)))
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    model = build(chosen[0], device, dtype)
+    tokens = soft_tokens(chosen[0], model)
+    for case in chosen:
+        yield from sampling_cells(case, model, tokens, rounds, clock)
+        yield from flowedit_cells(case, model, rounds, clock)
+    for is_offloaded in (False, True):
+        if is_offloaded:
+            memory.unload_all_models()
+            model = ModelPatcher(model.model.to("cpu"), device, torch.device("cpu"))
+            model.load(device, lowvram_model_memory=int(STAYS * model.model_size()))
+            if not model.loaded_size() < model.model_size():
+                raise RuntimeError("nothing is offloaded")
+        for case in chosen:
+            for column, (offloaded, checkpointing) in TRAINING.items():
+                if offloaded == is_offloaded:
+                    text = training_text(case, model, tokens, checkpointing, rounds, clock)
+                    yield Cell(case.title, column, text)
+
+
+def sampling_cells(case: Case, model, tokens, rounds: int, clock: Clock) -> Iterator[Cell]:
+    from .sampling import measured
+
+    steps = measured(case, model, tokens, rounds, clock.until())
+    texts = [f"{1000 * steps.plain:.1f} ms", *(f"{ratio:.3f}" for ratio in steps.ratios.values())]
+    for column, text in zip(SAMPLING, texts, strict=True):
+        yield Cell(case.title, column, text)
+
+
+def flowedit_cells(case: Case, model, rounds: int, clock: Clock) -> Iterator[Cell]:
+    from .flowedit import measured
+
+    steps = measured(case, model, ("two",), rounds, clock.until())
+    texts = [f"{1000 * steps.plain:.1f} ms", f"{steps.ratios['two']:.3f}"]
+    for column, text in zip(FLOWEDIT, texts, strict=True):
+        yield Cell(case.title, column, text)
+
+
+def training_text(case: Case, model, tokens, checkpointing: bool, rounds: int, clock: Clock) -> str:
+    import torch
+
+    from softrepa.comfy.training.pairs import PairNetwork
+    from softrepa.comfy.training.run import outside_inference
+    from softrepa.training.trainer import TrainableTokens
+
+    from .training import GIGABYTE, Way, measured
+
+    with outside_inference():
+        trained = TrainableTokens(tokens)
+        network = PairNetwork(model, trained.blocks, checkpointing)
+        way = Way("", IMAGES**2, checkpointing)
+        figures = measured(case, way, network, trained, IMAGES, rounds, clock.until())
+    if figures is None:
+        return "out of memory"
+    on_card = torch.cuda.max_memory_allocated() if network.device.type == "cuda" else figures.peak
+    fitted = "" if figures.at_once == IMAGES**2 else f", {figures.at_once} at once"
+    return f"{figures.pairs_a_second:.2f}/s, {on_card / GIGABYTE:.1f} GB{fitted}"
+
+
+def collected(command: list[str], seconds: float) -> tuple[list[Cell], str]:
+    """What `command` prints, a cell a line, in `seconds` at most, and why it ended before its end, or nothing."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
+        trouble = ""
+        try:
+            done = subprocess.run(command, stdout=printed, timeout=seconds, check=False)
+            if done.returncode:
+                trouble = f"ended with code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            trouble = f"was not done in {seconds:.0f} s"
+        printed.seek(0)
+        lines = [line for line in printed if line.endswith("}\n") and line.startswith("{")]
+    return [Cell(**json.loads(line)) for line in lines], trouble
+
+
+def table(chosen: tuple[Case, ...], cells: list[Cell]) -> str:
+    """In markdown, a row a case; a dash where a figure is missing."""
+    found = {(cell.row, cell.column): cell.text for cell in cells}
+    rows = [["model", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
+    rows += [[case.title, *(found.get((case.title, column), "-") for column in COLUMNS)] for case in chosen]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def listing() -> str:
+    """What it would measure."""
+    total = sum(PARTS.values())
+    lines = [f"No GPU here. On one this would measure, in {total // 60:.0f}:{total % 60:02.0f} minutes at most:"]
+    for case in CASES:
+        lines.append(f"- {case.title} ({PARTS[case.family]} s for its family): {'; '.join(COLUMNS)}")
+    return "\n".join([*lines, LEGEND])
+
+
+def run_part(chosen: list[Case], device, rounds: int, seconds: float) -> None:
+    """Prints a cell a line, as soon as it is known."""
+    for cell in figures_of(chosen, device, rounds, time.monotonic() + seconds):
+        print(json.dumps(vars(cell)), flush=True)
+
+
+def run_all(chosen: tuple[Case, ...], command: Callable[[str], list[str]], parts: dict[str, float]) -> int:
+    """Prints the table; 1 where figures are missing. `parts`: seconds by family."""
+    cells, troubles = [], []
+    for family, seconds in parts.items():
+        found, trouble = collected(command(family), seconds)
+        cells += found
+        troubles += [f"{family} {trouble}"] if trouble else []
+    print(f"{machine()}\n\n{table(chosen, cells)}\n\n{LEGEND}")
+    print("\n".join(troubles), file=sys.stderr)
+    return int(bool(troubles))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="small models, on a CPU too")
+    parser.add_argument("--part", choices=PARTS, help="only this family, its figures a line each in JSON")
+    environment.add_arguments(parser)
+    arguments = parser.parse_args()
+    device = cases.enter("benchmarks.gpu", arguments)
+    chosen = SMALL_CASES if arguments.small else CASES
+    if device.type != "cuda" and not arguments.small:
+        print(listing())
+    elif arguments.part:
+        own = [case for case in chosen if case.family == arguments.part]
+        rounds, seconds = (1, UNLIMITED) if arguments.small else (ROUNDS, PARTS[arguments.part] - START_UP)
+        run_part(own, device, rounds, seconds)
+    else:
+        again = [sys.executable, "-m", "benchmarks.gpu", *(["--small"] if arguments.small else [])]
+        parts = dict.fromkeys(PARTS, UNLIMITED) if arguments.small else PARTS
+        sys.exit(run_all(chosen, lambda family: [*again, "--part", family], parts))
+
+
+if __name__ == "__main__":
+    main()
