@@ -163,9 +163,9 @@ def sizes(text: str) -> tuple[int, ...]:
 
 def measure(case: Case, dtype_name: str, batches: tuple[int, ...], rounds: int, device) -> None:
     import torch
-    from softrepa.comfy.training.run.pairs import PairNetwork
-    from softrepa.comfy.training.run.run import outside_inference
 
+    from softrepa.comfy.training.pairs import PairNetwork
+    from softrepa.comfy.training.run import outside_inference
     from softrepa.training.trainer import TrainableTokens
 
     dtype = getattr(torch, dtype_name)
@@ -188,7 +188,8 @@ def measured(case: Case, way: Way, network, tokens, count: int, rounds: int, unt
     Of fewer where the clock (`time.monotonic`) passes `until`, but of one.
     """
     import torch
-    from softrepa.comfy.training.run.run import AdaptivePairs
+
+    from softrepa.comfy.training.run import AdaptivePairs
 
     step, device = batch(case, count), network.device
     pairs, peak, seconds = AdaptivePairs(network), Peak(device), []

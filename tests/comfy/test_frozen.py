@@ -3,6 +3,7 @@
 import comfy.ops
 import pytest
 import torch
+from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
 from comfyui_softrepa.softrepa.comfy.training.run.frozen import (
     Again,
     Conv2d,
@@ -11,7 +12,6 @@ from comfyui_softrepa.softrepa.comfy.training.run.frozen import (
     frozen,
     when_needed,
 )
-from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training.pairs import StepBatch
 from softrepa_tests import foreign, tiny_models

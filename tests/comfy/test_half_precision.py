@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
 from comfyui_softrepa.softrepa.training.pairs import StepBatch
 from softrepa_tests import tiny_models
 from softrepa_tests.golden_step import TIMESTEP, batch, golden_tokens

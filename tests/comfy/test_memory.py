@@ -3,8 +3,8 @@
 import comfy.model_management as memory
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork, is_out_of_memory
-from comfyui_softrepa.softrepa.comfy.training.run.run import AdaptivePairs, kept_bytes
+from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork, is_out_of_memory
+from comfyui_softrepa.softrepa.comfy.training.run import AdaptivePairs, kept_bytes
 from comfyui_softrepa.softrepa.training.loss import contrastive_loss
 from comfyui_softrepa.softrepa.training.pairs import MOST_KEPT, StepBatch, backward_through_pairs
 from softrepa_tests.golden_step import TIMESTEP, batch, golden_tokens

@@ -12,7 +12,7 @@ from comfyui_softrepa.nodes.dataset import DatasetFromLatents
 from comfyui_softrepa.nodes.flowedit import FlowEdit, FlowEditGuiderNode
 from comfyui_softrepa.nodes.score import AlignmentScore
 from comfyui_softrepa.nodes.tokens import ApplyTokens
-from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from softrepa_tests.editing import conds, edit, source_latent
 from softrepa_tests.learning import InMemory, dataset, train

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfyui_softrepa.softrepa import token_files
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
-from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
 from comfyui_softrepa.softrepa.comfy.training.run.score_matching import regression
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training import agsm

@@ -9,8 +9,8 @@ import torch
 from comfyui_softrepa.nodes.tokens import SaveTokens
 from comfyui_softrepa.softrepa import token_files
 from comfyui_softrepa.softrepa.comfy import folders
+from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
 from comfyui_softrepa.softrepa.comfy.training.run.identity import base_model
-from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork
 from comfyui_softrepa.softrepa.comfy.training.run.reports import LogFile
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES

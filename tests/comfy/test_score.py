@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_softrepa.nodes.score import AlignmentScore
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
-from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork, pair_errors
+from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork, pair_errors
 from comfyui_softrepa.softrepa.comfy.training.run.score import HeldOut, parse_timesteps, score
 from comfyui_softrepa.softrepa.data.dataset import Dataset
 from comfyui_softrepa.softrepa.errors import SoftREPAError

@@ -11,9 +11,9 @@ from comfy.model_base import BaseModel
 from comfyui_softrepa.nodes import training as training_node
 from comfyui_softrepa.softrepa import token_files
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
+from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.training.run import AdaptivePairs
 from comfyui_softrepa.softrepa.comfy.training.run.launch import PREVIEW_STEPS
-from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork
-from comfyui_softrepa.softrepa.comfy.training.run.run import AdaptivePairs
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training import state as training_state
 from comfyui_softrepa.softrepa.training.pairs import StepBatch

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.training.run.pairs import PairNetwork, pair_errors
+from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork, pair_errors
 from comfyui_softrepa.softrepa.training.loss import contrastive_loss, information, retrieval_accuracy
 from comfyui_softrepa.softrepa.training.pairs import StepBatch, backward_through_pairs
 from comfyui_softrepa.softrepa.training.trainer import TrainableTokens

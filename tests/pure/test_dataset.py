@@ -419,7 +419,8 @@ def test_a_batch_size_that_cannot_be(batch_size):
 
 
 def test_the_dataset_needs_no_pillow():
-    code = "import sys; sys.modules['PIL'] = None\nimport softrepa.data.dataset, softrepa.data.latent_lists, softrepa.data.captions"
+    modules = "softrepa.data.dataset, softrepa.data.latent_lists, softrepa.data.captions"
+    code = f"import sys; sys.modules['PIL'] = None\nimport {modules}"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
 
 
