@@ -11,7 +11,12 @@ import sys
 
 from tools import environment
 
-EVERYTHING = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]  # long files come first by name
+EVERYTHING = [
+    "--numprocesses=2",
+    "--dist=loadfile",
+    "--no-loadscope-reorder",
+    "--verbose",
+]  # long files come first by name
 
 
 def main() -> None:
