@@ -33,10 +33,10 @@ def read_tokens(number: int, folder: Path) -> str:
     from softrepa import token_files
     from softrepa.errors import printable
 
-    from .mutations import mutated_tokens
+    from .mutations import mutated_tokens, whole_token_files
 
     rng = random.Random(f"tokens {number}")
-    whole = _once("tokens", token_files)
+    whole = _once("tokens", whole_token_files)
     name = rng.choice(list(whole))
     path = folder / name
     path.write_bytes(mutated_tokens(whole[name], rng))

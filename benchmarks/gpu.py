@@ -138,15 +138,15 @@ def flowedit_cells(case: Case, model, rounds: int, clock: Clock) -> Iterator[Cel
 def training_text(case: Case, model, tokens, checkpointing: bool, rounds: int, clock: Clock) -> str:
     import torch
 
-    from softrepa.comfy.training.pairs import PairNetwork
     from softrepa.comfy.training.run import outside_inference
+    from softrepa.comfy.training.trainable import TrainableNetwork
     from softrepa.training.trainer import TrainableTokens
 
     from .training import GIGABYTE, Way, measured
 
     with outside_inference():
         trained = TrainableTokens(tokens)
-        network = PairNetwork(model, trained.blocks, checkpointing)
+        network = TrainableNetwork(model, trained.blocks, checkpointing)
         way = Way("", IMAGES**2, checkpointing)
         figures = measured(case, way, network, trained, IMAGES, rounds, clock.until())
     if figures is None:

@@ -164,8 +164,8 @@ def sizes(text: str) -> tuple[int, ...]:
 def measure(case: Case, dtype_name: str, batches: tuple[int, ...], rounds: int, device) -> None:
     import torch
 
-    from softrepa.comfy.training.pairs import PairNetwork
     from softrepa.comfy.training.run import outside_inference
+    from softrepa.comfy.training.trainable import TrainableNetwork
     from softrepa.training.trainer import TrainableTokens
 
     dtype = getattr(torch, dtype_name)
@@ -176,7 +176,7 @@ def measure(case: Case, dtype_name: str, batches: tuple[int, ...], rounds: int, 
     with outside_inference():
         tokens = TrainableTokens(start)
         for way in WAYS:
-            network = PairNetwork(model, tokens.blocks, way.checkpointing)
+            network = TrainableNetwork(model, tokens.blocks, way.checkpointing)
             row = [measured(case, way, network, tokens, count, rounds) or "out of memory" for count in batches]
             cells = "".join(f"{cell!s:>24}" for cell in row)
             print(f"{way.title:30}{cells}", flush=True)

@@ -6,7 +6,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..softrepa import charts
-from ..softrepa.comfy.training.run.score import HeldOut, Score, score
+from ..softrepa.comfy.training.score import HeldOut, Score, score
 from ..softrepa.training.timesteps import SCORED, parse_timesteps
 from .schema import ADVANCED, Dataset, schema, show_on_node
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..softrepa.comfy.training.run.launch import TIME_TABLE, launch
+from ..softrepa.comfy.training.launch import TIME_TABLE, launch
 from ..softrepa.data.swaps import MOST
 from ..softrepa.training import optimizers
 from ..softrepa.training.config import OBJECTIVES, TEMPERATURE_MODES

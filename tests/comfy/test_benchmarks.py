@@ -12,7 +12,7 @@ from softrepa_tests.conftest import ROOT
 
 from benchmarks import flowedit, gpu, sampling, training
 from benchmarks.cases import build, soft_tokens
-from softrepa.comfy.training.pairs import PairNetwork
+from softrepa.comfy.training.trainable import TrainableNetwork
 from softrepa.training.trainer import TrainableTokens
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def test_training(small, way):
     case, model, tokens = small
     with outside_inference():
         trained = TrainableTokens(tokens)
-        network = PairNetwork(model, trained.blocks, way.checkpointing)
+        network = TrainableNetwork(model, trained.blocks, way.checkpointing)
         figures = training.measured(case, way, network, trained, count=2, rounds=1)
     assert figures.pairs_a_second > 0
     assert trained.tokens.grad.isfinite().all()

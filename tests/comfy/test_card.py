@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.comfy.training.run import AdaptivePairs
-from comfyui_softrepa.softrepa.comfy.training.run.score import HeldOut, score
+from comfyui_softrepa.softrepa.comfy.training.score import HeldOut, score
 from comfyui_softrepa.softrepa.training.pairs import StepBatch
 from softrepa_tests.editing import edit
 from softrepa_tests.learning import InMemory, dataset, moved_by, same_training

@@ -10,7 +10,7 @@ import torch
 from comfyui_softrepa.nodes import dataset as dataset_nodes
 from comfyui_softrepa.softrepa import headless
 from comfyui_softrepa.softrepa.comfy.data import dataset_folders, encoding
-from comfyui_softrepa.softrepa.comfy.training.run.launch import launch
+from comfyui_softrepa.softrepa.comfy.training.launch import launch
 from comfyui_softrepa.softrepa.data import images
 from comfyui_softrepa.softrepa.data.cache import Cache
 from comfyui_softrepa.softrepa.data.sources import WholeFile

@@ -3,8 +3,7 @@
 import comfy.ops
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
-from comfyui_softrepa.softrepa.comfy.training.run.frozen import (
+from comfyui_softrepa.softrepa.comfy.training.frozen import (
     Again,
     Conv2d,
     Linear,
@@ -12,6 +11,7 @@ from comfyui_softrepa.softrepa.comfy.training.run.frozen import (
     frozen,
     when_needed,
 )
+from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training.pairs import StepBatch
 from softrepa_tests import foreign, tiny_models
@@ -25,7 +25,7 @@ from softrepa_tests.tiny_models import seeded
 def gradients(model, family, checkpointing=True, micro_batch=2):
     with torch.inference_mode(False), torch.enable_grad():
         tokens = golden_tokens(family)
-        network = PairNetwork(model, tokens.blocks, checkpointing)
+        network = TrainableNetwork(model, tokens.blocks, checkpointing)
         rows = seeded((tokens.layers, 4, tokens.hidden_width), "rows", 0.5)
         return network.gradients(rows, StepBatch.of_all(*batch(family), TIMESTEP[family]), micro_batch)
 

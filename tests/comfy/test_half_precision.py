@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.training.pairs import StepBatch
 from softrepa_tests import tiny_models
 from softrepa_tests.golden_step import TIMESTEP, batch, golden_tokens
@@ -44,6 +44,6 @@ def test_gradients_of_a_large_picture_do_not_underflow(models):
     for model in (models["sd3"], half("sd3", torch.float16)):
         with torch.inference_mode(False), torch.enable_grad():
             rows = golden_tokens("sd3").tokens
-            network = PairNetwork(model, trained_blocks=5)
+            network = TrainableNetwork(model, blocks=5)
             gradients.append(network.gradients(rows, StepBatch.of_all(*large, conds[:1], TIMESTEP["sd3"]), 1)[1])
     assert relative_error(gradients[1], gradients[0]) <= 0.005

@@ -3,8 +3,9 @@
 import comfy.model_management as memory
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork, is_out_of_memory
+from comfyui_softrepa.softrepa.comfy.training.out_of_memory import is_out_of_memory
 from comfyui_softrepa.softrepa.comfy.training.run import AdaptivePairs, kept_bytes
+from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.training.loss import contrastive_loss
 from comfyui_softrepa.softrepa.training.pairs import MOST_KEPT, StepBatch, backward_through_pairs
 from softrepa_tests.golden_step import TIMESTEP, batch, golden_tokens
@@ -23,7 +24,7 @@ def test_few_gradients_at_a_time_on_the_real_network(models, family, relative):
         shape = (tokens.layers, 4, tokens.hidden_width)
         with torch.inference_mode(False), torch.enable_grad():
             rows = seeded(shape, "rows", 0.5).clone().requires_grad_()
-            network = PairNetwork(models[family], tokens.blocks)
+            network = TrainableNetwork(models[family], tokens.blocks)
             step = StepBatch.of_all(*batch(family), TIMESTEP[family])
             backward_through_pairs(
                 rows,
@@ -43,13 +44,13 @@ def test_gradients_do_not_grow_with_the_batch(models, token_folder, monkeypatch)
     """At most `MOST_KEPT` bytes of them lie on the device, whatever the batch."""
     assert kept_bytes(30_720, 16) == 16 * 30_720 * 4
     assert kept_bytes(30_720, 256 * 256) == MOST_KEPT
-    kept, gradients = [], PairNetwork.gradients
+    kept, gradients = [], TrainableNetwork.gradients
 
     def measured(self, rows, step, micro_batch):
         kept.append(step.pairs)
         return gradients(self, rows, step, micro_batch)
 
-    monkeypatch.setattr(PairNetwork, "gradients", measured)
+    monkeypatch.setattr(TrainableNetwork, "gradients", measured)
     monkeypatch.setattr("comfyui_softrepa.softrepa.training.pairs.backward_through_pairs.__defaults__", (True, 1))
     train(models, "sd3", batch_size=5, steps=1, temperature=2.0)
     assert kept == [4, 5, 5, 5, 5, 5]  # the first is the pre-flight's
@@ -57,7 +58,7 @@ def test_gradients_do_not_grow_with_the_batch(models, token_folder, monkeypatch)
 
 def test_captions_and_latents_wait_in_ram(models):
     """What a batch brings lies on the CPU until its pair's turn."""
-    network = PairNetwork(models["sd3"], 5)
+    network = TrainableNetwork(models["sd3"], 5)
     with torch.inference_mode(False):
         _, seen, target, captions = network.prepared(StepBatch.of_all(*batch("sd3"), 500))
     assert {tensor.device.type for tensor in (seen, target, captions.of[0]["c_crossattn"])} == {"cpu"}

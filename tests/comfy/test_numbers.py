@@ -12,7 +12,7 @@ from comfyui_softrepa.nodes.dataset import DatasetFromLatents
 from comfyui_softrepa.nodes.flowedit import FlowEdit, FlowEditGuiderNode
 from comfyui_softrepa.nodes.score import AlignmentScore
 from comfyui_softrepa.nodes.tokens import ApplyTokens
-from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from softrepa_tests.editing import conds, edit, source_latent
 from softrepa_tests.learning import InMemory, dataset, train
@@ -146,7 +146,7 @@ def with_a_large_image(family: str, part: str = "train"):
 def test_training_beyond_the_position_table(models, token_folder, monkeypatch, part):
     if part == "train":
         monkeypatch.setattr(InMemory, "latent", lambda *_: pytest.fail("an image was encoded"))
-    monkeypatch.setattr(PairNetwork, "gradients", lambda *_: pytest.fail("the network ran"))
+    monkeypatch.setattr(TrainableNetwork, "gradients", lambda *_: pytest.fail("the network ran"))
     with pytest.raises(SoftREPAError, match=f'^Dataset "toy": an image {BEYOND}'):
         train(models, "sd3", dataset=with_a_large_image("sd3", part))
     assert list(token_folder.iterdir()) == []

@@ -9,8 +9,8 @@ import pytest
 import torch
 from comfyui_softrepa.softrepa import token_files
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
-from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
-from comfyui_softrepa.softrepa.comfy.training.run.score_matching import regression
+from comfyui_softrepa.softrepa.comfy.training.score_matching import regression
+from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training import agsm
 from comfyui_softrepa.softrepa.training.loss import comparison, contrastive_loss
@@ -50,7 +50,7 @@ class Plain:
 
     def __init__(self, model, family):
         self.t = TIMESTEP[family]
-        self.network = PairNetwork(model, golden_tokens(family).blocks, checkpointing=False)
+        self.network = TrainableNetwork(model, golden_tokens(family).blocks, checkpointing=False)
         batch = StepBatch.of_all(*with_wrong_captions(family), self.t)
         self.sigma, self.seen, self.target, self.captions = self.network.prepared(batch)
 
@@ -83,7 +83,7 @@ def test_hard_negatives(models, family, micro_batch):
         loss.backward()
 
         compared = comparison(WRONG)
-        network = PairNetwork(models[family], ours.blocks)
+        network = TrainableNetwork(models[family], ours.blocks)
         value, errors = backward_through_pairs(
             ours.rows(by_hand.t),
             network,
@@ -130,7 +130,7 @@ def test_alignment_guided_score_matching(models, family, micro_batch):
         loss.backward()
 
         value, errors, gradient = regression(
-            PairNetwork(models[family], ours.blocks),
+            TrainableNetwork(models[family], ours.blocks),
             partial(agsm.aims, temperature=temperature, positive=positive, negative=negative),
             ours.banks(by_hand.t).detach(),
             slow,

@@ -7,7 +7,7 @@ import torch
 from comfyui_softrepa.softrepa.comfy.editing.passes import Stack
 from comfyui_softrepa.softrepa.comfy.tokens.patching import SoftTokenPatch, apply_tokens
 from comfyui_softrepa.softrepa.comfy.training import pairs
-from comfyui_softrepa.softrepa.comfy.training.run.score import HeldOut, score
+from comfyui_softrepa.softrepa.comfy.training.score import HeldOut, score
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests import foreign
 from softrepa_tests.editing import edit, source_latent

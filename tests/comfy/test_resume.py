@@ -9,9 +9,9 @@ import torch
 from comfyui_softrepa.nodes.tokens import SaveTokens
 from comfyui_softrepa.softrepa import token_files
 from comfyui_softrepa.softrepa.comfy import folders
-from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
-from comfyui_softrepa.softrepa.comfy.training.run.identity import base_model
-from comfyui_softrepa.softrepa.comfy.training.run.reports import LogFile
+from comfyui_softrepa.softrepa.comfy.training.identity import base_model
+from comfyui_softrepa.softrepa.comfy.training.reports import LogFile
+from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES
 from comfyui_softrepa.softrepa.training import state as training_state
@@ -54,7 +54,7 @@ def test_interrupted_in_the_middle_of_twenty_steps(models, token_folder, monkeyp
     import comfy.model_management as memory
 
     whole = train(models, "sd3", steps=25, filename_prefix="whole", **OPTIONS)
-    gradients, moments, fuse, reached = PairNetwork.gradients, random.Random(3), [0], []
+    gradients, moments, fuse, reached = TrainableNetwork.gradients, random.Random(3), [0], []
 
     def interrupted(self, *args):
         found = gradients(self, *args)
@@ -64,7 +64,7 @@ def test_interrupted_in_the_middle_of_twenty_steps(models, token_folder, monkeyp
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(PairNetwork, "gradients", interrupted)
+        patch.setattr(TrainableNetwork, "gradients", interrupted)
         for _ in range(20):
             fuse[0] = moments.choice([2, 3, 3])  # the first is the pre-flight's: one step, or none, is finished
             with pytest.raises(memory.InterruptProcessingException):
@@ -144,7 +144,7 @@ def test_a_full_disk_is_said_and_training_goes_on(models, token_folder, monkeypa
 
 
 def test_a_loss_that_is_no_number_keeps_what_was_learned(models, token_folder, monkeypatch):
-    gradients = PairNetwork.gradients
+    gradients = TrainableNetwork.gradients
     calls = []
 
     def poisoned(self, *args):
@@ -152,7 +152,7 @@ def test_a_loss_that_is_no_number_keeps_what_was_learned(models, token_folder, m
         calls.append(1)
         return (errors * float("nan") if len(calls) == 4 else errors), found
 
-    monkeypatch.setattr(PairNetwork, "gradients", poisoned)
+    monkeypatch.setattr(TrainableNetwork, "gradients", poisoned)
     with pytest.raises(SoftREPAError, match="The loss is nan at step 3, expected a number"):
         train(models, "sd3", steps=9, filename_prefix="run")
     assert token_files.load(token_folder / "run_00001.safetensors").metadata["steps"] == "2"

@@ -7,10 +7,11 @@ import torch
 from comfyui_softrepa.nodes.score import AlignmentScore
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork, pair_errors
-from comfyui_softrepa.softrepa.comfy.training.run.score import HeldOut, parse_timesteps, score
+from comfyui_softrepa.softrepa.comfy.training.score import HeldOut, parse_timesteps, score
 from comfyui_softrepa.softrepa.data.dataset import Dataset
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training.loss import contrastive_loss, information, retrieval_accuracy
+from softrepa_tests import foreign
 from softrepa_tests.learning import InMemory, dataset, train
 
 
@@ -102,3 +103,12 @@ def test_memory_that_runs_out_halves_the_pairs(models, monkeypatch):
 
 def test_timesteps_are_sorted_and_different():
     assert parse_timesteps(" 900,100, 100") == (100, 900)
+
+
+def test_another_nodes_attention_is_measured_as_it_samples(models):
+    """An override that no training could go through: it changes the result and has no backward."""
+    model = foreign.with_override(
+        models["sd3"], lambda func, q, k, v, *args, **kwargs: func(q, k, 2 * v, *args, **kwargs).detach()
+    )
+    found, plain = (score(one, batches("sd3"), (500,)) for one in (model, models["sd3"]))
+    assert not torch.equal(found.information, plain.information)

@@ -11,9 +11,9 @@ from comfy.model_base import BaseModel
 from comfyui_softrepa.nodes import training as training_node
 from comfyui_softrepa.softrepa import token_files
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
-from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
+from comfyui_softrepa.softrepa.comfy.training.launch import PREVIEW_STEPS
 from comfyui_softrepa.softrepa.comfy.training.run import AdaptivePairs
-from comfyui_softrepa.softrepa.comfy.training.run.launch import PREVIEW_STEPS
+from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training import state as training_state
 from comfyui_softrepa.softrepa.training.pairs import StepBatch
@@ -75,7 +75,7 @@ def test_the_base_model_stays_as_it_was(models, token_folder, monkeypatch):
         options = dict(models[family].model_options["transformer_options"])
         train(models, family, steps=1)
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
-            patch.setattr(PairNetwork, "gradients", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+            patch.setattr(TrainableNetwork, "gradients", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
             train(models, family, steps=1)
         after = models[family].model.diffusion_model.state_dict()
         assert all(torch.equal(after[key], before[key]) for key in before)
@@ -85,7 +85,7 @@ def test_the_base_model_stays_as_it_was(models, token_folder, monkeypatch):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("MPS backend out of memory")])
 def test_out_of_memory_halves_the_pairs(models, token_folder, monkeypatch, error):
     sizes = []
-    gradients = PairNetwork.gradients
+    gradients = TrainableNetwork.gradients
 
     def small_memory(self, rows, batch, micro_batch):
         sizes.append(micro_batch)
@@ -93,7 +93,7 @@ def test_out_of_memory_halves_the_pairs(models, token_folder, monkeypatch, error
             raise error
         return gradients(self, rows, batch, micro_batch)
 
-    monkeypatch.setattr(PairNetwork, "gradients", small_memory)
+    monkeypatch.setattr(TrainableNetwork, "gradients", small_memory)
     assert train(models, "sd3", batch_size=4, micro_batch=16, steps=2)[2] == 2
     assert sizes == [1, 16, 8, 4, 2, 2]
 
@@ -102,7 +102,7 @@ def test_no_memory_for_one_pair_is_said(models, token_folder, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(PairNetwork, "gradients", no_memory)
+    monkeypatch.setattr(TrainableNetwork, "gradients", no_memory)
     with pytest.raises(SoftREPAError, match="expected enough for one image-caption pair of 64 x"):
         train(models, "sd3")
     assert list(token_folder.iterdir()) == []
@@ -198,7 +198,7 @@ def test_other_weight_dtypes(token_folder, dtype):
     ],
 )
 def test_refused_early(models, token_folder, monkeypatch, options, message):
-    monkeypatch.setattr(PairNetwork, "gradients", lambda *_: pytest.fail("the network ran"))
+    monkeypatch.setattr(TrainableNetwork, "gradients", lambda *_: pytest.fail("the network ran"))
     with pytest.raises(SoftREPAError, match=message):
         train(models, "sd3", **options)
     assert list(token_folder.iterdir()) == []

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork, pair_errors
+from comfyui_softrepa.softrepa.comfy.training.pairs import pair_errors
+from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.training.loss import contrastive_loss, information, retrieval_accuracy
 from comfyui_softrepa.softrepa.training.pairs import StepBatch, backward_through_pairs
 from comfyui_softrepa.softrepa.training.trainer import TrainableTokens
@@ -31,7 +32,7 @@ def test_errors_losses_and_gradients(models, family, micro_batch):
             for weight in (0.0, 10.0):
                 name = f"T{temperature}_d{weight}"
                 tokens = TrainableTokens(golden_tokens(family))
-                network = PairNetwork(models[family], tokens.blocks)
+                network = TrainableNetwork(models[family], tokens.blocks)
                 loss, errors = backward_through_pairs(
                     tokens.rows(TIMESTEP[family]),
                     network,
@@ -53,7 +54,7 @@ def test_errors_losses_and_gradients(models, family, micro_batch):
 def single_graph(model, family, t, temperature, weight):
     """The plain implementation: one graph over all pairs, gradient by autograd alone."""
     tokens = TrainableTokens(golden_tokens(family))
-    network = PairNetwork(model, tokens.blocks, checkpointing=False)
+    network = TrainableNetwork(model, tokens.blocks, checkpointing=False)
     latents, noise, conds = batch(family)
     sigma, seen, target, captions = network.prepared(StepBatch.of_all(latents, noise, conds, t))
     rows = tokens.rows(t)
@@ -75,7 +76,7 @@ def test_end_points_equal_the_single_graph(models, family, t):
     with torch.inference_mode(False), torch.enable_grad():
         loss, token_gradient, table_gradient = single_graph(models[family], family, t, 2.0, 1.0)
         tokens = TrainableTokens(golden_tokens(family))
-        network = PairNetwork(models[family], tokens.blocks)
+        network = TrainableNetwork(models[family], tokens.blocks)
         ours, _ = backward_through_pairs(
             tokens.rows(t),
             network,

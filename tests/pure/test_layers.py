@@ -66,6 +66,9 @@ NEVER = {
     "comfyui_softrepa": "the pack's folder has any name: relative imports only",
 }
 DYNAMIC = {"__import__", "import_module", "exec", "eval"}
+READS_WHOLE = {"read_bytes", "read_text", "safe_open", "load_file"}
+READERS = {Path("softrepa/files.py"), Path("softrepa/smallworld/checkpoint.py")}
+"""Who reads files as a whole: the one function that bounds them, and what reads a file of the pack itself."""
 OPTIONAL_PACKAGES = Path("softrepa/training/optimizers.py")
 """Imports the optimizers that may be installed by the name that its table gives."""
 
@@ -126,6 +129,14 @@ def test_no_import_is_hidden(path):
     """Nothing runs text as code, or imports what no reader of its imports sees."""
     allowed = {"import_module"} if path == OPTIONAL_PACKAGES else set()
     assert called(path) & DYNAMIC <= allowed
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_files_are_read_within_bounds(path):
+    """By `softrepa.files`; torch's own reader makes whatever sizes a file asks for."""
+    found = set() if path in READERS else called(path) & READS_WHOLE
+    assert found == set()
+    assert "torch.load(" not in (ROOT / path).read_text(encoding="utf-8")
 
 
 def test_the_method_knows_neither_nodes_nor_comfyui():

@@ -1,14 +1,11 @@
-"""Denoising errors of image-caption pairs by a MODEL's own network, and their gradients by the soft rows."""
+"""Denoising errors of image-caption pairs by a MODEL's own network."""
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import wraps
-from typing import TypeVar
 
 import comfy.model_management as memory
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, copy_nested_dicts, get_all_wrappers, merge_nested_dicts
@@ -16,40 +13,15 @@ from torch import Tensor
 
 from ...data.dataset import Cond
 from ...errors import SoftREPAError
-from ...families import Blocks
 from ...tokens import SoftTokens
 from ...training.noising import noised_eps, noised_flow, pair_error
 from ...training.pairs import Rows, StepBatch
 from ..families import adapter_of, model_shape
 from ..tokens.attention import OVERRIDE
 from ..tokens.patching import apply_tokens, compute_dtype
-from ..tokens.state import KEY, CallState
-from .frozen import ForeignTensors, differentiable_attention, frozen, ordinary
+from .frozen import ordinary
 
-Found = TypeVar("Found")
 NOISING = {ModelType.FLOW: noised_flow, ModelType.EPS: noised_eps}
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of CUDA also where it comes late, from work that runs by itself, and of MPS, which has no exception for it."""
-    by_core = getattr(memory, "is_oom", lambda error: isinstance(error, torch.OutOfMemoryError))
-    found = by_core(error) or "out of memory" in str(error).lower()
-    if found and hasattr(memory, "discard_cuda_async_error"):
-        memory.discard_cuda_async_error()  # or the next call would raise it again
-    return found
-
-
-def halving(call: Callable[[int], Found], size: int) -> tuple[Found, int]:
-    """`call(size)`, `size` pairs at once, halved while memory runs out; what it found and the size that fitted."""
-    while True:
-        try:
-            return call(size), size
-        except RuntimeError as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-        size //= 2
-        memory.soft_empty_cache()
-        logging.warning("SoftREPA: out of memory, going on with %d pairs at once.", size)
 
 
 def pair_errors(
@@ -96,52 +68,29 @@ class Captions:
                 yield [i for i, _ in run], [j for _, j in run]
 
 
-def gradient_of(values: Tensor, leaf: Tensor, scale: float) -> Tensor:
-    """Each value's gradient by its own row of `leaf`; backward times `scale`, for a mean's seed underflows in fp16."""
-    (gradient,) = torch.autograd.grad(values.sum() * scale, leaf)
-    return gradient / scale
-
-
-def with_foreign_tensors(method):
-    """What begins with a `PairNetwork`, tried again where another node's inference tensor was in autograd's way."""
-
-    @wraps(method)
-    def tried(self, *args):
-        try:
-            return method(self, *args)
-        except RuntimeError as error:
-            if not self.foreign.explain(error):
-                raise
-        return method(self, *args)
-
-    return tried
-
-
 class PairNetwork:
-    """The network of a loaded MODEL on pairs, through the model's own patches and wrappers.
+    """The network of a loaded MODEL on pairs, through the model's own patches and wrappers, tokens among them."""
 
-    With `trained_blocks` the rows given to its methods are inserted there; without, rows are None.
-    """
-
-    def __init__(self, model: ModelPatcher, trained_blocks: Blocks | None = None, checkpointing: bool = True):
+    def __init__(self, model: ModelPatcher):
         self.adapter = adapter_of(model_shape(model).family)
         self.base_model = model.model
         self.device = model.load_device
         """Where the network computes, whatever part of it is offloaded."""
-        self.foreign = ForeignTensors()
         if self.base_model.model_type not in NOISING:
             raise SoftREPAError(f"Model predicts {self.base_model.model_type.name}, expected EPS or FLOW.")
-        if trained_blocks is not None:
-            if model.get_attachment(KEY) is not None:
-                raise SoftREPAError("Model has soft tokens on it, expected the plain model; go on with init_tokens.")
-            model = self.adapter.trainable(model, checkpointing, self.foreign)
-        self.places = () if trained_blocks is None else self.adapter.places(trained_blocks)
-        self.checkpointing = checkpointing
         self.options = copy_nested_dicts(model.model_options["transformer_options"])
         merge_nested_dicts(self.options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
-        self.options[OVERRIDE] = differentiable_attention(self.options, self.device, compute_dtype(self.base_model))
+        self.options[OVERRIDE] = self.attention()
+
+    def attention(self):
+        """The attention override of a call: above PyTorch's attention the one that is on the model, if there is any."""
+        inner = self.options.get(OVERRIDE)
+        if inner is None:
+            return lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
+        return lambda func, *args, **kwargs: inner(attention_pytorch, *args, **kwargs)
 
     def errors(self, rows: Rows | None, batch: StepBatch, micro_batch: int) -> Tensor:
+        """(B, J) without gradients, `micro_batch` pairs at a time; 0 where pairs are not compared."""
         sigma, seen, target, captions = self.prepared(batch)
         errors = torch.zeros(batch.compared.shape, device=self.device)
         with torch.no_grad():
@@ -151,53 +100,6 @@ class PairNetwork:
                 output = self.output(seen[images], sigma, captions.joined(texts, self.device), own)
                 errors[images, texts] = pair_error(output, target[images].to(self.device))
         return errors
-
-    @with_foreign_tensors
-    def gradients(self, rows: Rows, batch: StepBatch, micro_batch: int) -> tuple[Tensor, Tensor]:
-        errors = torch.zeros(batch.compared.shape, device=self.device)
-        places = torch.full(errors.shape, -1)
-        places[batch.compared] = torch.arange(batch.pairs)
-        gradients = torch.empty(batch.pairs, *rows.shape, device=self.device)
-        with self.trainable():
-            for images, texts, error, gradient in self._by_pair(rows, batch, micro_batch):
-                errors[images, texts] = error
-                gradients[places[images, texts]] = gradient
-        return errors, gradients
-
-    @with_foreign_tensors
-    def weighted_gradient(self, rows: Rows, batch: StepBatch, weights: Tensor, micro_batch: int) -> Tensor:
-        total = torch.zeros(rows.shape, device=self.device)
-        with self.trainable():
-            for images, texts, _, gradient in self._by_pair(rows, batch, micro_batch):
-                total += torch.einsum("p,p...->...", weights.to(gradient)[images, texts], gradient)
-        return total
-
-    def _by_pair(self, rows: Rows, batch: StepBatch, micro_batch: int):
-        """(image indices, caption indices, errors, gradients by their rows) of `micro_batch` pairs at a time."""
-        sigma, seen, target, captions = self.prepared(batch)
-        rows = rows.to(self.device)
-        for images, texts in captions.runs(micro_batch, batch.compared):
-            memory.throw_exception_if_processing_interrupted()
-            leaf = rows.expand(len(images), *rows.shape).clone().requires_grad_()
-            output = self.output(seen[images], sigma, captions.joined(texts, self.device), leaf)
-            error = pair_error(output, target[images].to(self.device))
-            yield images, texts, error.detach(), gradient_of(error, leaf, target[0].numel())
-
-    @contextmanager
-    def trainable(self):
-        """Within it gradients come back through the network. Nothing may be loaded or unloaded meanwhile."""
-        network = self.base_model.diffusion_model
-        with frozen(network), self.adapter.recomputing(network, self.checkpointing, self.foreign):
-            yield
-
-    @with_foreign_tensors
-    def embed(self, rows: Tensor) -> Tensor:
-        """Rows of the text's width as the network takes them, with their graph."""
-        embedder = self.adapter.embedder(self.base_model.diffusion_model)
-        if embedder is None:
-            return rows
-        with frozen(embedder), self.foreign.made_ordinary():
-            return embedder(rows.to(self.device, compute_dtype(self.base_model))).float()
 
     def prepared(self, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor, Captions]:
         """sigma (), x_t and target (B, C, H, W), and the captions; on the CPU, for a batch may be large."""
@@ -232,21 +134,13 @@ class PairNetwork:
         seen, sigma = seen.to(self.device), sigma.to(self.device).expand(len(seen))
         options = copy_nested_dicts(self.options)
         if rows is not None:
-            options = self._inserting(options, rows, self.base_model.model_sampling.timestep(sigma))
+            options = self.inserting(options, rows, self.base_model.model_sampling.timestep(sigma))
         texts = dict(texts)
         context = texts.pop("c_crossattn")
         wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, options)
         call = WrapperExecutor.new_class_executor(raw, self.base_model, wrappers)
-        with self.foreign.made_ordinary():
-            return call.execute(seen, sigma, None, context, None, options, **texts)
+        return call.execute(seen, sigma, None, context, None, options, **texts)
 
-    def _inserting(self, options: dict, rows: Tensor, timestep: Tensor) -> dict:
-        """`options` of one call in which P samples get `rows` (P, L, m, d)."""
-        state = CallState(
-            "Tokens in training",
-            timestep,
-            negative=[False] * len(rows),
-            rows={place: rows[:, self.adapter.layer(place)] for place in self.places},
-            blocks=self.adapter.blocks(self.base_model.diffusion_model),
-        )
-        return self.adapter.inserting(options | {KEY: state}, state)
+    def inserting(self, options: dict, rows: Tensor, timestep: Tensor) -> dict:
+        """`options` of one call in which P samples get `rows` (P, L, m, d) of their own."""
+        raise SoftREPAError("Tokens are given to a network that only measures, expected them on its model.")

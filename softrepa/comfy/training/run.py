@@ -27,9 +27,10 @@ from ..families import ModelShape, model_shape
 from ..models import check_fit
 from ..tokens.state import KEY
 from .identity import base_model, description, identity
-from .pairs import PairNetwork, halving, is_out_of_memory
+from .out_of_memory import halving, is_out_of_memory
 from .score_matching import regression
 from .session import Files, Report, Session
+from .trainable import TrainableNetwork
 
 VANISHING = 1e-4
 """Below this the contrastive loss hardly depends on any error; at temperature 0.07 that is an error of about 1."""
@@ -93,12 +94,12 @@ class Run:
 
 
 class AdaptivePairs:
-    """`softrepa.training.pairs.Pairs` on a `PairNetwork`: how many pairs run at once is found by measuring.
+    """`softrepa.training.pairs.Pairs` on a `TrainableNetwork`: how many pairs run at once is found by measuring.
 
     `micro_batch` 0 fills the memory. The number is halved when memory runs out.
     """
 
-    def __init__(self, network: PairNetwork):
+    def __init__(self, network: TrainableNetwork):
         self.network = network
         self.at_once = 0
         self.pair_bytes = 0
@@ -224,7 +225,7 @@ def train(
     with outside_inference(), cleaned_up(patcher):
         start = plan.start(shape, config.seed, dataset.empty) if init_tokens is None else plan.checked(init_tokens)
         check_fit(start, shape)
-        pairs = AdaptivePairs(PairNetwork(patcher, start.blocks, checkpointing))
+        pairs = AdaptivePairs(TrainableNetwork(patcher, start.blocks, checkpointing))
         most_pairs = config.batch_size * (config.batch_size + config.hard_negatives)
         kept = kept_bytes(start.layers * start.count * shape.width, most_pairs)
 

@@ -16,7 +16,8 @@ from ...training import loss
 from ...training.pairs import StepBatch
 from ...training.timesteps import SCORED, parse_timesteps
 from ..data.checks import check_encodings
-from .pairs import PairNetwork, halving
+from .out_of_memory import halving
+from .pairs import PairNetwork
 
 TIMESTEPS = parse_timesteps(SCORED)
 

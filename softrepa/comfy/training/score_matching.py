@@ -7,7 +7,7 @@ from torch import Tensor
 from ...training.agsm import pair_weights
 from ...training.noising import pair_error
 from ...training.pairs import Aims, StepBatch
-from .pairs import PairNetwork, gradient_of, with_foreign_tensors
+from .trainable import TrainableNetwork, gradient_of, with_foreign_tensors
 
 Pair = tuple[int, int]
 """An image and a caption, by index."""
@@ -15,7 +15,7 @@ Pair = tuple[int, int]
 
 @with_foreign_tensors
 def regression(
-    network: PairNetwork, aims: Aims, banks: Tensor, teacher: Tensor, batch: StepBatch, micro_batch: int
+    network: TrainableNetwork, aims: Aims, banks: Tensor, teacher: Tensor, batch: StepBatch, micro_batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss (`softrepa.training.agsm`), errors (B, J) and the loss's gradient by `banks` (2, L, m, d).
 

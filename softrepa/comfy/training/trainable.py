@@ -1,0 +1,117 @@
+"""Gradients of pairs' errors by the soft rows, through a MODEL's own frozen network."""
+
+from contextlib import contextmanager
+from functools import wraps
+
+import comfy.model_management as memory
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...errors import SoftREPAError
+from ...families import Blocks
+from ...training.noising import pair_error
+from ...training.pairs import Rows, StepBatch
+from ..tokens.patching import compute_dtype
+from ..tokens.state import KEY, CallState
+from .frozen import ForeignTensors, differentiable_attention, frozen
+from .pairs import PairNetwork
+
+
+def gradient_of(values: Tensor, leaf: Tensor, scale: float) -> Tensor:
+    """Each value's gradient by its own row of `leaf`; backward times `scale`, for a mean's seed underflows in fp16."""
+    (gradient,) = torch.autograd.grad(values.sum() * scale, leaf)
+    return gradient / scale
+
+
+def with_foreign_tensors(method):
+    """A function of a `TrainableNetwork`, tried again where another node's inference tensor was in autograd's way."""
+
+    @wraps(method)
+    def tried(self, *args):
+        try:
+            return method(self, *args)
+        except RuntimeError as error:
+            if not self.foreign.explain(error):
+                raise
+        return method(self, *args)
+
+    return tried
+
+
+class TrainableNetwork(PairNetwork):
+    """A `PairNetwork` into which rows are inserted at `blocks`, and through which their gradients come back."""
+
+    def __init__(self, model: ModelPatcher, blocks: Blocks, checkpointing: bool = True):
+        if model.get_attachment(KEY) is not None:
+            raise SoftREPAError("Model has soft tokens on it, expected the plain model; go on with init_tokens.")
+        super().__init__(model)
+        self.foreign, self.checkpointing = ForeignTensors(), checkpointing
+        self.places = self.adapter.places(blocks)
+        hooked = self.adapter.trainable(model, checkpointing, self.foreign).model_options["transformer_options"]
+        self.options |= {key: hooked[key] for key in ("patches", "patches_replace") if key in hooked}
+
+    def attention(self):
+        return differentiable_attention(self.options, self.device, compute_dtype(self.base_model))
+
+    @with_foreign_tensors
+    def gradients(self, rows: Rows, batch: StepBatch, micro_batch: int) -> tuple[Tensor, Tensor]:
+        errors = torch.zeros(batch.compared.shape, device=self.device)
+        places = torch.full(errors.shape, -1)
+        places[batch.compared] = torch.arange(batch.pairs)
+        gradients = torch.empty(batch.pairs, *rows.shape, device=self.device)
+        with self.trainable():
+            for images, texts, error, gradient in self._by_pair(rows, batch, micro_batch):
+                errors[images, texts] = error
+                gradients[places[images, texts]] = gradient
+        return errors, gradients
+
+    @with_foreign_tensors
+    def weighted_gradient(self, rows: Rows, batch: StepBatch, weights: Tensor, micro_batch: int) -> Tensor:
+        total = torch.zeros(rows.shape, device=self.device)
+        with self.trainable():
+            for images, texts, _, gradient in self._by_pair(rows, batch, micro_batch):
+                total += torch.einsum("p,p...->...", weights.to(gradient)[images, texts], gradient)
+        return total
+
+    def _by_pair(self, rows: Rows, batch: StepBatch, micro_batch: int):
+        """(image indices, caption indices, errors, gradients by their rows) of `micro_batch` pairs at a time."""
+        sigma, seen, target, captions = self.prepared(batch)
+        rows = rows.to(self.device)
+        for images, texts in captions.runs(micro_batch, batch.compared):
+            memory.throw_exception_if_processing_interrupted()
+            leaf = rows.expand(len(images), *rows.shape).clone().requires_grad_()
+            output = self.output(seen[images], sigma, captions.joined(texts, self.device), leaf)
+            error = pair_error(output, target[images].to(self.device))
+            yield images, texts, error.detach(), gradient_of(error, leaf, target[0].numel())
+
+    @contextmanager
+    def trainable(self):
+        """Within it gradients come back through the network. Nothing may be loaded or unloaded meanwhile."""
+        network = self.base_model.diffusion_model
+        with frozen(network), self.adapter.recomputing(network, self.checkpointing, self.foreign):
+            yield
+
+    @with_foreign_tensors
+    def embed(self, rows: Tensor) -> Tensor:
+        """Rows of the text's width as the network takes them, with their graph."""
+        embedder = self.adapter.embedder(self.base_model.diffusion_model)
+        if embedder is None:
+            return rows
+        with frozen(embedder), self.foreign.made_ordinary():
+            return embedder(rows.to(self.device, compute_dtype(self.base_model))).float()
+
+    def output(self, *args) -> Tensor:
+        with self.foreign.made_ordinary():
+            return super().output(*args)
+
+    def inserting(self, options: dict, rows: Tensor, timestep: Tensor) -> dict:
+        """`options` of one call in which P samples get `rows` (P, L, m, d)."""
+        state = CallState(
+            "Tokens in training",
+            timestep,
+            negative=[False] * len(rows),
+            rows={place: rows[:, self.adapter.layer(place)] for place in self.places},
+            blocks=self.adapter.blocks(self.base_model.diffusion_model),
+        )
+        return self.adapter.inserting(options | {KEY: state}, state)
