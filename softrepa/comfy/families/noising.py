@@ -1,4 +1,4 @@
-"""Noise and time, whatever ComfyUI calls the kind of model: how a latent is noised, and t on the scale of token files."""
+"""Noise and time, whatever ComfyUI calls the kind of model: how a latent is noised, and t as token files count it."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from ...training.noising import noised_eps, noised_flow
 Noising = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Latents, noise and sigma -> what the network sees, and what its raw output is compared with."""
 
-NOISINGS: dict[ModelType, Noising] = {ModelType.FLOW: noised_flow, ModelType.EPS: noised_eps}
+NOISINGS: dict[ModelType, Noising] = {ModelType.EPS: noised_eps, ModelType.FLOW: noised_flow}
 """By what the network predicts, for the adapters to choose from."""
 
 
@@ -23,7 +23,7 @@ def sigma_at(model_sampling, t: int) -> Tensor:
     """
     if isinstance(model_sampling, CONST):
         return torch.tensor(t / 1000)
-    return model_sampling.sigmas[t].clone().cpu()
+    return model_sampling.sigmas[t].clone().cpu()  # a copy has no inference mark
 
 
 def timestep(model_sampling, sigma: Tensor) -> Tensor:
