@@ -1,6 +1,6 @@
 """Noise and time, whatever ComfyUI calls the kind of model: how a latent is noised, and t as token files count it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from comfy.model_base import ModelType
@@ -12,7 +12,7 @@ from ...training.noising import noised_eps, noised_flow
 Noising = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Latents, noise and sigma -> what the network sees, and what its raw output is compared with."""
 
-NOISINGS: dict[ModelType, Noising] = {ModelType.EPS: noised_eps, ModelType.FLOW: noised_flow}
+NOISINGS: Mapping[ModelType, Noising] = {ModelType.EPS: noised_eps, ModelType.FLOW: noised_flow}
 """By what the network predicts, for the adapters to choose from."""
 
 
