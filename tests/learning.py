@@ -6,7 +6,7 @@ from comfyui_softrepa.softrepa.data.batches import Example
 from comfyui_softrepa.softrepa.data.dataset import Dataset
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests.sampling import relative_error
-from softrepa_tests.tiny_models import CHANNELS, WIDTH, seeded
+from softrepa_tests.tiny_models import CHANNELS, POOLED, WIDTH, seeded
 
 
 class InMemory:
@@ -22,7 +22,7 @@ class InMemory:
         return seeded((CHANNELS[self.family], 8, 8), example.name, 1.0)
 
     def cond(self, caption: str) -> dict:
-        pooled = {"sd15": None, "sdxl": 1280, "sd3": 2048}[self.family]
+        pooled = POOLED[self.family]
         return {
             "cross_attn": seeded((1, 77, WIDTH[self.family]), f"text/{caption}", 1.0),
             "pooled_output": None if pooled is None else seeded((1, pooled), f"pooled/{caption}", 1.0),

@@ -3,7 +3,7 @@
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
-from softrepa_tests.tiny_models import CHANNELS, LENGTH, WIDTH, seeded
+from softrepa_tests.tiny_models import CHANNELS, LENGTH, POOLED, WIDTH, seeded
 
 
 class Record(comfy.samplers.Sampler):
@@ -21,11 +21,8 @@ class Record(comfy.samplers.Sampler):
 def prompt(family: str, name: str, batch: int = 1, length: int | None = None) -> list:
     """A CONDITIONING with seeded values."""
     context = seeded((batch, length or LENGTH[family], WIDTH[family]), f"{family}/{name}", 1.0)
-    extra = {}
-    if family == "sdxl":
-        extra = {"pooled_output": seeded((batch, 1280), f"{family}/{name}/pooled", 1.0)}
-    if family == "sd3":
-        extra = {"pooled_output": seeded((batch, 2048), f"{family}/{name}/pooled", 1.0)}
+    pooled = POOLED[family]
+    extra = {"pooled_output": seeded((batch, pooled), f"{family}/{name}/pooled", 1.0)} if pooled else {}
     return [[context, extra]]
 
 

@@ -18,6 +18,8 @@ CPU = torch.device("cpu")
 CHANNELS = {"sd15": 4, "sdxl": 4, "sd3": 16}
 WIDTH = {"sd15": 768, "sdxl": 2048, "sd3": 4096}
 LENGTH = {"sd15": 77, "sdxl": 77, "sd3": 154}
+POOLED = {"sd15": None, "sdxl": 1280, "sd3": 2048}
+"""Width of the pooled text, where there is one."""
 
 _UNET = {
     "image_size": 32,

@@ -60,10 +60,11 @@ def token_folder(comfy_folders):
 @pytest.fixture(scope="session")
 def models():
     """The tiny golden models by family; tests clone, never change them."""
+    from comfyui_softrepa.softrepa.families import FAMILIES
     from softrepa_tests import tiny_models
 
     with torch.inference_mode():
-        return {family: tiny_models.build(family) for family in ("sd15", "sdxl", "sd3")}
+        return {family: tiny_models.build(family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="session")

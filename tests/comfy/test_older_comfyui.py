@@ -11,7 +11,7 @@ VERSION = "0.3.75"
 
 
 def test_goldens_patching_nodes_and_training():
-    fetch = f"from benchmarks.environment import fetch_comfyui; print(fetch_comfyui('{VERSION}'))"
+    fetch = f"from tools.environment import fetch_comfyui; print(fetch_comfyui('{VERSION}'))"
     answer = subprocess.run([sys.executable, "-c", fetch], cwd=ROOT, capture_output=True, text=True, check=True)
     files = [f"tests/comfy/test_{name}.py" for name in ("goldens", "patching", "nodes")]
     files.append("tests/comfy/test_training.py::test_a_run_leaves_tokens_a_file_and_its_configuration")

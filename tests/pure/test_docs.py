@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from comfyui_softrepa.softrepa.__main__ import parser
 from softrepa_tests.conftest import ROOT
-from softrepa_tests.repository import files
+from softrepa_tests.repository import files, shipped
 
 KNOWN = set(files())
 FOLDERS = {folder for path in KNOWN for folder in path.parents}
@@ -25,7 +25,7 @@ FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
 COMMAND = re.compile(r"python3? -m ([\w.]+)(.*)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-OUR_PATH = re.compile(r"(?:benchmarks|nodes|softrepa|tests|tools|workflows)/[\w./-]*")
+OUR_PATH = re.compile(r"(?:benchmarks|docs|nodes|softrepa|tests|tools|workflows)/[\w./-]*")
 HANDS_ITS_OPTIONS_ON = {"tests.run"}  # to pytest
 
 
@@ -84,6 +84,31 @@ def test_links_lead_somewhere(page):
         assert path.relative_to(ROOT) in KNOWN | FOLDERS, f"{target} is not in the repository"
         if anchor:
             assert anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("page", sorted(map(str, {Path("README.md"), *files("docs")} - {Path("docs/study.md")})))
+def test_what_a_person_reads_leads_to_what_is_installed(page):
+    """The archive holds no tests, tools and benchmarks; what the study shows lies there, as it says."""
+    installed = set(shipped())
+    installed |= {folder for path in installed for folder in path.parents}
+    for target in LINK.findall(FENCE.sub("", PAGES[Path(page)])):
+        name = target.partition("#")[0]
+        if name and not target.startswith("https://"):
+            assert ((ROOT / page).parent / name).resolve().relative_to(ROOT) in installed, target
+
+
+def test_the_readme_is_one_page_and_leads_to_every_other():
+    readme = PAGES[Path("README.md")]
+    assert len(readme.split()) < 1400
+    linked = {Path(target.partition("#")[0]) for target in LINK.findall(readme)}
+    assert {*files("docs"), Path("ARCHITECTURE.md"), Path("CONTRIBUTING.md"), Path("CHANGELOG.md")} <= linked
+
+
+@EVERY_PAGE
+def test_no_command_waits_for_its_reader_to_fill_in(page):
+    """Capital letters are the sign of what a reader chooses."""
+    code = FENCE.findall(PAGES[page]) + [("", line) for line in PAGES[page].splitlines() if line.startswith("    ")]
+    assert not [body for _, body in code if re.search(r"<[a-z ]+>", body)]
 
 
 @EVERY_PAGE

@@ -1,5 +1,6 @@
 """What is published: metadata for ComfyUI's registry, its archive, the wheel, and the files around them."""
 
+import copy
 import os
 import re
 import shutil
@@ -17,9 +18,14 @@ from PIL import Image
 from softrepa_tests.conftest import ROOT
 from softrepa_tests.repository import files, shipped
 
+from tools.metadata import PICTURES, missing
+
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, COMFY = PYPROJECT["project"], PYPROJECT["tool"]["comfy"]
 WITHOUT_COMFYUI = {name: value for name, value in os.environ.items() if name != "COMFYUI_PATH"}
+RAW = "https://raw.githubusercontent.com"
+WAITING = ((("project", "urls"), "Repository"), (("tool", "comfy"), "Icon"), (("tool", "comfy"), "Banner"))
+"""What is known once the repository is public."""
 NOT_INSTALLED = ("numpy", "PIL", "tqdm", "comfy", "folder_paths")
 
 
@@ -44,10 +50,28 @@ class TestMetadata:
         assert COMFY["DisplayName"]
         assert re.fullmatch(r">=\d+\.\d+\.\d+", COMFY["requires-comfyui"])
 
-    def test_icon_fits_the_registry(self):
-        with Image.open(ROOT / "icon.png") as icon:
-            assert icon.size == (400, 400)
-            assert icon.format == "PNG"
+    @pytest.mark.parametrize(("name", "size"), [("icon.png", (400, 400)), ("banner.png", (1260, 540))])
+    def test_pictures_fit_the_registry(self, name, size):
+        with Image.open(ROOT / name) as picture:
+            assert picture.size == size
+            assert picture.format == "PNG"
+
+    def test_addresses_are_all_there_or_all_wait_for_publication(self):
+        said = missing(PYPROJECT)
+        assert len(said) in (0, len(WAITING)), "\n".join(said)
+
+    def test_what_is_missing_is_said(self):
+        filled = {
+            "project": {"urls": {"Repository": "https://github.com/someone/comfyui-softrepa"}},
+            "tool": {"comfy": {field: f"{RAW}/someone/comfyui-softrepa/main/{PICTURES[field]}" for field in PICTURES}},
+        }
+        assert missing(filled) == []
+        for section, field in WAITING:
+            broken = copy.deepcopy(filled)
+            broken[section[0]][section[1]][field] = "https://example.com"
+            assert f'{".".join((*section, field))} is "https://example.com", expected' in "\n".join(missing(broken))
+            del broken[section[0]][section[1]][field]
+            assert f'{".".join((*section, field))} is ""' in "\n".join(missing(broken))
 
     def test_citation(self):
         citation = read_yaml("CITATION.cff")
@@ -76,23 +100,36 @@ class TestMetadata:
         assert publish[True]["push"] == {"tags": ["v*"]}
         used = [step.get("uses", "") for step in publish["jobs"]["publish"]["steps"]]
         assert used[-1].startswith("Comfy-Org/publish-node-action@")
+        assert "python3 -m tools.metadata" in [step.get("run") for step in publish["jobs"]["publish"]["steps"]]
+
+    def test_a_commit_passes_what_ci_asks_first(self):
+        """The same tests, by the same command as CONTRIBUTING.md has for those without pre-commit."""
+        (hook,) = read_yaml(".pre-commit-config.yaml")["repos"][0]["hooks"]
+        assert hook["always_run"] and not hook["pass_filenames"]
+        gates = [word for word in hook["entry"].split() if word.startswith("tests/")]
+        assert {"tests/pure/test_quality.py", "tests/pure/test_layers.py", "tests/pure/test_docs.py"} <= set(gates)
+        assert set(gates) <= set(map(str, files("tests")))
+        assert f"python3 -m tests.run {' '.join(gates)}" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 class TestArchive:
     def test_holds_the_pack_and_nothing_else(self):
         found = shipped()
         assert {path.parts[0] for path in found} == {
+            "ARCHITECTURE.md",
             "CHANGELOG.md",
+            "CONTRIBUTING.md",
             "LICENSE",
             "README.md",
             "__init__.py",
+            "docs",
             "nodes",
             "pyproject.toml",
             "requirements.txt",
             "softrepa",
             "workflows",
         }
-        whole = {"nodes", "softrepa", "workflows"}
+        whole = {"docs", "nodes", "softrepa", "workflows"}
         assert [path for path in found if path.parts[0] in whole] == files(*whole)
 
     def test_is_small(self):

@@ -1,15 +1,18 @@
 """What an adapter says of its networks."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ...families import Blocks, Family
 from ..tokens.state import CallState, Place
 from ..training.frozen import ForeignTensors
+from .noising import Noising
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Adapter(Protocol):
 
     stream: str
     """As the rows of the family table call it."""
+    noisings: Mapping[ModelType, Noising]
+    """How its models are noised in training, by ComfyUI's name of what they predict."""
 
     def recognised(self, network: nn.Module, config: dict) -> ModelShape | None:
         """What a network is, by its class and ComfyUI's configuration of it; None where it is another adapter's."""

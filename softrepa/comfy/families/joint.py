@@ -11,6 +11,7 @@ from ..tokens.attention import key_bias
 from ..tokens.state import CallState, Place, call_state, refuse_unweighed, with_appended
 from ..training.frozen import ForeignTensors, Recomputed
 from .adapter import ModelShape
+from .noising import NOISINGS
 
 REPLACE = "dit"
 BLOCK = "double_block"
@@ -20,6 +21,7 @@ class Joint:
     """The adapter: a place is the index of a joint block, and each has rows of its own."""
 
     stream = "joint"
+    noisings = NOISINGS
 
     def recognised(self, network, config) -> ModelShape | None:
         if not isinstance(network, MMDiT):

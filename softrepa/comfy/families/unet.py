@@ -15,6 +15,7 @@ from ..tokens.attention import key_bias
 from ..tokens.state import CallState, Entries, Place, call_state, refuse_unweighed, with_appended
 from ..training.frozen import ForeignTensors, Recomputed
 from .adapter import ModelShape
+from .noising import NOISINGS
 
 CHUNK = 77
 STAGES = {"down": "input", "mid": "middle", "up": "output"}
@@ -31,6 +32,7 @@ class UNet:
     """The adapter: a place is a stage of the UNet, and all cross-attentions share one bank of rows."""
 
     stream = "context"
+    noisings = NOISINGS
 
     def recognised(self, network, config) -> ModelShape | None:
         width = config.get("context_dim")

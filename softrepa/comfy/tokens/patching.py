@@ -20,6 +20,7 @@ from ...families import Blocks
 from ...numbers import FROM_0, SHARE, check_number
 from ...tokens import SoftTokens
 from ..families import adapter_of, model_shape
+from ..families.noising import timestep as timestep_at
 from ..models import check_fit, chosen_blocks
 from .attention import OVERRIDE, SoftKeyBias, heeds_masks
 from .state import KEY, CallState, Entries, Place
@@ -173,7 +174,7 @@ class SoftTokenPatch:
         strengths: dict[Place, list[list[float]]] = {}
         device = sigma.device
         sigma = sigma.expand(len(negative))
-        timestep = base_model.model_sampling.timestep(sigma)
+        timestep = timestep_at(base_model.model_sampling, sigma)
         for token_set, tokens in zip(self.sets, self._on(device), strict=True):
             is_open = in_window(token_set, base_model.model_sampling, sigma)
             per_sample = [token_set.strength_for(is_negative) * is_open for is_negative in negative]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import comfy.model_management as memory
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, copy_nested_dicts, get_all_wrappers, merge_nested_dicts
 from torch import Tensor
@@ -14,14 +13,14 @@ from torch import Tensor
 from ...data.dataset import Cond
 from ...errors import SoftREPAError
 from ...tokens import SoftTokens
-from ...training.noising import noised_eps, noised_flow, pair_error
+from ...training.noising import pair_error
 from ...training.pairs import Rows, StepBatch
 from ..families import adapter_of, model_shape
+from ..families.noising import sigma_at
+from ..families.noising import timestep as timestep_at
 from ..tokens.attention import OVERRIDE
 from ..tokens.patching import apply_tokens, compute_dtype
 from .frozen import ordinary
-
-NOISING = {ModelType.FLOW: noised_flow, ModelType.EPS: noised_eps}
 
 
 def pair_errors(
@@ -76,8 +75,11 @@ class PairNetwork:
         self.base_model = model.model
         self.device = model.load_device
         """Where the network computes, whatever part of it is offloaded."""
-        if self.base_model.model_type not in NOISING:
-            raise SoftREPAError(f"Model predicts {self.base_model.model_type.name}, expected EPS or FLOW.")
+        kind, known = self.base_model.model_type, self.adapter.noisings
+        if kind not in known:
+            expected = " or ".join(one.name for one in known)
+            raise SoftREPAError(f"Model predicts {kind.name}, expected {expected}.")
+        self.noised = known[kind]
         self.options = copy_nested_dicts(model.model_options["transformer_options"])
         merge_nested_dicts(self.options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
         self.options[OVERRIDE] = self.attention()
@@ -104,11 +106,8 @@ class PairNetwork:
     def prepared(self, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor, Captions]:
         """sigma (), x_t and target (B, C, H, W), and the captions; on the CPU, for a batch may be large."""
         latents, noise = (ordinary(tensor).to("cpu", torch.float32) for tensor in (batch.latents, batch.noise))
-        sampling = self.base_model.model_sampling
-        is_flow = self.base_model.model_type is ModelType.FLOW
-        # t / 1000 for flow models: ComfyUI's own sigma(t) would apply the sampling shift
-        sigma = torch.tensor(batch.t / 1000) if is_flow else ordinary(sampling.sigmas)[batch.t].cpu()
-        seen, target = NOISING[self.base_model.model_type](latents, noise, sigma)
+        sigma = sigma_at(self.base_model.model_sampling, batch.t)
+        seen, target = self.noised(latents, noise, sigma)
         height, width = (8 * side for side in latents.shape[-2:])
         sizes = {"width": width, "height": height, "target_width": width, "target_height": height}
         captions = []
@@ -134,7 +133,7 @@ class PairNetwork:
         seen, sigma = seen.to(self.device), sigma.to(self.device).expand(len(seen))
         options = copy_nested_dicts(self.options)
         if rows is not None:
-            options = self.inserting(options, rows, self.base_model.model_sampling.timestep(sigma))
+            options = self.inserting(options, rows, timestep_at(self.base_model.model_sampling, sigma))
         texts = dict(texts)
         context = texts.pop("c_crossattn")
         wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, options)

@@ -1,0 +1,31 @@
+"""Noise and time, whatever ComfyUI calls the kind of model: how a latent is noised, and t as token files count it."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from comfy.model_base import ModelType
+from comfy.model_sampling import CONST
+from torch import Tensor
+
+from ...training.noising import noised_eps, noised_flow
+
+Noising = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Latents, noise and sigma -> what the network sees, and what its raw output is compared with."""
+
+NOISINGS: Mapping[ModelType, Noising] = {ModelType.EPS: noised_eps, ModelType.FLOW: noised_flow}
+"""By what the network predicts, for the adapters to choose from."""
+
+
+def sigma_at(model_sampling, t: int) -> Tensor:
+    """The noise level (), on the CPU, at t of 0..999.
+
+    Flow models have t / 1000: ComfyUI's own sigma(t) would apply the sampling shift.
+    """
+    if isinstance(model_sampling, CONST):
+        return torch.tensor(t / 1000)
+    return model_sampling.sigmas[t].clone().cpu()  # a copy has no inference mark
+
+
+def timestep(model_sampling, sigma: Tensor) -> Tensor:
+    """t of 0..1000, by which a time table is read, at sigma (B,); the network's own t of some flow models ends at 1."""
+    return sigma * 1000 if isinstance(model_sampling, CONST) else model_sampling.timestep(sigma)
