@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_softrepa.softrepa.comfy.editing.passes import Stack
 from comfyui_softrepa.softrepa.comfy.tokens.patching import SoftTokenPatch, apply_tokens
-from comfyui_softrepa.softrepa.comfy.training import pairs
+from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
 from comfyui_softrepa.softrepa.comfy.training.score import HeldOut, score
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests import foreign
@@ -175,9 +175,9 @@ def tokens_left_on_cpu(monkeypatch):
     monkeypatch.setattr(SoftTokens, "to", lambda self, device: self)
 
 
-def target_left_on_cpu(monkeypatch):
-    error = pairs.pair_error
-    monkeypatch.setattr(pairs, "pair_error", lambda output, target: error(output, target.cpu()))
+def output_brought_to_cpu(monkeypatch):
+    output = PairNetwork.output
+    monkeypatch.setattr(PairNetwork, "output", lambda *args: output(*args).cpu())
 
 
 @pytest.mark.parametrize("fault", [rows_on_cpu, tokens_left_on_cpu])
@@ -190,7 +190,7 @@ def test_faults_in_sampling_are_found(monkeypatch, fault, family):
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_faults_in_training_are_found(token_folder, monkeypatch, family):
-    target_left_on_cpu(monkeypatch)
+    output_brought_to_cpu(monkeypatch)
     with pytest.raises(RuntimeError, match="expected all tensors on the same device"), other_device(monkeypatch):
         moved_by(built(family), family, tokens_for(family))
 
