@@ -142,10 +142,10 @@ def set_up(work: Path) -> None:
     """A worker: ComfyUI with its folders in `work`, the small world in it, one thread."""
     import torch
 
-    from softrepa import headless
+    from softrepa.comfy import startup
 
     torch.set_num_threads(1)
-    headless.start(Path(os.environ["COMFYUI_PATH"]), ["--base-directory", str(work)])
+    startup.start(Path(os.environ["COMFYUI_PATH"]), ["--base-directory", str(work)])
     import comfy.utils
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
@@ -191,7 +191,7 @@ def patched(work: Path, job: Job):
     import contextlib
     import io
 
-    from softrepa import headless
+    from softrepa.comfy import headless
     from softrepa.comfy.tokens.patching import apply_tokens
     from softrepa.smallworld.checkpoint import CHECKPOINT_NAME
     from softrepa.token_files import load

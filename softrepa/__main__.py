@@ -12,7 +12,8 @@ from .families import FAMILIES
 from .training.timesteps import SCORED
 
 try:
-    from . import headless, token_files
+    from . import configuration, token_files
+    from .comfy import startup
 except ModuleNotFoundError as missing:
     if missing.name not in ("torch", "safetensors"):
         raise
@@ -60,14 +61,22 @@ def inspect(args) -> None:
 
 
 def train(args) -> None:
-    config = with_options(headless.read_config(Path(args.config)), args)
-    headless.start(headless.comfyui_folder(args.comfyui), args.comfyui_options)
+    config = with_options(configuration.read_config(Path(args.config)), args)
+    comfyui = startup.comfyui_folder(args.comfyui)
+    configuration.check_to_train(config)  # before minutes of loading
+    startup.start(comfyui, args.comfyui_options)
+    from .comfy import headless  # it can be imported now
+
     print(printable(str(headless.train(config))))
 
 
 def score(args) -> None:
-    config = with_options(headless.read_config(Path(args.config)) if args.config else {}, args)
-    headless.start(headless.comfyui_folder(args.comfyui), args.comfyui_options)
+    config = with_options(configuration.read_config(Path(args.config)) if args.config else {}, args)
+    comfyui = startup.comfyui_folder(args.comfyui)
+    configuration.check_to_score(config)  # before minutes of loading
+    startup.start(comfyui, args.comfyui_options)
+    from .comfy import headless  # it can be imported now
+
     options = {name: getattr(args, name) for name in ("batch_size", "batches", "timesteps", "seed")}
     print(json.dumps(headless.score(config, args.tokens, **options), indent=1))
 

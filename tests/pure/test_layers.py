@@ -34,8 +34,8 @@ COMFYUI = {
 """Its top-level modules, and its own packages on the package index."""
 
 FOR_COMFYUI = ("softrepa/comfy", "nodes")
-STARTS_COMFYUI = Path("softrepa/headless.py")
-"""Makes ComfyUI importable for the command line: its folder is only known when a command runs."""
+COMMAND_LINE = Path("softrepa/__main__.py")
+"""Stands above the method and ComfyUI's side, as the nodes do."""
 
 NEVER = {
     "aiohttp": "network",
@@ -110,14 +110,14 @@ def is_inside(path: Path, *folders: str) -> bool:
 
 def test_the_lists_are_of_this_pack():
     assert {path.parts[0] for path in SHIPPED} == {"softrepa", "nodes", "__init__.py"}
-    assert STARTS_COMFYUI in SHIPPED
+    assert COMMAND_LINE in SHIPPED
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=str)
 def test_imports(path):
     found = foreign_imports(path)
     assert {name: NEVER[name] for name in found & NEVER.keys()} == {}
-    if not is_inside(path, *FOR_COMFYUI) and path != STARTS_COMFYUI:
+    if not is_inside(path, *FOR_COMFYUI):
         assert found & COMFYUI == set(), "only softrepa/comfy and nodes talk to ComfyUI"
 
 
@@ -133,5 +133,5 @@ def test_the_method_knows_neither_nodes_nor_comfyui():
     for path in SHIPPED:
         if is_inside(path, "softrepa"):
             assert not [one for one in own_imports(path) if is_inside(one, "nodes")], path
-        if is_inside(path, "softrepa") and not is_inside(path, "softrepa/comfy") and path != STARTS_COMFYUI:
+        if is_inside(path, "softrepa") and not is_inside(path, "softrepa/comfy") and path != COMMAND_LINE:
             assert not [one for one in own_imports(path) if is_inside(one, "softrepa/comfy")], path

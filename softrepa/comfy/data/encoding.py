@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import comfy.model_management
@@ -21,13 +22,13 @@ from torch import Tensor
 
 from ...data.batches import Example
 from ...data.cache import Cache
-from ...data.captions import CAPTION_LINES, EACH
 from ...data.dataset import Cond, Dataset
 from ...data.folder import ImageFolder, UnusableImageError, read_folder
 from ...data.images import PREPARATION
+from ...data.inputs import DatasetInputs
 from ...data.latent_lists import cond_of
 from ...errors import SoftREPAError, shown
-from ..training.identity import encoder
+from ..identity import clip_identity, vae_identity
 
 CACHE_FOLDER = "softrepa_cache"
 """In extra_model_paths.yaml: where the cache shall lie instead of ComfyUI's user folder."""
@@ -35,42 +36,23 @@ CACHE_FOLDER = "softrepa_cache"
 GIGABYTE = 10**9
 
 
-def dataset_of_folder(
-    root: Path,
-    name: str,
-    clip: comfy.sd.CLIP,
-    vae: comfy.sd.VAE,
-    resolution: int,
-    bucketing: bool,
-    validation_percent: float,
-    cache_gb: float,
-    caption_lines: str = EACH,
-) -> Dataset:
+def dataset_of_folder(root: Path, name: str, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, inputs: DatasetInputs) -> Dataset:
     """Reads and encodes the folder; what the cache has no room for is encoded whenever it is drawn."""
-    for option, value, most in (("validation_percent", validation_percent, 90), ("cache_gb", cache_gb, 100_000)):
-        if not 0 <= value <= most:  # nor NaN, which ComfyUI lets through
-            raise SoftREPAError(f"{option} is {value}, expected 0 to {most:,}.")
-    check_resolution(resolution, vae)
-    if caption_lines not in CAPTION_LINES:
-        raise SoftREPAError(f'caption_lines is "{shown(caption_lines)}", expected {" or ".join(CAPTION_LINES)}.')
-    settings = {
-        "folder": name,
-        "resolution": resolution,
-        "bucketing": bucketing,
-        "validation_percent": validation_percent,
-        "caption_lines": caption_lines,
-    }
+    check_resolution(inputs.resolution, vae)
+    settings = {"folder": name} | asdict(inputs)
+    del settings["cache_gb"]  # it decides nothing
     if clip.tokenizer_options:
         settings["tokenizer_options"] = dict(clip.tokenizer_options)
     if clip.layer_idx is not None:
         settings["clip_layer"] = clip.layer_idx
     home = cache_folder()
     index = home / "files" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
-    cache = Cache(home, int(cache_gb * GIGABYTE))
+    cache = Cache(home, int(inputs.cache_gb * GIGABYTE))
 
     def encoded() -> tuple[ImageFolder, Dataset]:
         tick = reading_progress()
-        images = read_folder(root, name, resolution, bucketing, validation_percent, index, tick, caption_lines)
+        how = (inputs.resolution, inputs.bucketing, inputs.validation_percent)
+        images = read_folder(root, name, *how, index, tick, inputs.caption_lines)
         encodings = FolderEncodings(images, clip, vae, cache)
         dataset = Dataset(name, images.train, images.validation, encodings, images.notes)  # refuses before any encoding
         dataset.settings = settings
@@ -264,18 +246,6 @@ def ordinary(tensor: Tensor) -> Tensor:
     """A float32 copy on the CPU that autograd may save."""
     with torch.inference_mode(False):
         return tensor.cpu().float().clone()
-
-
-def clip_identity(clip: comfy.sd.CLIP) -> str:
-    """Changes with the weights, their precision, clip skip, tokenizer options and LoRAs."""
-    facts = [type(clip.cond_stage_model).__name__, clip.layer_idx, sorted(clip.tokenizer_options.items())]
-    return encoder(clip.patcher, clip.cond_stage_model, facts)
-
-
-def vae_identity(vae: comfy.sd.VAE) -> str:
-    """Changes with the weights and the precision the VAE computes in."""
-    facts = [type(vae.first_stage_model).__name__, str(vae.vae_dtype)]
-    return encoder(vae.patcher, vae.first_stage_model, facts)
 
 
 def reading_progress() -> Callable[[int, int], None]:
