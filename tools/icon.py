@@ -37,7 +37,8 @@ def draw() -> Image.Image:
 
 def box(row: int, column: int, grown: int = 0) -> tuple[int, int, int, int]:
     left, top = (MARGIN + index * (TOKEN + GAP) for index in (column, row))
-    return tuple(SCALE * edge for edge in (left - grown, top - grown, left + TOKEN + grown, top + TOKEN + grown))
+    right, bottom = left + TOKEN, top + TOKEN
+    return SCALE * (left - grown), SCALE * (top - grown), SCALE * (right + grown), SCALE * (bottom + grown)
 
 
 def rounded_corners(side: int) -> Image.Image:

@@ -135,3 +135,23 @@ def test_the_method_knows_neither_nodes_nor_comfyui():
             assert not [one for one in own_imports(path) if is_inside(one, "nodes")], path
         if is_inside(path, "softrepa") and not is_inside(path, "softrepa/comfy") and path != COMMAND_LINE:
             assert not [one for one in own_imports(path) if is_inside(one, "softrepa/comfy")], path
+
+
+def benchmark_imports(path: Path) -> set[Path]:
+    """Files of benchmarks/ that a file of it imports."""
+    named = {
+        Path(*node.module.split("."))
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("benchmarks.")
+    }
+    return {one.with_suffix(".py") for one in named}
+
+
+def test_no_benchmark_imports_one_that_imports_it():
+    paths = files("benchmarks/*.py", "benchmarks/smallworld/*.py")
+    imports = {path: benchmark_imports(path) & set(paths) for path in paths}
+    reached = {path: set(found) for path, found in imports.items()}
+    for _ in paths:
+        for found in reached.values():
+            found |= {further for one in found for further in imports[one]}
+    assert [str(path) for path, found in reached.items() if path in found] == []
