@@ -5,7 +5,7 @@ from functools import partial
 from comfy_api.latest import io
 
 from ..softrepa.comfy.data import dataset_folders
-from ..softrepa.comfy.data.encoding import dataset_of_folder
+from ..softrepa.comfy.data.assembly import dataset_of_folder
 from ..softrepa.data.captions import CAPTION_LINES
 from ..softrepa.data.inputs import DatasetInputs
 from ..softrepa.data.latent_lists import dataset_of_lists

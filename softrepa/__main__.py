@@ -5,15 +5,16 @@ import io
 import json
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from .errors import SoftREPAError, printable, shown, unwritable
 from .families import FAMILIES
-from .training.timesteps import SCORED
 
 try:
     from . import configuration, token_files
     from .comfy import startup
+    from .training.inputs import ScoreInputs
 except ModuleNotFoundError as missing:
     if missing.name not in ("torch", "safetensors"):
         raise
@@ -77,8 +78,8 @@ def score(args) -> None:
     startup.start(comfyui, args.comfyui_options)
     from .comfy import headless  # it can be imported now
 
-    options = {name: getattr(args, name) for name in ("batch_size", "batches", "timesteps", "seed")}
-    print(json.dumps(headless.score(config, args.tokens, **options), indent=1))
+    asked = ScoreInputs(**{field.name: getattr(args, field.name) for field in fields(ScoreInputs)})
+    print(json.dumps(headless.score(config, args.tokens, asked), indent=1))
 
 
 def with_options(config: dict, args) -> dict:
@@ -118,10 +119,8 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("score", help="retrieval, contrastive loss and information, as JSON")
     command.add_argument("config", metavar="CONFIG", nargs="?", help="as for train; only its dataset is used")
     command.add_argument("--tokens", help="a token file, or its name in ComfyUI; without, the plain model")
-    command.add_argument("--batch-size", type=int, default=8)
-    command.add_argument("--batches", type=int, default=16)
-    command.add_argument("--timesteps", default=SCORED)
-    command.add_argument("--seed", type=int, default=0)
+    for field in fields(ScoreInputs):
+        command.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     add_place(command)
     command.set_defaults(run=score)
     return top

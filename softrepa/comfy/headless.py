@@ -20,11 +20,11 @@ from ..errors import SoftREPAError, printable, shown
 from ..files import is_file
 from ..progress_line import ProgressLine
 from ..tokens import SoftTokens
-from ..training.inputs import KINDS, TrainingInputs
+from ..training.inputs import KINDS, ScoreInputs, TrainingInputs
 from ..training.timesteps import parse_timesteps
 from . import folders
+from .data.assembly import dataset_of_folder
 from .data.dataset_folders import dataset_path
-from .data.encoding import dataset_of_folder
 from .tokens.patching import apply_tokens
 from .training.launch import launch
 from .training.score import HeldOut
@@ -109,7 +109,7 @@ def interrupted_between_steps():
         signal.signal(signal.SIGINT, before)
 
 
-def score(config: dict, tokens_name: str | None, **options) -> dict:
+def score(config: dict, tokens_name: str | None, asked: ScoreInputs) -> dict:
     """Accuracy and loss of a checkpoint on a folder, with tokens or without."""
     check_to_score(config)
     inputs = dict(config)
@@ -118,8 +118,8 @@ def score(config: dict, tokens_name: str | None, **options) -> dict:
     with torch.inference_mode():
         if tokens_name:
             model = apply_tokens(model, load_tokens(tokens_name))
-        batches = HeldOut(dataset, options["batch_size"], options["batches"], options["seed"])
-        found = measure(model, batches, parse_timesteps(options["timesteps"]), options["seed"])
+        batches = HeldOut(dataset, asked.batch_size, asked.batches, asked.seed)
+        found = measure(model, batches, parse_timesteps(asked.timesteps), asked.seed)
     by_timestep = {
         name: dict(zip(found.timesteps, getattr(found, name).float().mean(1).tolist(), strict=True))
         for name in ("retrieved", "losses", "information")

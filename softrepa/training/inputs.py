@@ -1,4 +1,4 @@
-"""What a person gives a training run: one list for the node, the command line, the run itself and its file."""
+"""What a person gives a training run or a measurement: one list for the nodes, the command line and the files."""
 
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -8,6 +8,7 @@ from ..errors import SoftREPAError, shown
 from ..tokens import SoftTokens
 from .config import Settings, TrainingConfig
 from .presets import with_preset
+from .timesteps import SCORED
 
 AUTO = "auto"
 OF_THE_FAMILY = -1.0
@@ -89,6 +90,19 @@ class TrainingInputs(Settings):
         return given if tokens is None else given | {"init_tokens": tokens.name}
 
 
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What a person gives a measurement, by the names of the node's inputs."""
+
+    REQUIRED: ClassVar[tuple[str, ...]] = ()
+
+    batch_size: int = 8
+    batches: int = 16
+    timesteps: str = SCORED
+    seed: int = 0
+
+
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(TrainingInputs)}
+"""Of the training inputs."""
 KINDS = {name: type(default) for name, default in DEFAULTS.items() if default is not None}
-"""Of the inputs that are numbers and words."""
+"""Of those that are numbers and words."""

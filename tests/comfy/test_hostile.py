@@ -14,7 +14,7 @@ from comfyui_softrepa.nodes import schema
 from comfyui_softrepa.nodes.tokens import LoadTokens, SaveTokens
 from comfyui_softrepa.softrepa import token_files
 from comfyui_softrepa.softrepa.comfy import folders
-from comfyui_softrepa.softrepa.comfy.data.encoding import dataset_of_folder
+from comfyui_softrepa.softrepa.comfy.data.assembly import dataset_of_folder
 from comfyui_softrepa.softrepa.comfy.training import run as training
 from comfyui_softrepa.softrepa.data.inputs import DatasetInputs
 from comfyui_softrepa.softrepa.errors import SoftREPAError

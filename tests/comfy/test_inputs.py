@@ -6,7 +6,7 @@ import pytest
 from comfyui_softrepa.softrepa.configuration import ALL_KINDS, check_inputs
 from comfyui_softrepa.softrepa.data.inputs import DatasetInputs
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.training.inputs import DEFAULTS, KINDS, TrainingInputs
+from comfyui_softrepa.softrepa.training.inputs import DEFAULTS, KINDS, ScoreInputs, TrainingInputs
 
 IO_TYPES = {int: {"INT"}, float: {"FLOAT"}, bool: {"BOOLEAN"}, str: {"STRING", "COMBO"}}
 OTHER_KIND = {int: 1.5, float: "1", bool: 1, str: 1}
@@ -17,7 +17,7 @@ WITHOUT_A_WIDGET = {
     *("agsm_temperature", "positive_guidance", "negative_guidance", "teacher_decay"),
 }
 """Constants of the papers, which the command line takes."""
-NODES = {"SoftREPATrain": TrainingInputs, "SoftREPADataset": DatasetInputs}
+NODES = {"SoftREPATrain": TrainingInputs, "SoftREPADataset": DatasetInputs, "SoftREPAScore": ScoreInputs}
 
 
 def inputs_of(pack, name: str) -> dict:
@@ -46,7 +46,10 @@ def test_defaults_and_kinds_are_the_lists(pack, name):
 
 
 def test_the_command_line_takes_what_the_nodes_take(pack):
-    taken = {entry for name in NODES for entry in inputs_of(pack, name)} - {*CONNECTED, "folder"}
+    taken = {entry for name in ("SoftREPATrain", "SoftREPADataset") for entry in inputs_of(pack, name)} - {
+        *CONNECTED,
+        "folder",
+    }
     assert taken - ALL_KINDS.keys() == {"preview_positive", "preview_negative"}  # preview_prompt makes both
     check_inputs({name: DEFAULTS[name] for name in KINDS})
     for name, kind in KINDS.items():
