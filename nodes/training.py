@@ -157,9 +157,9 @@ class TrainTokens(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, dataset, **inputs) -> io.NodeOutput:
-        run = launch(model, dataset, lambda text: show_on_node(cls, text), TrainingInputs(**inputs))
-        losses = {"loss": [record.loss for record in run.records]}
-        return io.NodeOutput(run.tokens, losses, len(run.records), str(run.path))
+        trained = launch(model, dataset, lambda text: show_on_node(cls, text), TrainingInputs(**inputs))
+        losses = {"loss": [record.loss for record in trained.records]}
+        return io.NodeOutput(trained.tokens, losses, len(trained.records), str(trained.path))
 
 
 NODES = [TrainTokens]

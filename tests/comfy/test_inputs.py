@@ -6,7 +6,7 @@ import pytest
 from comfyui_softrepa.softrepa.configuration import ALL_KINDS, check_inputs
 from comfyui_softrepa.softrepa.data.inputs import DatasetInputs
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.training.inputs import DEFAULTS, KINDS, ScoreInputs, TrainingInputs
+from comfyui_softrepa.softrepa.training.inputs import DEFAULTS, KINDS, NOT_IN_THE_FILE, ScoreInputs, TrainingInputs
 
 IO_TYPES = {int: {"INT"}, float: {"FLOAT"}, bool: {"BOOLEAN"}, str: {"STRING", "COMBO"}}
 OTHER_KIND = {int: 1.5, float: "1", bool: 1, str: 1}
@@ -65,4 +65,5 @@ def test_what_a_file_says_makes_the_same_run(given):
     again = TrainingInputs(**said)
     assert again.config == inputs.config
     assert again.in_the_file() == said
+    assert set(NOT_IN_THE_FILE) == DEFAULTS.keys() - said.keys() - {"init_tokens"}
     assert not {"micro_batch", "resume", "preset"} & said.keys()

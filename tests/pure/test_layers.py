@@ -34,6 +34,8 @@ COMFYUI = {
 """Its top-level modules, and its own packages on the package index."""
 
 FOR_COMFYUI = ("softrepa/comfy", "nodes")
+STARTS_COMFYUI = Path("softrepa/comfy/startup.py")
+"""Makes ComfyUI importable for the command line: its folder is only known when a command runs."""
 COMMAND_LINE = Path("softrepa/__main__.py")
 """Stands above the method and ComfyUI's side, as the nodes do."""
 
@@ -78,8 +80,12 @@ def tree(path: Path) -> ast.Module:
 
 def foreign_imports(path: Path) -> set[str]:
     """Top-level names of the absolute imports, those inside functions too."""
+    return foreign_imports_of(tree(path))
+
+
+def foreign_imports_of(code: ast.AST) -> set[str]:
     found = set()
-    for node in ast.walk(tree(path)):
+    for node in ast.walk(code):
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -110,7 +116,7 @@ def is_inside(path: Path, *folders: str) -> bool:
 
 def test_the_lists_are_of_this_pack():
     assert {path.parts[0] for path in SHIPPED} == {"softrepa", "nodes", "__init__.py"}
-    assert COMMAND_LINE in SHIPPED
+    assert {COMMAND_LINE, STARTS_COMFYUI} <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=str)
@@ -119,6 +125,13 @@ def test_imports(path):
     assert {name: NEVER[name] for name in found & NEVER.keys()} == {}
     if not is_inside(path, *FOR_COMFYUI):
         assert found & COMFYUI == set(), "only softrepa/comfy and nodes talk to ComfyUI"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_comfyui_is_imported_at_the_top(path):
+    inside = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
+    found = {name for function in inside for name in foreign_imports_of(function)} & COMFYUI
+    assert bool(found) == (path == STARTS_COMFYUI)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=str)

@@ -11,7 +11,7 @@ from ...training.inputs import TrainingInputs
 from .. import folders
 from ..families import model_shape
 from .reports import Curves, LogFile, Measured, Samples
-from .run import Run, train
+from .run import Trained, train
 from .score import HeldOut
 from .session import Report, RunFiles
 
@@ -19,7 +19,7 @@ VALIDATION_BATCHES = 16
 PREVIEW_STEPS = 20
 
 
-def launch(model, dataset: Dataset, say: Callable[[str], None], inputs: TrainingInputs) -> Run:
+def launch(model, dataset: Dataset, say: Callable[[str], None], inputs: TrainingInputs) -> Trained:
     """Trains, with everybody who looks at it; what others may write is claimed until it ends. Raises SoftREPAError."""
     held_out = None
     if dataset.validation:

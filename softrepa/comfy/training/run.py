@@ -28,7 +28,7 @@ from .trainable import TrainableNetwork
 
 
 @dataclass(frozen=True)
-class Run:
+class Trained:
     """What a finished run gives."""
 
     tokens: SoftTokens
@@ -43,8 +43,8 @@ def train(
     candidates: Sequence[RunFiles],
     reports: Callable[[RunFiles], Sequence[Report]] = lambda files: (),
     say: Callable[[str], None] = lambda text: None,
-) -> Run:
-    """Learns tokens and writes them: every `files.every` steps, at the end, and when interrupted.
+) -> Trained:
+    """Learns tokens and writes them: every `checkpoint_every` steps, at the end, and when interrupted.
 
     dataset: see `softrepa.data.dataset`; latents are VAE latents, `process_latent_in` is done here. `candidates` are
     the files of a new run, or of those that may be gone on with, newest first. Raises SoftREPAError.
@@ -86,14 +86,9 @@ def prepare(
         return patcher.model.process_latent_in(batch.latents.clone()), batch.conds, batch.wrong
 
     trainer = Trainer(config, start, pairs, next_batch, dataset.empty)
-    return Parts(
-        trainer,
-        pairs,
-        dataset,
-        patcher,
-        run_identity(trainer.config, start, inputs.init_tokens is not None, dataset, trained_on),
-        file_metadata(inputs, trainer.config, dataset, trained_on),
-    )
+    identity = run_identity(trainer.config, start, inputs.init_tokens is not None, dataset, trained_on)
+    metadata = file_metadata(inputs, trainer.config, dataset, trained_on)
+    return Parts(trainer, pairs, dataset, patcher, identity, metadata)
 
 
 def resume(parts: Parts, candidates: Sequence[RunFiles], say: Callable[[str], None]) -> Session:
@@ -106,7 +101,7 @@ def resume(parts: Parts, candidates: Sequence[RunFiles], say: Callable[[str], No
     return session
 
 
-def run(session: Session, micro_batch: int, reports: Callable[[RunFiles], Sequence[Report]]) -> Run:
+def run(session: Session, micro_batch: int, reports: Callable[[RunFiles], Sequence[Report]]) -> Trained:
     """The steps that are left. What was learned is written however they end."""
     watching = reports(session.files)
     try:
@@ -114,7 +109,7 @@ def run(session: Session, micro_batch: int, reports: Callable[[RunFiles], Sequen
         session.run(micro_batch, watching)
     finally:
         session.finish(watching)
-    return Run(session.tokens(), session.files.tokens, session.records)
+    return Trained(session.tokens(), session.files.tokens, session.records)
 
 
 def same_run(candidates: Sequence[RunFiles], settings: dict) -> tuple[RunFiles, training_state.TrainingState]:
