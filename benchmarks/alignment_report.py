@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 
-from benchmarks.alignment import (
+from benchmarks.alignment_rows import (
     BASELINE,
     CFG,
     CONTROL,

@@ -1,14 +1,19 @@
 """Captioned images for training: a folder, or what ComfyUI's own training nodes encode."""
 
+from functools import partial
+
 from comfy_api.latest import io
 
 from ..softrepa.comfy.data import dataset_folders
-from ..softrepa.comfy.data.encoding import dataset_of_folder
-from ..softrepa.data.captions import CAPTION_LINES, EACH
+from ..softrepa.comfy.data.assembly import dataset_of_folder
+from ..softrepa.data.captions import CAPTION_LINES
+from ..softrepa.data.inputs import DatasetInputs
 from ..softrepa.data.latent_lists import dataset_of_lists
 from ..softrepa.errors import SoftREPAError
 from .schema import ADVANCED, Dataset, schema, show_on_node
+from .schema import widget as input_widget
 
+widget = partial(input_widget, DatasetInputs)
 ALIASES = ["dataset", "training images", "captions", "image text folder", "coco"]
 
 
@@ -32,52 +37,42 @@ class CaptionImageFolder(io.ComfyNode):
                     "clip", tooltip="The text encoder of the model to train on. For SD3 after T5TokenizerOptions."
                 ),
                 io.Vae.Input("vae", tooltip="The VAE of the model to train on."),
-                io.Int.Input(
+                widget(
                     "resolution",
-                    optional=True,
-                    default=512,
+                    "Side of the training images in pixels: the shorter side is resized to it, the centre cut "
+                    "out. The paper trains at 512; SDXL looks best at 1024.",
                     min=64,
                     max=4096,
                     step=64,
-                    tooltip="Side of the training images in pixels: the shorter side is resized to it, the centre cut "
-                    "out. The paper trains at 512; SDXL looks best at 1024.",
                 ),
-                io.Boolean.Input(
+                widget(
                     "bucketing",
-                    optional=True,
-                    default=False,
-                    tooltip="Keeps the shape of wide and tall images: each gets the nearest of several sizes with as "
+                    "Keeps the shape of wide and tall images: each gets the nearest of several sizes with as "
                     "many pixels. A batch holds one size.",
                 ),
-                io.Float.Input(
+                widget(
                     "validation_percent",
-                    optional=True,
-                    default=0.0,
+                    "Share of the images that is never trained on, to measure with. Always the same images.",
                     min=0.0,
                     max=90.0,
                     step=1.0,
                     round=0.01,
-                    tooltip="Share of the images that is never trained on, to measure with. Always the same images.",
                 ),
-                io.Float.Input(
+                widget(
                     "cache_gb",
-                    optional=True,
-                    default=50.0,
+                    "Disk space for encoded images and captions, of all datasets together. What has no room is "
+                    "encoded again each time.",
                     min=0.0,
                     max=100000.0,
                     step=1.0,
                     round=0.001,
-                    tooltip="Disk space for encoded images and captions, of all datasets together. What has no room is "
-                    "encoded again each time.",
                     **ADVANCED,
                 ),
-                io.Combo.Input(
+                widget(
                     "caption_lines",
-                    options=list(CAPTION_LINES),
-                    optional=True,
-                    default=EACH,
-                    tooltip="In a text file beside an image: each line is a caption, or the whole text is one, as "
+                    "In a text file beside an image: each line is a caption, or the whole text is one, as "
                     "vision models write them.",
+                    options=list(CAPTION_LINES),
                     **ADVANCED,
                 ),
             ],
@@ -105,21 +100,9 @@ class CaptionImageFolder(io.ComfyNode):
         return dataset_folders.fingerprint(dataset_folders.dataset_path(folder))
 
     @classmethod
-    def execute(
-        cls,
-        folder,
-        clip,
-        vae,
-        resolution=512,
-        bucketing=False,
-        validation_percent=0.0,
-        cache_gb=50.0,
-        caption_lines=EACH,
-    ) -> io.NodeOutput:
+    def execute(cls, folder, clip, vae, **inputs) -> io.NodeOutput:
         path = dataset_folders.dataset_path(folder)
-        dataset = dataset_of_folder(
-            path, folder, clip, vae, resolution, bucketing, validation_percent, cache_gb, caption_lines
-        )
+        dataset = dataset_of_folder(path, folder, clip, vae, DatasetInputs(**inputs))
         show_on_node(cls, dataset.summary)
         return io.NodeOutput(dataset, dataset.summary)
 

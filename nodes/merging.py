@@ -18,8 +18,9 @@ def watch() -> None:
 
 def tell(request: dict) -> dict:
     """Writes the notice under the token nodes concerned; the request goes on as it came."""
-    graph = request.get("prompt")
-    for node, merge in dropped_by(graph if isinstance(graph, dict) else {}).items():
+    asked = request.get("prompt")
+    graph = asked if isinstance(asked, dict) else {}
+    for node, merge in dropped_by(graph).items():
         text = (
             f"{graph[merge]['class_type']} takes only the weights of {SECOND}: the tokens will not be in its result. "
             "Connect this node behind the merge."
@@ -36,7 +37,7 @@ def dropped_by(graph: dict) -> dict[str, str]:
         for key, value in node.get("inputs", {}).items():
             if isinstance(value, list) and len(value) == 2 and key.startswith("model"):
                 users.setdefault(str(value[0]), []).append((name, key))
-    found = {}
+    found: dict[str, str] = {}
     for source in (name for name, node in graph.items() if node.get("class_type") in SOURCES):
         waiting, seen = deque([source]), {source}
         while waiting:

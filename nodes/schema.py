@@ -25,6 +25,20 @@ def schema(**fields) -> io.Schema:
     return io.Schema(category=CATEGORY, **{key: value for key, value in fields.items() if key not in optional})
 
 
+WIDGETS = {int: io.Int, float: io.Float, bool: io.Boolean, str: io.String}
+
+
+def widget(inputs, name: str, tooltip: str, **more):
+    """The widget of one field of the dataclass `inputs`, with its kind and default; a choice where `options` are given.
+
+    Optional unless `inputs.REQUIRED` holds it.
+    """
+    default = inputs.__dataclass_fields__[name].default
+    kind = io.Combo if "options" in more else WIDGETS[type(default)]
+    is_optional = {} if name in inputs.REQUIRED else {"optional": True}
+    return kind.Input(name, default=default, tooltip=tooltip, **is_optional, **more)
+
+
 def show_on_node(node: type[io.ComfyNode], text: str) -> None:
     """Writes a line under the node in the graph; nothing outside a running server.
 

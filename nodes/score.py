@@ -1,14 +1,19 @@
 """How well a model tells the captions of a dataset apart."""
 
 import math
+from functools import partial
 
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..softrepa import charts
 from ..softrepa.comfy.training.score import HeldOut, Score, score
-from ..softrepa.training.timesteps import SCORED, parse_timesteps
+from ..softrepa.training.inputs import ScoreInputs
+from ..softrepa.training.timesteps import parse_timesteps
 from .schema import ADVANCED, Dataset, schema, show_on_node
+from .schema import widget as input_widget
+
+widget = partial(input_widget, ScoreInputs)
 
 
 class AlignmentScore(io.ComfyNode):
@@ -23,32 +28,20 @@ class AlignmentScore(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="As it is, with the tokens that it carries."),
                 Dataset.Input("dataset", tooltip="Its validation images; all images where it has none."),
-                io.Int.Input(
+                widget(
                     "batch_size",
-                    optional=True,
-                    default=8,
+                    "Captions that an image is compared with. More make the choice harder.",
                     min=2,
                     max=256,
-                    tooltip="Captions that an image is compared with. More make the choice harder.",
                 ),
-                io.Int.Input(
-                    "batches", optional=True, default=16, min=1, max=100_000, tooltip="How many batches, at most."
-                ),
-                io.String.Input(
-                    "timesteps",
-                    optional=True,
-                    default=SCORED,
-                    tooltip="Where to measure, 0 to 999: high is much noise.",
-                    **ADVANCED,
-                ),
-                io.Int.Input(
+                widget("batches", "How many batches, at most.", min=1, max=100_000),
+                widget("timesteps", "Where to measure, 0 to 999: high is much noise.", **ADVANCED),
+                widget(
                     "seed",
-                    optional=True,
-                    default=0,
+                    "Same seed, same noise and same batches.",
                     min=0,
                     max=2**31 - 1,
                     control_after_generate=False,
-                    tooltip="Same seed, same noise and same batches.",
                 ),
             ],
             outputs=[
@@ -61,7 +54,15 @@ class AlignmentScore(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, dataset, batch_size=8, batches=16, timesteps=SCORED, seed=0) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        dataset,
+        batch_size=ScoreInputs.batch_size,
+        batches=ScoreInputs.batches,
+        timesteps=ScoreInputs.timesteps,
+        seed=ScoreInputs.seed,
+    ) -> io.NodeOutput:
         chosen = parse_timesteps(timesteps)
         bar = ProgressBar(1)
         measured = score(model, HeldOut(dataset, batch_size, batches, seed), chosen, seed, tick=bar.update_absolute)
@@ -71,11 +72,11 @@ class AlignmentScore(io.ComfyNode):
             f"accuracy {measured.accuracy:.1%} (chance {measured.chance:.1%}), loss {measured.loss:.4f}, "
             f"of {images} images",
         )
-        plot = charts.as_image(draw(measured))
+        plot = charts.as_image(score_plot(measured))
         return io.NodeOutput(measured.accuracy, measured.loss, plot, ui=ui.PreviewImage(plot, cls=cls))
 
 
-def draw(measured: Score):
+def score_plot(measured: Score):
     """Accuracy, loss and information by timestep, with 95% intervals of the mean over images."""
     titles = {
         "retrieved": "Retrieval accuracy",

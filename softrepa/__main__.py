@@ -5,14 +5,16 @@ import io
 import json
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from .errors import SoftREPAError, printable, shown, unwritable
 from .families import FAMILIES
-from .training.timesteps import SCORED
 
 try:
-    from . import headless, token_files
+    from . import configuration, token_files
+    from .comfy import startup
+    from .training.inputs import ScoreInputs
 except ModuleNotFoundError as missing:
     if missing.name not in ("torch", "safetensors"):
         raise
@@ -60,16 +62,24 @@ def inspect(args) -> None:
 
 
 def train(args) -> None:
-    config = with_options(headless.read_config(Path(args.config)), args)
-    headless.start(headless.comfyui_folder(args.comfyui), args.comfyui_options)
+    config = with_options(configuration.read_config(Path(args.config)), args)
+    comfyui = startup.comfyui_folder(args.comfyui)
+    configuration.check_to_train(config)  # before minutes of loading
+    startup.start(comfyui, args.comfyui_options)
+    from .comfy import headless  # it can be imported now
+
     print(printable(str(headless.train(config))))
 
 
 def score(args) -> None:
-    config = with_options(headless.read_config(Path(args.config)) if args.config else {}, args)
-    headless.start(headless.comfyui_folder(args.comfyui), args.comfyui_options)
-    options = {name: getattr(args, name) for name in ("batch_size", "batches", "timesteps", "seed")}
-    print(json.dumps(headless.score(config, args.tokens, **options), indent=1))
+    config = with_options(configuration.read_config(Path(args.config)) if args.config else {}, args)
+    comfyui = startup.comfyui_folder(args.comfyui)
+    configuration.check_to_score(config)  # before minutes of loading
+    startup.start(comfyui, args.comfyui_options)
+    from .comfy import headless  # it can be imported now
+
+    asked = ScoreInputs(**{field.name: getattr(args, field.name) for field in fields(ScoreInputs)})
+    print(json.dumps(headless.score(config, args.tokens, asked), indent=1))
 
 
 def with_options(config: dict, args) -> dict:
@@ -109,10 +119,8 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("score", help="retrieval, contrastive loss and information, as JSON")
     command.add_argument("config", metavar="CONFIG", nargs="?", help="as for train; only its dataset is used")
     command.add_argument("--tokens", help="a token file, or its name in ComfyUI; without, the plain model")
-    command.add_argument("--batch-size", type=int, default=8)
-    command.add_argument("--batches", type=int, default=16)
-    command.add_argument("--timesteps", default=SCORED)
-    command.add_argument("--seed", type=int, default=0)
+    for field in fields(ScoreInputs):
+        command.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     add_place(command)
     command.set_defaults(run=score)
     return top

@@ -48,7 +48,9 @@ def repair(python: Path) -> None:
     """Repair the environment of `python`, where it needs it."""
     if answer(python, "import torch; print(torch.version.cuda)") != "None":
         return
-    packages = Path(answer(python, "import sysconfig; print(sysconfig.get_path('platlib'))"))
+    platlib = answer(python, "import sysconfig; print(sysconfig.get_path('platlib'))")
+    assert platlib is not None  # every Python has one
+    packages = Path(platlib)
     if answer(python, "import torchvision") is None:
         (packages / f"{HOOK}.py").write_text(HOOK_SOURCE, encoding="utf-8")
         (packages / f"{HOOK}.pth").write_text(f"import {HOOK}\n", encoding="utf-8")

@@ -202,9 +202,9 @@ def labelled(images: tuple, labels: tuple[str, str]):
     gap = 8
     if images[0].width < SMALLEST_SHOWN:
         factor = -(-SMALLEST_SHOWN // images[0].width)
-        images = [
+        images = tuple(
             image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images
-        ]
+        )
     width, height = images[0].size
     canvas = Image.new("RGB", (2 * width + gap, height + LABEL_HEIGHT), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)

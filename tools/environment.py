@@ -154,7 +154,8 @@ def download(archive: Archive, work: Path) -> Path:
     create_venv(work / "pip")  # a system Python may come without pip
     requirements = work / "requirements.txt"
     requirements.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
-    options = ["--no-deps", "--ignore-requires-python", "--dest", work / "archive", "--requirement", requirements]
+    options: list[str | Path] = ["--no-deps", "--ignore-requires-python"]
+    options += ["--dest", work / "archive", "--requirement", requirements]
     pip(
         work / "pip",
         "download",

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
 
@@ -76,7 +77,7 @@ class Frontend:
     def command(self, name: str) -> None:
         self.page.evaluate("name => app.extensionManager.command.execute(name)", name)
 
-    def screenshot(self, name: str, clip: dict | None = None) -> Path:
+    def screenshot(self, name: str, clip: Any = None) -> Path:
         path = self.screenshots / f"{name}.png"
         self.page.screenshot(path=path, clip=clip)
         return path

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class ComfyServer:
         self,
         work: Path | str,
         comfyui: Path | str | None = None,
-        extra_models: dict[str, Sequence[Path]] | None = None,
+        extra_models: Mapping[str, Sequence[Path]] | None = None,
         arguments: Sequence[str] = (),
         start_timeout: float = 300,
     ):
@@ -98,7 +98,14 @@ class ComfyServer:
         self.stop()
 
     def command(self) -> list[str | Path]:
-        command = [sys.executable, self.comfyui / "main.py", "--base-directory", self.work, "--port", str(self.port)]
+        command: list[str | Path] = [
+            sys.executable,
+            self.comfyui / "main.py",
+            "--base-directory",
+            self.work,
+            "--port",
+            str(self.port),
+        ]
         # No calls to the outside, no browser; the default database lies in the ComfyUI folder, which is not ours.
         command += ["--disable-api-nodes", "--disable-auto-launch", "--database-url", "sqlite:///:memory:"]
         if not has_accelerator():

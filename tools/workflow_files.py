@@ -53,11 +53,13 @@ def default_values(info: dict) -> dict:
 
 def frontend_graph(workflow: Workflow, info: dict) -> dict:
     """The format that the frontend saves and opens."""
-    links, nodes = [], []
+    links: list[list] = []
+    nodes: list[dict] = []
     places, groups = layout(workflow, info)
     outputs = {key: frontend_outputs(info[node.class_type]) for key, node in workflow.nodes.items()}
     for order, (key, node) in enumerate(workflow.nodes.items()):
-        inputs, values = [], []
+        inputs: list[dict] = []
+        values: list = []
         for name, kind, options in input_definitions(info[node.class_type]):
             value = node.inputs.get(name, options.get("default"))
             is_widget = kind in WIDGET_TYPES
@@ -127,7 +129,9 @@ def frontend_graph(workflow: Workflow, info: dict) -> dict:
 
 def layout(workflow: Workflow, info: dict) -> tuple[dict[str, dict], list[dict]]:
     """Place and size of each node by its key, and the groups: columns from left to right."""
-    places, groups, left = {}, [], 0
+    places: dict[str, dict] = {}
+    groups: list[dict] = []
+    left = 0
     for column in workflow.columns:
         top = 0
         for group in column.groups:

@@ -19,8 +19,8 @@ EXTENSIONS = {".safetensors", ".pth"}
 SHOWN = 8
 """Names in an error."""
 RUNS = "softrepa_training"
-"""Folder of the runs' checkpoints and logs, in ComfyUI's output folder."""
-CHECKPOINT = ".checkpoint.safetensors"
+"""Folder of the runs' states and logs, in ComfyUI's output folder."""
+STATE = ".checkpoint.safetensors"
 LOCK = "lock"
 """In a run's log folder, while somebody writes the run."""
 LONGEST, MOST_BYTES = 100, 200
@@ -121,8 +121,8 @@ def new_token_path(filename_prefix: str) -> Path:
         raise unwritable(home() / filename_prefix, error) from None
     while True:
         path = Path(folder) / f"{stem}_{counter:05}.safetensors"
-        # a killed run may have left only its checkpoint, one that has just begun only its log folder
-        if not any(os.path.lexists(one) for one in (path, checkpoint_path(path), log_folder(path))):
+        # a killed run may have left only its state, one that has just begun only its log folder
+        if not any(os.path.lexists(one) for one in (path, state_path(path), log_folder(path))):
             return path
         counter += 1
 
@@ -160,7 +160,7 @@ def reserved_token_path(filename_prefix: str) -> Path:
 def check_runs(tokens: Path) -> None:
     """Raises SoftREPAError where the run that writes `tokens` would follow a link out of the output folder."""
     output, logs = Path(folder_paths.get_output_directory()), log_folder(tokens)
-    for path in (checkpoint_path(tokens), logs, *(logs.iterdir() if is_folder(logs) else ())):
+    for path in (state_path(tokens), logs, *(logs.iterdir() if is_folder(logs) else ())):
         if not _is_inside(path, output):
             raise SoftREPAError(
                 f"{shown(path)} leads to {shown(os.path.realpath(path))}, expected a place in ComfyUI's output folder; "
@@ -182,7 +182,7 @@ def claimed(tokens: Path) -> Iterator[str]:
             stack.enter_context(held(lock))
         except HeldError:
             raise SoftREPAError(
-                f"resume: {shown(checkpoint_path(tokens).name)} is being written by another run at this moment, "
+                f"resume: {shown(state_path(tokens).name)} is being written by another run at this moment, "
                 "expected that to be finished, another filename_prefix, or resume off."
             ) from None
         except NoLocksError as error:
@@ -199,30 +199,30 @@ def release(tokens: Path) -> None:
         log_folder(tokens).rmdir()
 
 
-def checkpoint_path(tokens: Path) -> Path:
-    """Where the run that writes the token file `tokens` keeps its checkpoint."""
-    return _runs() / tokens.relative_to(home()).with_suffix(CHECKPOINT)
+def state_path(tokens: Path) -> Path:
+    """Where the run that writes the token file `tokens` keeps its state, what it is gone on with by."""
+    return _runs() / tokens.relative_to(home()).with_suffix(STATE)
 
 
 def log_folder(tokens: Path) -> Path:
     """Where the run that writes the token file `tokens` keeps its log and its previews."""
-    return checkpoint_path(tokens).with_name(tokens.stem)
+    return state_path(tokens).with_name(tokens.stem)
 
 
-def tokens_of_checkpoint(checkpoint: Path) -> Path:
-    """The inverse of `checkpoint_path`."""
-    inside = checkpoint.relative_to(_runs())
-    return home() / inside.with_name(inside.name.removesuffix(CHECKPOINT) + ".safetensors")
+def tokens_of_state(state: Path) -> Path:
+    """The inverse of `state_path`."""
+    inside = state.relative_to(_runs())
+    return home() / inside.with_name(inside.name.removesuffix(STATE) + ".safetensors")
 
 
-def checkpoints(filename_prefix: str) -> list[Path]:
+def states(filename_prefix: str) -> list[Path]:
     """Of the runs with this prefix, the one that was written last first."""
-    first = checkpoint_path(new_token_path(filename_prefix))
-    stem = first.name.removesuffix(CHECKPOINT).rpartition("_")[0]
-    numbered = re.compile(re.escape(stem) + r"_\d+" + re.escape(CHECKPOINT))
-    found = [path for path in first.parent.glob(f"*{CHECKPOINT}") if numbered.fullmatch(path.name)]
+    first = state_path(new_token_path(filename_prefix))
+    stem = first.name.removesuffix(STATE).rpartition("_")[0]
+    numbered = re.compile(re.escape(stem) + r"_\d+" + re.escape(STATE))
+    found = [path for path in first.parent.glob(f"*{STATE}") if numbered.fullmatch(path.name)]
     for path in found:
-        check_runs(tokens_of_checkpoint(path))
+        check_runs(tokens_of_state(path))
     return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 

@@ -31,14 +31,14 @@ USED_BY = {
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """What decides a run; the defaults are the reference's. `denoising_weight` None is the family's.
+class Settings:
+    """The method's settings by the names of the node's inputs; the defaults are the reference's, but for `steps`.
 
     What is neither the paper's nor AGSM's: `temperature_mode` and `symmetric` (`loss.contrastive_loss`), and
     `hard_negatives`, up to how many captions wrong by two swapped words each image is compared with as well.
     """
 
-    steps: int
+    steps: int = 2000
     batch_size: int = 4
     learning_rate: float = 1e-3
     optimizer: str = optimizers.DEFAULT
@@ -63,6 +63,11 @@ class TrainingConfig:
     positive_guidance: float = agsm.POSITIVE_GUIDANCE
     negative_guidance: float = agsm.NEGATIVE_GUIDANCE
     teacher_decay: float = agsm.TEACHER_DECAY
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Settings):
+    """Settings that fit together: what decides a run. `denoising_weight` None is the family's. Raises SoftREPAError."""
 
     def __post_init__(self):
         optimizers.check(self.optimizer)

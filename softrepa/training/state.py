@@ -1,4 +1,7 @@
-"""A training run's checkpoint: with it a run goes on as if it had never stopped, bit for bit on a CPU."""
+"""A training run's state and its file, the checkpoint: with it a run goes on as if it had never stopped.
+
+On a CPU bit for bit.
+"""
 
 import json
 from dataclasses import astuple, dataclass

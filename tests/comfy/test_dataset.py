@@ -8,9 +8,10 @@ import folder_paths
 import pytest
 import torch
 from comfyui_softrepa.nodes import dataset as dataset_nodes
-from comfyui_softrepa.softrepa import headless
+from comfyui_softrepa.softrepa import configuration
+from comfyui_softrepa.softrepa.comfy import headless
 from comfyui_softrepa.softrepa.comfy.data import dataset_folders, encoding
-from comfyui_softrepa.softrepa.comfy.training.launch import launch
+from comfyui_softrepa.softrepa.comfy.identity import clip_identity, vae_identity
 from comfyui_softrepa.softrepa.data import images
 from comfyui_softrepa.softrepa.data.cache import Cache
 from comfyui_softrepa.softrepa.data.sources import WholeFile
@@ -283,10 +284,10 @@ def test_the_command_line_makes_the_same_dataset(encoders, photos):
     for number in range(4):
         (photos / f"{number}.txt").write_text(f"Picture {number}.\n- Mood: calm", encoding="utf-8")
     whole = {"folder": "photos", "resolution": SIDE, "caption_lines": "whole"}
-    headless.check_inputs(whole, launch)
+    configuration.check_inputs(whole)
     node, command = read(encoders, caption_lines="whole"), headless.load_dataset(dict(whole), *encoders)
     assert command.fingerprint == node.fingerprint != read(encoders).fingerprint
-    headless.check_inputs(command.settings, launch)  # as the file of a trained run says
+    configuration.check_inputs(command.settings)  # as the file of a trained run says
 
 
 def test_a_large_damaged_file_is_left_out_and_the_rest_encoded(encoders, photos, encoded):
@@ -359,30 +360,30 @@ def test_an_image_that_goes_away(encoders, photos):
 
 def test_other_encoders_have_other_entries(encoders, photos):
     clip, vae = encoders
-    names = {encoding.clip_identity(clip)}
-    assert encoding.clip_identity(clip) in names
+    names = {clip_identity(clip)}
+    assert clip_identity(clip) in names
     skipping = nodes.CLIPSetLastLayer().set_last_layer(clip, -2)[0]
-    names.add(encoding.clip_identity(skipping))
+    names.add(clip_identity(skipping))
     longer = clip.clone()
     longer.set_tokenizer_option("t5xxl_min_length", 512)
-    names.add(encoding.clip_identity(longer))
+    names.add(clip_identity(longer))
     patched = clip.clone()
     key = next(name for name in patched.patcher.model_state_dict() if name.endswith("q_proj.weight"))
     patched.add_patches({key: (torch.ones_like(patched.patcher.model_state_dict()[key]),)}, 0.5)
-    names.add(encoding.clip_identity(patched))
+    names.add(clip_identity(patched))
     assert len(names) == 4
     # an encode loads the LoRA into the weights, which all clones share
     encoding.encode_caption(patched, "a cat")
     assert patched.patcher.backup
-    assert names == {encoding.clip_identity(one) for one in (clip, skipping, longer, patched)}
+    assert names == {clip_identity(one) for one in (clip, skipping, longer, patched)}
     encoding.encode_caption(clip, "a cat")
-    before = encoding.vae_identity(vae)
+    before = vae_identity(vae)
     weight = next(iter(vae.first_stage_model.parameters()))
     old = weight.data.flatten()[0].clone()
     weight.data.flatten()[0] += 1
-    assert encoding.vae_identity(vae) != before
+    assert vae_identity(vae) != before
     weight.data.flatten()[0] = old
-    assert encoding.vae_identity(vae) == before
+    assert vae_identity(vae) == before
 
 
 def test_clip_skip_is_seen_in_the_encodings(encoders, photos):

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import comfy.model_management as memory
 import pytest
-from comfyui_softrepa.softrepa import headless
-from comfyui_softrepa.softrepa.comfy.data import encoding
+from comfyui_softrepa.softrepa.comfy import headless, startup
+from comfyui_softrepa.softrepa.comfy.identity import clip_identity
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 
 import nodes
@@ -20,12 +20,12 @@ def test_devices_are_chosen_as_the_server_does(monkeypatch):
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.setenv(name, "before")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    headless.choose_devices(SimpleNamespace(**NO_CHOICE))
+    startup.choose_devices(SimpleNamespace(**NO_CHOICE))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "before"
-    headless.choose_devices(SimpleNamespace(**NO_CHOICE | {"cuda_device": 1, "deterministic": True}))
+    startup.choose_devices(SimpleNamespace(**NO_CHOICE | {"cuda_device": 1, "deterministic": True}))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == os.environ["HIP_VISIBLE_DEVICES"] == "1"
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    headless.choose_devices(SimpleNamespace(**NO_CHOICE | {"default_device": 2}))
+    startup.choose_devices(SimpleNamespace(**NO_CHOICE | {"default_device": 2}))
     assert os.environ["CUDA_VISIBLE_DEVICES"].startswith("2,0,1,3,")
 
 
@@ -36,7 +36,7 @@ def test_the_clip_is_as_the_nodes_had_set_it():
     inputs = {"clip_layer": -2, "tokenizer_options": {"t5xxl_min_length": 512}, "folder": "x"}
     found = headless.set_clip(inputs, clip)
     assert inputs == {"folder": "x"}
-    assert encoding.clip_identity(found) == encoding.clip_identity(changed) != encoding.clip_identity(clip)
+    assert clip_identity(found) == clip_identity(changed) != clip_identity(clip)
     with pytest.raises(SoftREPAError, match="tokenizer_options has t5xxl_min_length 'long', expected a whole number"):
         headless.set_clip({"tokenizer_options": {"t5xxl_min_length": "long"}}, clip)
 

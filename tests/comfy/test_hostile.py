@@ -14,8 +14,9 @@ from comfyui_softrepa.nodes import schema
 from comfyui_softrepa.nodes.tokens import LoadTokens, SaveTokens
 from comfyui_softrepa.softrepa import token_files
 from comfyui_softrepa.softrepa.comfy import folders
-from comfyui_softrepa.softrepa.comfy.data.encoding import dataset_of_folder
+from comfyui_softrepa.softrepa.comfy.data.assembly import dataset_of_folder
 from comfyui_softrepa.softrepa.comfy.training import run as training
+from comfyui_softrepa.softrepa.data.inputs import DatasetInputs
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training.trainer import Trainer
 from softrepa_tests.conftest import ROOT
@@ -150,7 +151,7 @@ def test_texts_for_the_browser_can_be_sent(monkeypatch):
 def test_numbers_that_are_none(tmp_path, option, value):
     numbers = {"validation_percent": 0.0, "cache_gb": 1.0} | {option: value}
     with pytest.raises(SoftREPAError, match=f"{option} is {value}, expected 0 to "):
-        dataset_of_folder(tmp_path, "pictures", None, None, 64, False, **numbers)
+        dataset_of_folder(tmp_path, "pictures", None, None, DatasetInputs(64, False, **numbers))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_a_run_that_is_being_written_is_not_resumed(models, token_folder, monkey
     assert message.startswith("resume: run_00001.checkpoint.safetensors is being written by another run at this moment")
     assert token_files.load(path).metadata["steps"] == "4"
     assert short(models, "run", steps=5, resume=True) == path
-    assert list(folders.checkpoint_path(folders.home() / "run").parent.rglob(folders.LOCK)) == []
+    assert list(folders.state_path(folders.home() / "run").parent.rglob(folders.LOCK)) == []
 
 
 def test_what_another_run_has_added_meanwhile_is_gone_on_from(models, token_folder, monkeypatch):

@@ -33,7 +33,7 @@ def wait_for_checkpoint(seconds: float = 60) -> None:
 
 def written() -> tuple[Path, int] | None:
     """The newest checkpoint and when it was written. A run that is killed before its first one leaves none."""
-    found = folders.checkpoints(OFTEN["filename_prefix"])
+    found = folders.states(OFTEN["filename_prefix"])
     return (found[0], found[0].stat().st_mtime_ns) if found else None
 
 

@@ -9,7 +9,7 @@ import torch
 from comfyui_softrepa.nodes.tokens import SaveTokens
 from comfyui_softrepa.softrepa import token_files
 from comfyui_softrepa.softrepa.comfy import folders
-from comfyui_softrepa.softrepa.comfy.training.identity import base_model
+from comfyui_softrepa.softrepa.comfy.identity import model_identity
 from comfyui_softrepa.softrepa.comfy.training.reports import LogFile
 from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
@@ -162,7 +162,7 @@ def test_what_led_to_no_number_does_not_replace_what_was_saved(models, token_fol
     with pytest.raises(SoftREPAError, match=r"The (loss|gradient) is .* at step \d+, expected a number"):
         train(models, "sd3", steps=9, filename_prefix="run", optimizer="SGD", learning_rate=1e30, checkpoint_every=1)
     saved = token_files.load(token_folder / "run_00001.safetensors")
-    state = training_state.load(folders.checkpoint_path(token_folder / "run_00001.safetensors"))
+    state = training_state.load(folders.state_path(token_folder / "run_00001.safetensors"))
     assert saved.metadata["steps"] == str(state.step)
     assert all(value.isfinite().all() for key, value in state.tensors.items() if key.startswith("parameter/"))
 
@@ -260,11 +260,11 @@ def test_a_model_is_known_by_its_weights_and_loras_whatever_is_loaded(models):
     def with_lora(strength):
         return comfy.sd.load_lora_for_models(models["sd15"], None, lora_for(models["sd15"], "sd15"), strength, 0.0)[0]
 
-    plain = base_model(models["sd15"])
+    plain = model_identity(models["sd15"])
     whole, half = with_lora(1.0), with_lora(0.5)
-    before = [base_model(whole), base_model(half)]
+    before = [model_identity(whole), model_identity(half)]
     assert len({plain, *before}) == 3
     for model in (whole, half, models["sd15"]):
         memory.load_models_gpu([model], force_full_load=True)
-        assert [base_model(models["sd15"]), base_model(whole), base_model(half)] == [plain, *before]
-    assert base_model(with_lora(0.5)) == before[1]
+        assert [model_identity(models["sd15"]), model_identity(whole), model_identity(half)] == [plain, *before]
+    assert model_identity(with_lora(0.5)) == before[1]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import alignment
-from benchmarks.alignment import BASELINE, CONTROL, ROWS, SOFTREPA, Job
+from benchmarks import alignment_rows
 from benchmarks.alignment_report import CATEGORIES, Found, difference, plot, report
+from benchmarks.alignment_rows import BASELINE, CONTROL, ROWS, SOFTREPA, Job
 from benchmarks.smallworld import study
 from benchmarks.smallworld.tokens import CATEGORIES as TRAINED
 from benchmarks.smallworld.world import COLOURS, SHAPES, Group, Spec, draw, random_scene
@@ -85,11 +85,11 @@ def write(job: Job, shift: float) -> None:
     facts = {name: [*figures(20), *[float("nan")] * 4] for name in CATEGORIES}
     single = {name: figures(24) for name in ("clean", "loss", "retrieval", "hard_retrieval")}
     result = {"right": by_category, "facts": facts, "distance": shift, **single}
-    alignment.result_path(job).write_text(json.dumps(result), encoding="utf-8")
+    alignment_rows.result_path(job).write_text(json.dumps(result), encoding="utf-8")
 
 
 def test_the_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(alignment, "RESULTS", tmp_path)
+    monkeypatch.setattr(alignment_rows, "RESULTS", tmp_path)
     text = report(Found())
     assert text.count("not run") >= len(ROWS) - 3
     for name, shift in ((BASELINE, 0.0), (SOFTREPA, 0.5), (CONTROL, 0.0)):
@@ -102,7 +102,7 @@ def test_the_report(tmp_path, monkeypatch):
     plot(Found(), tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert len(picture.getcolors(2**20)) > 10
-    monkeypatch.setattr(alignment, "STEPS", alignment.STEPS + 1)
+    monkeypatch.setattr(alignment_rows, "STEPS", alignment_rows.STEPS + 1)
     assert f"{SOFTREPA} (0 runs)" in report(Found())  # other settings, other results
 
 

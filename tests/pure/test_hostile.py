@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_softrepa.softrepa import __main__ as command_line
-from comfyui_softrepa.softrepa import headless, locks, token_files
+from comfyui_softrepa.softrepa import configuration, locks, token_files
 from comfyui_softrepa.softrepa.data import swaps
 from comfyui_softrepa.softrepa.errors import MOST_SAID, SoftREPAError, printable, shown
 from comfyui_softrepa.softrepa.families import FAMILIES, parse_blocks
@@ -406,13 +406,11 @@ def test_configurations(capsys, tmp_path, text, message):
 
 
 def test_numbers_that_are_none_in_a_configuration():
-    def launch(learning_rate: float = 1.0): ...
-
     for value in (float("nan"), float("inf"), 10**400):
         for name in ("validation_percent", "cache_gb", "learning_rate", "seed"):
             with pytest.raises(SoftREPAError, match=f"CONFIG: {name} is"):
-                headless.check_inputs({name: value}, launch)
-    headless.check_inputs({"validation_percent": 10, "seed": 2**63 - 1}, launch)
+                configuration.check_inputs({name: value})
+    configuration.check_inputs({"validation_percent": 10, "seed": 2**63 - 1})
 
 
 # Checkpoints

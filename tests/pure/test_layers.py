@@ -34,8 +34,10 @@ COMFYUI = {
 """Its top-level modules, and its own packages on the package index."""
 
 FOR_COMFYUI = ("softrepa/comfy", "nodes")
-STARTS_COMFYUI = Path("softrepa/headless.py")
+STARTS_COMFYUI = Path("softrepa/comfy/startup.py")
 """Makes ComfyUI importable for the command line: its folder is only known when a command runs."""
+COMMAND_LINE = Path("softrepa/__main__.py")
+"""Stands above the method and ComfyUI's side, as the nodes do."""
 
 NEVER = {
     "aiohttp": "network",
@@ -81,8 +83,12 @@ def tree(path: Path) -> ast.Module:
 
 def foreign_imports(path: Path) -> set[str]:
     """Top-level names of the absolute imports, those inside functions too."""
+    return foreign_imports_of(tree(path))
+
+
+def foreign_imports_of(code: ast.AST) -> set[str]:
     found = set()
-    for node in ast.walk(tree(path)):
+    for node in ast.walk(code):
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -113,15 +119,22 @@ def is_inside(path: Path, *folders: str) -> bool:
 
 def test_the_lists_are_of_this_pack():
     assert {path.parts[0] for path in SHIPPED} == {"softrepa", "nodes", "__init__.py"}
-    assert STARTS_COMFYUI in SHIPPED
+    assert {COMMAND_LINE, STARTS_COMFYUI} <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=str)
 def test_imports(path):
     found = foreign_imports(path)
     assert {name: NEVER[name] for name in found & NEVER.keys()} == {}
-    if not is_inside(path, *FOR_COMFYUI) and path != STARTS_COMFYUI:
+    if not is_inside(path, *FOR_COMFYUI):
         assert found & COMFYUI == set(), "only softrepa/comfy and nodes talk to ComfyUI"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_comfyui_is_imported_at_the_top(path):
+    inside = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
+    found = {name for function in inside for name in foreign_imports_of(function)} & COMFYUI
+    assert bool(found) == (path == STARTS_COMFYUI)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=str)
@@ -144,5 +157,25 @@ def test_the_method_knows_neither_nodes_nor_comfyui():
     for path in SHIPPED:
         if is_inside(path, "softrepa"):
             assert not [one for one in own_imports(path) if is_inside(one, "nodes")], path
-        if is_inside(path, "softrepa") and not is_inside(path, "softrepa/comfy") and path != STARTS_COMFYUI:
+        if is_inside(path, "softrepa") and not is_inside(path, "softrepa/comfy") and path != COMMAND_LINE:
             assert not [one for one in own_imports(path) if is_inside(one, "softrepa/comfy")], path
+
+
+def benchmark_imports(path: Path) -> set[Path]:
+    """Files of benchmarks/ that a file of it imports."""
+    named = {
+        Path(*node.module.split("."))
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("benchmarks.")
+    }
+    return {one.with_suffix(".py") for one in named}
+
+
+def test_no_benchmark_imports_one_that_imports_it():
+    paths = files("benchmarks/*.py", "benchmarks/smallworld/*.py")
+    imports = {path: benchmark_imports(path) & set(paths) for path in paths}
+    reached = {path: set(found) for path, found in imports.items()}
+    for _ in paths:
+        for found in reached.values():
+            found |= {further for one in found for further in imports[one]}
+    assert [str(path) for path, found in reached.items() if path in found] == []

@@ -25,7 +25,7 @@ from ..models import check_fit, chosen_blocks
 from .attention import OVERRIDE, SoftKeyBias, heeds_masks
 from .state import KEY, CallState, Entries, Place
 
-ROLES = "softrepa_roles"
+ROLES_OPTION = "softrepa_roles"
 
 APPLY_TO = ("both", "positive", "negative")
 BANKS = ("positive", "negative")
@@ -143,7 +143,7 @@ class SoftTokenPatch:
         """APPLY_MODEL wrapper: leaves this call's rows and hooks in a copy of `transformer_options`."""
         base_model = executor.class_obj
         options = transformer_options.copy()
-        negative = negative_rows(options.pop(ROLES, {}), options.get("uuids", ()), len(x))
+        negative = negative_rows(options.pop(ROLES_OPTION, {}), options.get("uuids", ()), len(x))
         # ComfyUI's compile node drops guards on transformer_options, so there what is inserted must never change.
         is_compiled = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
         state = self.state(base_model, t, negative, is_fixed=is_compiled)
@@ -262,7 +262,7 @@ def name_roles(executor, x, timestep, model_options={}, seed=None):
                 cond["uuid"] = uuid4()
             roles[cond["uuid"]] = is_negative
     model_options = model_options.copy()
-    model_options["transformer_options"] = model_options.get("transformer_options", {}) | {ROLES: roles}
+    model_options["transformer_options"] = model_options.get("transformer_options", {}) | {ROLES_OPTION: roles}
     return executor(x, timestep, model_options, seed)
 
 

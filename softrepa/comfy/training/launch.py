@@ -1,137 +1,74 @@
 """A training run from the inputs that people give: the node's widgets, or a configuration file of the same names."""
 
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from ...data.dataset import Dataset
-from ...errors import SoftREPAError, shown
-from ...tokens import SoftTokens
-from ...training.config import TrainingConfig
-from ...training.presets import with_preset
+from ...errors import SoftREPAError
+from ...training.inputs import TrainingInputs
 from .. import folders
 from ..families import model_shape
 from .reports import Curves, LogFile, Measured, Samples
-from .run import Run, TokenPlan, train
+from .run import Trained, train
 from .score import HeldOut
-from .session import Files, Report
+from .session import Report, RunFiles
 
-TIME_TABLE = {"auto": None, "on": True, "off": False}
 VALIDATION_BATCHES = 16
 PREVIEW_STEPS = 20
-MOST_CFG = 100
 
 
-def launch(
-    model,
-    dataset: Dataset,
-    say: Callable[[str], None],
-    *,
-    n_tokens: int = 0,
-    blocks: str = "auto",
-    time_table: str = "auto",
-    denoising_weight: float = -1.0,
-    micro_batch: int = 0,
-    checkpoint_every: int = 500,
-    filename_prefix: str = "trained",
-    init_tokens: SoftTokens | None = None,
-    checkpointing: bool = True,
-    preview_positive=None,
-    preview_negative=None,
-    vae=None,
-    preview_every: int = 500,
-    preview_cfg: float = 4.0,
-    resume: bool = False,
-    preset: str = "paper",
-    **options,
-) -> Run:
-    """0, -1 and "auto" mean the family's recipe; `options` are those of `TrainingConfig`. Raises SoftREPAError."""
-    least = {"n_tokens": 0, "micro_batch": 0, "checkpoint_every": 0, "preview_every": 1}
-    for (name, low), value in zip(least.items(), (n_tokens, micro_batch, checkpoint_every, preview_every), strict=True):
-        if value < low:
-            raise SoftREPAError(f"{name} is {value}, expected {low} or more.")
-    if denoising_weight < 0 and denoising_weight != -1:
-        raise SoftREPAError(f"denoising_weight is {denoising_weight:g}, expected 0 or more, or -1.")
-    if not 1 <= preview_cfg <= MOST_CFG:  # nor NaN, which ComfyUI lets through
-        raise SoftREPAError(f"preview_cfg is {preview_cfg:g}, expected 1 to {MOST_CFG}.")
-    options = with_preset(preset, options)
-    config = TrainingConfig(**options, denoising_weight=None if denoising_weight < 0 else denoising_weight)
-    if time_table not in TIME_TABLE:
-        raise SoftREPAError(f'time_table is "{shown(time_table)}", expected one of {", ".join(TIME_TABLE)}.')
-    plan = TokenPlan(
-        n_tokens or None,
-        None if blocks == "auto" else blocks,
-        TIME_TABLE[time_table],
-        two_banks=config.objective == "agsm",
-    )
-    preview = {"preview_positive": preview_positive, "preview_negative": preview_negative, "vae": vae}
-    missing = [name for name, value in preview.items() if value is None]
-    if missing and len(missing) < len(preview):
-        raise SoftREPAError(f"{', '.join(missing)} is not connected, expected all of {', '.join(preview)} or none.")
-    batches = None
+def launch(model, dataset: Dataset, say: Callable[[str], None], inputs: TrainingInputs) -> Trained:
+    """Trains, with everybody who looks at it; what others may write is claimed until it ends. Raises SoftREPAError."""
+    held_out = None
     if dataset.validation:
-        batches = HeldOut(dataset, config.batch_size, VALIDATION_BATCHES, config.seed)
-    if not missing:
-        check_previews(model, preview_positive, preview_negative, vae)
-
-    def reports(files: Files) -> list[Report]:
-        logs = folders.log_folder(files.tokens)
-        found: list[Report] = [] if batches is None else [Measured(batches, preview_every)]
-        found.append(LogFile(logs / "steps.csv"))
-        if not missing:
-            size = dataset.encodings.latent(dataset.train[0]).shape
-            prompts = (preview_positive, preview_negative)
-            found.append(Samples(*prompts, vae, size, preview_cfg, PREVIEW_STEPS, preview_every, logs))
-        return [*found, Curves(logs / "curves.png")]
-
-    given = options | {
-        "n_tokens": n_tokens,
-        "blocks": blocks,
-        "time_table": time_table,
-        "denoising_weight": denoising_weight,
-        "filename_prefix": filename_prefix,
-    }
-    if init_tokens is not None:
-        given["init_tokens"] = init_tokens.name
+        config = inputs.config
+        held_out = HeldOut(dataset, config.batch_size, VALIDATION_BATCHES, config.seed)
+    if inputs.has_preview:
+        check_preview(model, inputs)
     with ExitStack() as held:
-
-        def claim(tokens: Path) -> str:
-            """Until the run ends, however it does."""
-            return held.enter_context(folders.claimed(tokens))
-
-        earlier = (
-            [folders.tokens_of_checkpoint(path) for path in folders.checkpoints(filename_prefix)] if resume else []
-        )
-        paths = earlier or [folders.reserved_token_path(filename_prefix)]
-        for path in paths:
-            held.callback(folders.release, path)
-        runs = [Files(path, folders.checkpoint_path(path), checkpoint_every, partial(claim, path)) for path in paths]
-        return train(
-            model,
-            dataset,
-            config,
-            plan,
-            runs[0],
-            resume=runs if earlier else (),
-            init_tokens=init_tokens,
-            micro_batch=micro_batch,
-            checkpointing=checkpointing,
-            reports=reports,
-            metadata={"inputs": json.dumps(given | dataset.settings, sort_keys=True)},
-            on_progress=say,
-        )
+        reports = partial(reports_of, inputs, dataset, held_out)
+        return train(model, dataset, inputs, run_files(inputs, held), reports, say)
 
 
-def check_previews(model, positive, negative, vae) -> None:
+def run_files(inputs: TrainingInputs, held: ExitStack) -> list[RunFiles]:
+    """Of a new run, or of those that may be gone on with, the newest first; released when `held` ends."""
+
+    def claim(tokens: Path) -> str:
+        """Until the run ends, however it does."""
+        return held.enter_context(folders.claimed(tokens))
+
+    prefix = inputs.filename_prefix
+    earlier = [folders.tokens_of_state(path) for path in folders.states(prefix)] if inputs.resume else []
+    paths = earlier or [folders.reserved_token_path(prefix)]
+    for path in paths:
+        held.callback(folders.release, path)
+    every = inputs.checkpoint_every
+    return [RunFiles(path, folders.state_path(path), not earlier, every, partial(claim, path)) for path in paths]
+
+
+def reports_of(inputs: TrainingInputs, dataset: Dataset, held_out: HeldOut | None, files: RunFiles) -> list[Report]:
+    """Who looks at a run, in the order in which they do."""
+    logs = folders.log_folder(files.tokens)
+    found: list[Report] = [] if held_out is None else [Measured(held_out, inputs.preview_every)]
+    found.append(LogFile(logs / "steps.csv"))
+    if inputs.has_preview:
+        size = dataset.encodings.latent(dataset.train[0]).shape
+        prompts = (inputs.preview_positive, inputs.preview_negative)
+        found.append(Samples(*prompts, inputs.vae, size, inputs.preview_cfg, PREVIEW_STEPS, inputs.preview_every, logs))
+    return [*found, Curves(logs / "curves.png")]
+
+
+def check_preview(model, inputs: TrainingInputs) -> None:
     """A preview that cannot work is refused before hours have passed."""
     family = model_shape(model).family
     expected = family.text_width
-    for name, cond in (("preview_positive", positive), ("preview_negative", negative)):
+    for name in ("preview_positive", "preview_negative"):
+        cond = getattr(inputs, name)
         if not cond or cond[0][0].shape[-1] != expected:
             found = f"text of width {cond[0][0].shape[-1]}" if cond else "nothing"
             raise SoftREPAError(f"{name} holds {found}, expected width {expected} for {family.title}.")
-    channels, of_vae = model.model.latent_format.latent_channels, getattr(vae, "latent_channels", None)
+    channels, of_vae = model.model.latent_format.latent_channels, getattr(inputs.vae, "latent_channels", None)
     if of_vae not in (None, channels):
         raise SoftREPAError(f"vae has {of_vae} latent channels, expected {channels} for {family.title}.")

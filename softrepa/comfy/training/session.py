@@ -20,19 +20,37 @@ from ...tokens import SoftTokens
 from ...training import state as training_state
 from ...training.trainer import DivergedError, StepRecord, Trainer
 from .. import folders
+from .fitting import AdaptivePairs
 
 
 @dataclass(frozen=True)
-class Files:
-    """Where a run writes its tokens and its checkpoint, and after how many steps; 0 is only at the end.
+class RunFiles:
+    """Where a run writes its tokens and its state, and after how many steps; 0 is only at the end.
 
-    `claim` keeps others from writing them and gives a line where that is not possible.
+    `is_new` where nothing is there yet. `claim` keeps others from writing them and gives a line where that is not
+    possible.
     """
 
     tokens: Path
-    checkpoint: Path
+    state: Path
+    is_new: bool = True
     every: int = 500
     claim: Callable[[], str] = lambda: ""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, loaded and checked.
+
+    identity: the settings that decide its result, by name; metadata: what the token file says of it.
+    """
+
+    trainer: Trainer
+    pairs: AdaptivePairs
+    dataset: Dataset
+    model: ModelPatcher
+    identity: dict[str, object]
+    metadata: dict[str, str]
 
 
 class Report:
@@ -46,18 +64,9 @@ class Report:
 class Session:
     """The steps of one run and what it leaves on disk. Raises SoftREPAError where another run writes there."""
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        dataset: Dataset,
-        model: ModelPatcher,
-        files: Files,
-        identity: dict,
-        metadata: dict[str, str],
-        say: Callable[[str], None],
-    ):
-        self.trainer, self.dataset, self.model, self.files = trainer, dataset, model, files
-        self.identity, self.metadata, self._say = identity, metadata, say
+    def __init__(self, parts: Parts, files: RunFiles, say: Callable[[str], None]):
+        self.parts, self.files, self._say = parts, files, say
+        self.trainer, self.dataset, self.model = parts.trainer, parts.dataset, parts.model
         problem = files.claim()
         self.notices: dict[str, str] = {"lock": problem} if problem else {}
         """What stays readable above the progress, by subject."""
@@ -67,17 +76,17 @@ class Session:
         self.records: list[StepRecord] = []
         self.held_out: list[tuple[int, float, float]] = []
         """(step, retrieval accuracy, loss) on images that are not trained on, where somebody measured them."""
-        self.position = dataset.state()
+        self.position = self.dataset.state()
         self.written = (0, 0)
         self.has_diverged = False
-        self.bar = ProgressBar(trainer.config.steps)
+        self.bar = ProgressBar(self.trainer.config.steps)
 
     def go_on_from(self, saved: training_state.TrainingState) -> None:
-        saved = training_state.load(self.files.checkpoint)  # whoever wrote it until now may have gone on
+        saved = training_state.load(self.files.state)  # whoever wrote it until now may have gone on
         if saved.step > self.trainer.config.steps:
             raise SoftREPAError(
                 f"steps is {self.trainer.config.steps}, expected at least the {saved.step} that "
-                f"{self.files.checkpoint.name} has behind it, or resume off."
+                f"{self.files.state.name} has behind it, or resume off."
             )
         training_state.restore(self.trainer, saved)
         self.dataset.restore(saved.position)
@@ -135,7 +144,7 @@ class Session:
 
     def tokens(self) -> SoftTokens:
         """As they are after the last finished step."""
-        metadata = self.metadata | {"steps": str(len(self.records))}
+        metadata = self.parts.metadata | {"steps": str(len(self.records))}
         return self.trainer.finished(folders.listed_name(self.files.tokens), metadata)
 
     def finish(self, reports: Sequence[Report]) -> None:
@@ -162,12 +171,12 @@ class Session:
             self.say(f"stopped after step {self.written[0]}, saved as {self.files.tokens.name}")
 
     def write(self) -> None:
-        """Checkpoint first: what is in the token file can always be gone on from."""
+        """The state first: what is in the token file can always be gone on from."""
         if self._measure() == self.written and (self.files.tokens.exists() or not self.records):
             return
-        tokens = self.tokens()  # refuses what is not finite, before a good checkpoint is replaced
-        state = training_state.capture(self.trainer, self.records, self.held_out, self.position, self.identity)
-        training_state.save(state, self.files.checkpoint)
+        tokens = self.tokens()  # refuses what is not finite, before a good state is replaced
+        state = training_state.capture(self.trainer, self.records, self.held_out, self.position, self.parts.identity)
+        training_state.save(state, self.files.state)
         token_files.save(tokens, self.files.tokens)
         self.written = self._measure()
 

@@ -1,0 +1,133 @@
+"""Training and scoring without ComfyUI's server: the same engine, caches and files. ComfyUI must be started."""
+
+import os
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.model_management as memory
+import comfy.sd
+import folder_paths
+import torch
+
+from .. import token_files
+from ..configuration import CLIP, DATA, check_to_score, check_to_train
+from ..data.inputs import DatasetInputs
+from ..errors import SoftREPAError, printable, shown
+from ..files import is_file
+from ..progress_line import ProgressLine
+from ..tokens import SoftTokens
+from ..training.inputs import KINDS, ScoreInputs, TrainingInputs
+from ..training.timesteps import parse_timesteps
+from . import folders
+from .data.assembly import dataset_of_folder
+from .data.dataset_folders import dataset_path
+from .tokens.patching import apply_tokens
+from .training.launch import launch
+from .training.score import HeldOut
+from .training.score import score as measure
+
+
+def load_checkpoint(name: str):
+    """MODEL, CLIP and VAE of a checkpoint by its name in ComfyUI or its path, as its own loader gives them."""
+    path = name if is_file(Path(name)) else folder_paths.get_full_path("checkpoints", name)
+    if path is None:
+        raise SoftREPAError(
+            f'checkpoint is "{shown(name)}", expected the name of one in ComfyUI\'s checkpoints, or a path.'
+        )
+    with torch.inference_mode():
+        model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=True)
+    for part, found in (("model", model), ("CLIP", clip), ("VAE", vae)):
+        if found is None:
+            raise SoftREPAError(f'checkpoint "{shown(name)}" holds no {part}, expected a whole checkpoint.')
+    return model, clip, vae
+
+
+def set_clip(inputs: dict, clip):
+    """A CLIP as `inputs` say it was when they were written; these are removed from them."""
+    options, layer = (inputs.pop(name, default) for name, default in CLIP.items())
+    clip = clip.clone()
+    for name, value in options.items():
+        if type(value) is not int:
+            raise SoftREPAError(
+                f"CONFIG: tokenizer_options has {shown(name)} {shown(repr(value))}, expected a whole number."
+            )
+        clip.set_tokenizer_option(name, value)
+    if layer:
+        clip.clip_layer(layer)
+    return clip
+
+
+def load_dataset(inputs: dict, clip, vae):
+    """The dataset of "folder" and what else the dataset node takes; these are removed from `inputs`."""
+    name = inputs.pop("folder")
+    asked = DatasetInputs(**{key: inputs.pop(key, default) for key, default in DATA.items()})
+    with torch.inference_mode():
+        return dataset_of_folder(dataset_path(name), name, clip, vae, asked)
+
+
+def train(config: dict) -> Path:
+    """Trains as the node does; returns the file of tokens."""
+    check_to_train(config)
+    inputs = TrainingInputs(**{name: config[name] for name in KINDS if name in config})
+    rest = dict(config)
+    model, clip, vae = load_checkpoint(rest.pop("checkpoint"))
+    clip = set_clip(rest, clip)
+    dataset = load_dataset(rest, clip, vae)
+    print(printable(dataset.summary), file=sys.stderr)
+    if "init_tokens" in config:
+        inputs = replace(inputs, init_tokens=load_tokens(config["init_tokens"]))
+    if text := config.get("preview_prompt"):
+        with torch.inference_mode():
+            positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(one)) for one in (text, ""))
+        inputs = replace(inputs, preview_positive=positive, preview_negative=negative, vae=vae)
+    with ProgressLine() as line, torch.inference_mode(), interrupted_between_steps():
+        return launch(model, dataset, line, inputs).path
+
+
+@contextmanager
+def interrupted_between_steps():
+    """Ctrl+C is ComfyUI's interrupt: a step is done whole or not at all. A second one stops at once."""
+
+    def interrupt(*_):
+        signal.signal(signal.SIGINT, before)
+        memory.interrupt_current_processing()
+
+    is_main = threading.current_thread() is threading.main_thread()  # only there signals can be handled
+    if not is_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as nohup and & in scripts leave it
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except memory.InterruptProcessingException:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def score(config: dict, tokens_name: str | None, asked: ScoreInputs) -> dict:
+    """Accuracy and loss of a checkpoint on a folder, with tokens or without."""
+    check_to_score(config)
+    inputs = dict(config)
+    model, clip, vae = load_checkpoint(inputs.pop("checkpoint"))
+    dataset = load_dataset(inputs, set_clip(inputs, clip), vae)
+    with torch.inference_mode():
+        if tokens_name:
+            model = apply_tokens(model, load_tokens(tokens_name))
+        batches = HeldOut(dataset, asked.batch_size, asked.batches, asked.seed)
+        found = measure(model, batches, parse_timesteps(asked.timesteps), asked.seed)
+    by_timestep = {
+        name: dict(zip(found.timesteps, getattr(found, name).float().mean(1).tolist(), strict=True))
+        for name in ("retrieved", "losses", "information")
+    }
+    return {"accuracy": found.accuracy, "loss": found.loss, "images": found.losses.shape[1], "by_timestep": by_timestep}
+
+
+def load_tokens(name: str) -> SoftTokens:
+    """By path, or by the name that the loader lists."""
+    path = Path(name)
+    return token_files.load(path if os.path.lexists(path) else folders.token_path(name))

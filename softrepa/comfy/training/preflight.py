@@ -1,0 +1,71 @@
+"""What is checked before a run's first step: the model, the dataset, and one small step of both."""
+
+import logging
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...data.dataset import Dataset
+from ...errors import SoftREPAError
+from ...training.config import TrainingConfig
+from ...training.loss import denoising_loss
+from ...training.pairs import StepBatch
+from ..data.checks import check_encodings
+from ..families import ModelShape, model_shape
+from ..tokens.state import KEY
+from .fitting import first_pairs, memory_line
+from .session import Parts
+
+VANISHING = 1e-4
+"""Below this the contrastive loss hardly depends on any error; at temperature 0.07 that is an error of about 1."""
+
+
+def checked_model(model: ModelPatcher) -> ModelShape:
+    shape = model_shape(model)
+    if model.get_attachment(KEY) is not None:
+        raise SoftREPAError("Model has soft tokens on it, expected the plain model; go on with init_tokens.")
+    return shape
+
+
+def check_dataset(dataset: Dataset, model: ModelPatcher, config: TrainingConfig) -> None:
+    """Encodings of this model, and enough different captions for a batch."""
+    check_encodings(dataset, model)
+    if dataset.different_captions < config.batch_size:
+        raise SoftREPAError(
+            f"{dataset.label} has {dataset.different_captions} images of one size with different captions, "
+            f"expected at least batch_size, {config.batch_size}."
+        )
+
+
+def check_gradients(parts: Parts, notice: Callable[[str, str], None]) -> None:
+    """On two images and captions: a pair fits, every soft block feels its tokens, and the loss the errors."""
+    trainer, pairs, dataset = parts.trainer, parts.pairs, parts.dataset
+    position = dataset.state()  # what the run draws must not depend on this
+    latents, conds, wrong = trainer.next_batch(trainer.config.batch_size)
+    dataset.restore(position)
+    noise = torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(0))
+    rows = trainer.tokens.rows(500, pairs.embed).detach()
+    whole = StepBatch.of_all(latents, noise, [*conds, *chain(*wrong)], 500)
+    errors, gradients = pairs.one_by_one(rows, first_pairs(whole, 2))
+    notice("memory", memory_line(pairs, rows, whole))
+    for layer, norm in enumerate(gradients.flatten(2).norm(dim=-1).amax(dim=0).tolist()):
+        if not norm > 0:
+            raise SoftREPAError(
+                f"Soft block {layer} gets no gradient, expected one in each: another node replaces its attention."
+            )
+    config = trainer.config
+    if config.objective != "contrastive":
+        return
+    errors = errors.detach().requires_grad_()
+    contrast = trainer.objective(errors) - (config.denoising_weight or 0.0) * denoising_loss(errors)
+    slope = torch.autograd.grad(contrast, errors)[0].abs().max().item()
+    if slope < VANISHING:
+        text = (
+            f"The contrastive loss hardly depends on the errors (about {errors.mean().item():.2f}) at temperature "
+            f"{config.temperature}: slope {slope:.0e}. Nothing will be learned from the contrast; try temperature_mode "
+            "relative with temperature 1."
+        )
+        logging.warning("SoftREPA: %s", text)
+        notice("contrast", text)

@@ -1,0 +1,69 @@
+"""One list of inputs: what the nodes show, what the command line takes and what a file says are the same."""
+
+from dataclasses import fields
+
+import pytest
+from comfyui_softrepa.softrepa.configuration import ALL_KINDS, check_inputs
+from comfyui_softrepa.softrepa.data.inputs import DatasetInputs
+from comfyui_softrepa.softrepa.errors import SoftREPAError
+from comfyui_softrepa.softrepa.training.inputs import DEFAULTS, KINDS, NOT_IN_THE_FILE, ScoreInputs, TrainingInputs
+
+IO_TYPES = {int: {"INT"}, float: {"FLOAT"}, bool: {"BOOLEAN"}, str: {"STRING", "COMBO"}}
+OTHER_KIND = {int: 1.5, float: "1", bool: 1, str: 1}
+CONNECTED = {"model", "dataset", "folder", "clip", "vae"}
+"""What comes from elsewhere; the training node's `vae` is for its previews."""
+WITHOUT_A_WIDGET = {
+    *("weight_decay", "minimum_learning_rate", "schedule_steps", "restart_after"),
+    *("agsm_temperature", "positive_guidance", "negative_guidance", "teacher_decay"),
+}
+"""Constants of the papers, which the command line takes."""
+NODES = {"SoftREPATrain": TrainingInputs, "SoftREPADataset": DatasetInputs, "SoftREPAScore": ScoreInputs}
+
+
+def inputs_of(pack, name: str) -> dict:
+    return {entry.id: entry for entry in pack[name].GET_SCHEMA().inputs}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_every_field_is_an_input_of_its_node(pack, name):
+    shown, known = set(inputs_of(pack, name)), {field.name for field in fields(NODES[name])}
+    assert shown - known <= CONNECTED
+    assert known - shown == (WITHOUT_A_WIDGET if name == "SoftREPATrain" else set())
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_defaults_and_kinds_are_the_lists(pack, name):
+    entries = inputs_of(pack, name)
+    for field in fields(NODES[name]):
+        if field.default is None or field.name in WITHOUT_A_WIDGET:
+            continue
+        entry = entries[field.name]
+        assert entry.default == field.default, field.name
+        assert type(entry.default) is type(field.default), field.name
+        assert entry.io_type in IO_TYPES[type(field.default)], field.name
+        assert getattr(entry, "options", None) is None or field.default in entry.options
+        assert entry.optional == (field.name not in NODES[name].REQUIRED), field.name
+
+
+def test_the_command_line_takes_what_the_nodes_take(pack):
+    taken = {entry for name in ("SoftREPATrain", "SoftREPADataset") for entry in inputs_of(pack, name)} - {
+        *CONNECTED,
+        "folder",
+    }
+    assert taken - ALL_KINDS.keys() == {"preview_positive", "preview_negative"}  # preview_prompt makes both
+    check_inputs({name: DEFAULTS[name] for name in KINDS})
+    for name, kind in KINDS.items():
+        with pytest.raises(SoftREPAError, match=rf"CONFIG: {name} is .*, expected a value of type {kind.__name__}\."):
+            check_inputs({name: OTHER_KIND[kind]})
+
+
+@pytest.mark.parametrize("given", [{}, {"preset": "AGSM"}, {"denoising_weight": 2.0, "temperature": 1, "blocks": "3"}])
+def test_what_a_file_says_makes_the_same_run(given):
+    inputs = TrainingInputs(**given, micro_batch=3, resume=True)
+    said = inputs.in_the_file()
+    check_inputs(said)
+    again = TrainingInputs(**said)
+    assert again.config == inputs.config
+    assert again.in_the_file() == said
+    assert set(NOT_IN_THE_FILE) == DEFAULTS.keys() - said.keys() - {"init_tokens"}
+    assert not {"micro_batch", "resume", "preset"} & said.keys()
