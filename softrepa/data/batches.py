@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..errors import SoftREPAError
+from ..errors import SoftREPAError, shown
 
 EPOCHS_TRIED = 100
 """Captions are drawn anew for each epoch: how many without any batch until it is said that there are none."""
@@ -132,6 +132,14 @@ class Sampler:
         return {"seed": self.seed, "epoch": self.epoch, "index": self.index, "batch_size": self.batch_size}
 
     def restore(self, state: dict[str, int]) -> None:
+        """Goes on from what `state` gave. Raises SoftREPAError for anything else, which would be drawn from for ever."""
+        least = {"seed": None, "epoch": 0, "index": 0, "batch_size": 2 if state.get("epoch") else 0}
+        odd = [key for key, low in least.items() if not _is_count(state.get(key), low)]
+        if odd:
+            raise SoftREPAError(
+                f"dataset: the position of a checkpoint has {odd[0]} {shown(state.get(odd[0]))}, expected a whole "
+                "number that this pack wrote."
+            )
         self.seed, self.epoch, self.index, self.batch_size = (
             state[key] for key in ("seed", "epoch", "index", "batch_size")
         )
@@ -148,3 +156,7 @@ class Sampler:
 
     def _pass(self, epoch: int, batch_size: int) -> list[list[Drawn]]:
         return epoch_batches(self.examples, batch_size, random.Random(f"{self.seed}/{epoch}"))
+
+
+def _is_count(value: object, low: int | None) -> bool:
+    return type(value) is int and (low is None or value >= low)

@@ -25,6 +25,8 @@ SHOWN_VALUE = 80
 """Characters of a setting in what makes a run another one."""
 TABLES = {"records": 6, "held_out": 3}
 """Columns of the tables among the tensors."""
+WHOLE = {"records": 2, "held_out": 1}
+"""How many of them, the first, hold whole numbers: steps and timesteps."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def load(path: Path) -> TrainingState:
         raise SoftREPAError(f"{label} cannot be read ({said(error)}), expected a whole file.") from None
     tables = {name: tensors.pop(name) for name in TABLES}
     odd = [key for key, kind in FIELDS.items() if type(values[key]) is not kind]
-    odd += [name for name, table in tables.items() if not _is_table(table, TABLES[name])]
+    odd += [name for name, table in tables.items() if not _is_table(table, TABLES[name], WHOLE[name])]
     if odd:
         raise SoftREPAError(f"{label} has {', '.join(odd)} of another kind, expected what this pack writes.")
     records = [StepRecord(int(row[0]), int(row[1]), *row[2:]) for row in tables["records"].tolist()]
@@ -160,10 +162,10 @@ def differences(saved: dict, now: dict) -> list[str]:
     ]
 
 
-def _is_table(tensor: Tensor, columns: int) -> bool:
-    """Whether the rows are of a table that `save` writes: they begin with a step, which is a number."""
+def _is_table(tensor: Tensor, columns: int, whole: int) -> bool:
+    """Whether the rows are of a table that `save` writes, which begin with `whole` whole numbers."""
     fits = tensor.dtype == torch.float64 and tensor.ndim == 2 and tensor.shape[1] == columns
-    return fits and bool(tensor[:, :1].isfinite().all())
+    return fits and bool(tensor[:, :whole].isfinite().all())
 
 
 def _table(rows: list[tuple], columns: int) -> Tensor:

@@ -731,3 +731,20 @@ def test_an_image_without_partner_of_its_size_is_left_out():
 def test_lists_that_are_refused(images, conds, empty, message):
     with pytest.raises(SoftREPAError, match=message):
         dataset_of_lists(images, conds, empty)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"batch_size": 0}, "batch_size 0"),  # from it batches would be made for ever
+        ({"batch_size": "x"}, "batch_size x"),
+        ({"index": -50}, "index -50"),
+        ({"epoch": True}, "epoch True"),
+        ({"seed": None}, "seed None"),
+    ],
+)
+def test_a_position_that_nobody_wrote_is_refused(change, named):
+    data = dataset(examples(5)).started(0)
+    data.batch(2)
+    with pytest.raises(SoftREPAError, match=f"the position of a checkpoint has {named}, expected a whole number"):
+        data.restore(data.state() | change)

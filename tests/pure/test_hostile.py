@@ -443,6 +443,7 @@ def rewritten(path: Path, tensors: dict | None = None, **metadata: str) -> None:
         ({}, {"identity": "[]"}, "has identity of another kind"),
         ({"records": torch.zeros(2)}, {}, "has records of another kind"),
         ({"records": torch.full((2, 6), torch.nan, dtype=torch.float64)}, {}, "has records of another kind"),
+        ({"records": torch.tensor([[1, torch.nan, 0, 0, 0, 0]] * 2).double()}, {}, "has records of another kind"),
         ({"held_out": torch.full((2, 3), torch.inf, dtype=torch.float64)}, {}, "has held_out of another kind"),
     ],
 )
