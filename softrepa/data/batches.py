@@ -132,7 +132,7 @@ class Sampler:
         return {"seed": self.seed, "epoch": self.epoch, "index": self.index, "batch_size": self.batch_size}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Goes on from what `state` gave. Raises SoftREPAError for anything else, which would be drawn from for ever."""
+        """Goes on from what `state` gave. Raises SoftREPAError for anything else: some of it would never end."""
         least = {"seed": None, "epoch": 0, "index": 0, "batch_size": 2 if state.get("epoch") else 0}
         odd = [key for key, low in least.items() if not _is_count(state.get(key), low)]
         if odd:
