@@ -163,11 +163,11 @@ def test_the_method_knows_neither_nodes_nor_comfyui():
 
 def benchmark_imports(path: Path) -> set[Path]:
     """Files of benchmarks/ that a file of it imports."""
-    named = {
-        Path(*node.module.split("."))
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("benchmarks.")
-    }
+    named = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "benchmarks":
+            module = Path(*node.module.split("."))
+            named |= {module, *(module / alias.name for alias in node.names)}
     return {one.with_suffix(".py") for one in named}
 
 
