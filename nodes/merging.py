@@ -42,9 +42,13 @@ def dropped_by(graph: dict) -> dict[str, str]:
         waiting, seen = deque([source]), {source}
         while waiting:
             for name, key in users.get(waiting.popleft(), []):
-                if key == SECOND and "Merge" in graph[name].get("class_type", ""):
+                if key == SECOND and "Merge" in graph[name]["class_type"]:
                     found.setdefault(source, name)
                 elif name not in seen:
                     seen.add(name)
                     waiting.append(name)
     return found
+
+
+def is_node(node: object) -> bool:
+    return isinstance(node, dict) and isinstance(node.get("inputs"), dict) and isinstance(node.get("class_type"), str)

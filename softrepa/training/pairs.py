@@ -89,11 +89,12 @@ def backward_through_pairs(
     dL/d rows = sum_ij W_ij g_ij with W = dL/dE and g_ij the gradient of a pair's own error: one forward and one
     backward a pair are enough, for W is known when the errors are. Where the loss is a mean over images of what their
     own rows of E give (`is_by_row`), that is after each row, so gradients of some rows are kept at a time. Where it is
-    not, and all gradients are more than `most_kept` bytes, the errors are computed first, without gradients.
+    not, or a row has more of them than `most_kept` bytes, the errors are computed first, without gradients.
     """
     fixed = rows.detach()
-    parts = batch.parts(most_kept // (4 * fixed.numel()))
-    if is_by_row or len(parts) == 1:
+    most = most_kept // (4 * fixed.numel())
+    parts = batch.parts(most)
+    if (is_by_row or len(parts) == 1) and all(part.pairs <= most for part in parts):
         errors, gradient = torch.zeros(batch.compared.shape), torch.zeros_like(fixed)
         for part in parts:
             found, gradients = pairs.gradients(fixed, part, micro_batch)

@@ -15,6 +15,7 @@ from softrepa_tests.editing import edit
 from softrepa_tests.learning import InMemory, dataset, moved_by, same_training
 from softrepa_tests.other_device import DEVICE, built, other_device
 from softrepa_tests.sampling import relative_error, sample
+from softrepa_tests.tiny_models import seeded
 from softrepa_tests.token_sets import tokens_for
 
 FAMILIES = ("sd15", "sdxl", "sd3")
@@ -81,6 +82,25 @@ def test_a_model_that_fits_in_part(models, token_folder, monkeypatch, family):
         assert 0 < model.loaded_size() < model.model_size()
         assert relative_error(edit(apply_tokens(model, start), family, n_max=1), edited) <= 1e-5
     assert relative_error(ours, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_a_lora_on_a_model_that_fits_in_part(models, token_folder, monkeypatch, family):
+    """Loaded again before each step, ComfyUI 0.30.0 would add it to weights that have it."""
+    start = tokens_for(family)
+
+    def with_lora(model):
+        weights = model.model.diffusion_model.state_dict()
+        patched = model.clone()
+        changes = {name: (seeded(w.shape, name, 0.05),) for name, w in weights.items() if name.endswith("weight")}
+        patched.add_patches({f"diffusion_model.{name}": change for name, change in changes.items()}, 1.0)
+        return patched
+
+    expected = moved_by(with_lora(models[family]), family, start, steps=3)
+    model = with_lora(built(family))
+    with other_device(monkeypatch, free=model.model_size() // 2):
+        same_training(moved_by(model, family, start, steps=3), expected)
+        assert 0 < model.loaded_size() < model.model_size()
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfyui_softrepa.softrepa.comfy.tokens.attention import SoftKeyBias
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from softrepa_tests import foreign
@@ -30,12 +32,13 @@ def test_an_override_that_takes_no_masks(models, family, change, options):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
-def test_an_override_that_heeds_masks_goes_on_being_used(models, family):
+@pytest.mark.parametrize("scale", [1.5, 0.5])
+def test_an_override_that_heeds_masks_goes_on_being_used(models, family, scale):
     masks = []
 
     def override(func, q, k, v, heads, mask=None, **rest):
-        masks.append(mask is not None and k.shape[-2] != 64)  # 64: when it is asked
-        return func(q, k, v * 1.5, heads, mask=mask, **rest)
+        masks.append(mask is not None and not mask.isinf().any())  # infinite: when it is asked
+        return func(q, k, v * scale, heads, mask=mask, **rest)
 
     def change(model):
         return foreign.with_override(model, override)
@@ -47,6 +50,44 @@ def test_an_override_that_heeds_masks_goes_on_being_used(models, family):
         masks.clear()
         assert relative_error(sample(patched, family), expected) <= EXACT
         assert any(masks)
+
+
+def test_an_override_that_drops_masks_of_some_sizes_only(models):
+    """A kernel chosen by the number of keys: it is asked for each."""
+
+    def override(func, q, k, v, heads, mask=None, **rest):
+        return func(q, k, v, heads, mask=None if k.shape[-2] > 70 else mask, **rest)
+
+    model, tokens = models["sd15"], tokens_for("sd15")
+    expected = sample(apply_tokens(model, tokens, strength=0.3), "sd15")
+    patched = apply_tokens(foreign.with_override(model, override), tokens, strength=0.3)
+    assert relative_error(sample(patched, "sd15"), expected) <= EXACT
+
+
+def test_an_override_that_is_more_than_a_kernel_and_drops_masks(models):
+    """Nothing could take its place without changing the result."""
+    model = foreign.with_override(
+        models["sd3"], lambda func, q, k, v, heads, mask=None, **rest: func(q, k, 1.5 * v, heads, mask=None, **rest)
+    )
+    patched = apply_tokens(model, tokens_for("sd3"), strength=0.3)
+    with pytest.raises(SoftREPAError, match="which changes the result and does not heed masks; expected strength 1"):
+        sample(patched, "sd3")
+    assert torch.isfinite(sample(apply_tokens(model, tokens_for("sd3")), "sd3")).all()
+
+
+def test_cores_own_attention_computes_biases_in_full_precision():
+    """A sage kernel of core's that takes no masks is told not to run."""
+    told = []
+
+    def core(q, k, v, heads, mask=None, low_precision_attention=True, **_):
+        told.append((mask is not None, low_precision_attention))
+        return q
+
+    attention, x = SoftKeyBias(), torch.zeros(1, 6, 8)
+    attention(core, x, x, x, 1)
+    attention.expect(torch.zeros(1, 6))
+    attention(core, x, x, x, 1)
+    assert told == [(False, True), (True, False)]
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -163,3 +204,37 @@ def test_a_replacement_that_does_not_use_the_prompt(models, options):
             sample(patched, "sd15")
     elsewhere = apply_tokens(foreign.own_context(models["sd15"]), tokens_for("sd15"), blocks="up")
     assert torch.isfinite(sample(elsewhere, "sd15")).all()
+
+
+OWN = {
+    "only the values": lambda q, k, v, image: (image, v.mean(1, keepdim=True).expand_as(image) + image),
+    "only the form of the prompt": lambda q, k, v, image: (image.to(k), image.expand_as(image).to(v)),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_replacement_that_uses_less_than_the_prompt(models, name):
+    def replacement(q, k, v, extra):
+        image = seeded((1, 5, q.shape[-1]), "own", 1.0).expand(len(q), -1, -1)
+        return optimized_attention(q, *OWN[name](q, k, v, image), extra["n_heads"])
+
+    model = models["sd15"].clone()
+    model.set_model_attn2_replace(replacement, "input", 1)
+    with pytest.raises(SoftREPAError, match="does not use the prompt it is given"):
+        sample(apply_tokens(model, tokens_for("sd15")), "sd15")
+
+
+def test_a_replacement_that_stops_using_the_prompt(models):
+    calls = []
+
+    def replacement(q, k, v, extra):
+        calls.append(1)
+        if len(calls) > 2:
+            k = v = seeded((1, 5, q.shape[-1]), "own", 1.0).expand(len(q), -1, -1)
+        return optimized_attention(q, k, v, extra["n_heads"])
+
+    model = models["sd15"].clone()
+    model.set_model_attn2_replace(replacement, "input", 1)
+    with pytest.raises(SoftREPAError, match="does not use the prompt it is given"):
+        sample(apply_tokens(model, tokens_for("sd15")), "sd15")
+    assert len(calls) == 3

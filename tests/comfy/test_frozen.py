@@ -96,6 +96,72 @@ def test_weights_stored_in_another_dtype(family):
     assert relative_error(gradients(model, family)[1], gradients(plain, family)[1]) <= 1e-4
 
 
+class Circular(comfy.ops.manual_cast.Conv2d):
+    def __init__(self):
+        super().__init__(4, 6, 3, padding=1, padding_mode="circular")
+
+
+def circular_by_a_pack() -> torch.nn.Module:
+    """As packs for seamless textures do it on a loaded model."""
+    layer = comfy.ops.manual_cast.Conv2d(4, 6, 3, padding=1)
+
+    def around(x, weight, bias):
+        return torch.nn.functional.conv2d(torch.nn.functional.pad(x, (1, 1, 1, 1), "circular"), weight, bias)
+
+    layer._conv_forward = around
+    return layer
+
+
+@pytest.mark.parametrize("make", [Circular, circular_by_a_pack])
+def test_convolutions_that_pad_otherwise(make):
+    with torch.inference_mode(False), torch.enable_grad():
+        layer = make()
+        for name, weight in layer.named_parameters():
+            weight.data = seeded(weight.shape, name, 1.0)
+            weight.requires_grad_(False)
+        x = seeded((1, 4, 6, 6), "x", 1.0).requires_grad_()
+        (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+        with frozen(layer):
+            (found,) = torch.autograd.grad(layer(x).square().sum(), x)
+    assert relative_error(found, expected) <= 1e-6
+
+
+def test_weight_functions_are_run_again(monkeypatch):
+    """As LoRAs of offloaded layers are: the layer does not cast, but its weight is made for each use."""
+    with torch.inference_mode(False), torch.enable_grad():
+        layer = comfy.ops.disable_weight_init.Linear(5, 7)
+        layer.weight.data, layer.bias.data = seeded((7, 5), "w", 1.0), seeded((7,), "b", 1.0)
+        layer.weight_function = [lambda weight: weight * 3]
+        x = seeded((2, 5), "x", 1.0).requires_grad_()
+        (expected,) = torch.autograd.grad(layer(x).sum(), x)
+        with frozen(layer):
+            assert "forward_comfy_cast_weights" in vars(layer)
+            (found,) = torch.autograd.grad(layer(x).sum(), x)
+    assert relative_error(found, expected) <= 1e-6
+
+
+def test_nested_and_beside_another_packs_own_forward():
+    layer = comfy.ops.manual_cast.Linear(5, 7)
+    own = lambda x: x  # noqa: E731
+    other = comfy.ops.manual_cast.Linear(5, 7)
+    other.forward_comfy_cast_weights = own
+    both = torch.nn.ModuleList([layer, other])
+    with torch.inference_mode(False), frozen(both), frozen(both):
+        assert other.forward_comfy_cast_weights is own
+    assert "forward_comfy_cast_weights" not in vars(layer)
+    assert other.forward_comfy_cast_weights is own
+
+
+def test_attention_that_loses_the_gradient_in_some_sizes_only(models, token_folder):
+    def override(func, q, k, v, *args, **kwargs):
+        out = func(q, k, v, *args, **kwargs)
+        return out.detach() if k.shape[-2] > 70 else out
+
+    for family in ("sd15", "sd3"):
+        with pytest.raises(SoftREPAError, match="Soft tokens get no gradient: another node computes"):
+            train({family: foreign.with_override(models[family], override)}, family, checkpointing=False)
+
+
 def test_nothing_is_left_on_the_model(models):
     network = models["sd3"].model.diffusion_model
     before = {name: id(weight) for name, weight in network.named_parameters()}

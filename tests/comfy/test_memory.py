@@ -37,6 +37,8 @@ def test_few_gradients_at_a_time_on_the_real_network(models, family, relative):
             )
         return rows.grad
 
+    a_row = 3 * 4 * golden_tokens(family).layers * 4 * golden_tokens(family).hidden_width
+    assert relative_error(gradient(a_row), gradient(MOST_KEPT)) <= 1e-4
     assert relative_error(gradient(1), gradient(MOST_KEPT)) <= 1e-4
 
 
@@ -51,9 +53,15 @@ def test_gradients_do_not_grow_with_the_batch(models, token_folder, monkeypatch)
         return gradients(self, rows, step, micro_batch)
 
     monkeypatch.setattr(TrainableNetwork, "gradients", measured)
-    monkeypatch.setattr("comfyui_softrepa.softrepa.training.pairs.backward_through_pairs.__defaults__", (True, 1))
+    defaults = "comfyui_softrepa.softrepa.training.pairs.backward_through_pairs.__defaults__"
+    a_row = 5 * 4 * 5 * 4 * 384
+    monkeypatch.setattr(defaults, (True, a_row))
     train(models, "sd3", batch_size=5, steps=1, temperature=2.0)
     assert kept == [4, 5, 5, 5, 5, 5]  # the first is the pre-flight's
+    kept.clear()
+    monkeypatch.setattr(defaults, (True, a_row - 1))
+    train(models, "sd3", batch_size=5, steps=1, temperature=2.0)
+    assert kept == [4]  # the errors first, then each pair's gradient by its weight
 
 
 def test_captions_and_latents_wait_in_ram(models):

@@ -159,27 +159,23 @@ def regions(state: CallState, texts: int, extra_options: dict) -> Entries | None
 
 
 class Watched:
-    """An attn2 replacement that must use the keys and values it is given, for the soft tokens are among them.
-
-    Once it has been seen to, it runs as it is.
-    """
+    """An attn2 replacement that must use the keys and values it is given, for the soft tokens are among them."""
 
     def __init__(self, replacement):
         self.replacement = replacement
 
     def __call__(self, q, k, v, extra_options):
-        call = call_state(extra_options)
-        if self.replacement in call.seen_to_use_text:
+        if torch.compiler.is_compiling():
             return self.replacement(q, k, v, extra_options)
         with Uses(k, v) as uses:
             out = self.replacement(q, k, v, extra_options)
         if not uses.all:
             block = extra_options.get("block", ("cross-attention", ""))
             raise SoftREPAError(
-                f"{call.label}: another node replaces cross-attention (block {block[0]} {block[1]}) and does not use "
-                "the prompt it is given, so the tokens would do nothing there; expected that node removed."
+                f"{call_state(extra_options).label}: another node replaces cross-attention (block {block[0]} "
+                f"{block[1]}) and does not use the prompt it is given, so the tokens would do nothing there; expected "
+                "that node removed."
             )
-        call.seen_to_use_text.append(self.replacement)
         return out
 
 
@@ -196,17 +192,22 @@ class Uses(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if self.waiting and computes(func, result):
-            given = tree_leaves((args, kwargs))
+        if self.waiting and any(isinstance(one, Tensor) for one in tree_leaves(result)):
+            given = tree_leaves(read_by(func, args, kwargs))
             self.waiting = [tensor for tensor in self.waiting if not any(one is tensor for one in given)]
         return result
 
 
-def computes(func, result) -> bool:
-    """Whether `func` reads the numbers of a tensor, and not only its shape and dtype."""
+def read_by(func, args: tuple, kwargs: dict | None):
+    """The arguments whose numbers `func` reads, not those of which it takes only shape, dtype or device."""
     name = getattr(func, "__name__", "")
-    reads_form_only = name.startswith("new_") or name.endswith("_like")
-    return not reads_form_only and any(isinstance(one, Tensor) for one in tree_leaves(result))
+    if name.startswith("new_") or name.endswith("_like"):
+        return ()
+    return args[:1] if name in FORM_OF_THE_SECOND else (args, kwargs)
+
+
+FORM_OF_THE_SECOND = ("to", "type_as", "expand_as", "view_as", "reshape_as")
+"""Methods that bring the first tensor into the form of the second."""
 
 
 def chunk_count(context: Tensor) -> int:

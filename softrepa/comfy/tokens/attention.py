@@ -1,7 +1,9 @@
 """Weighing soft keys: log(strength) added to their attention logits."""
 
+import logging
+from collections.abc import Callable
+
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ...errors import SoftREPAError
@@ -17,8 +19,8 @@ class SoftKeyBias:
     the override of another node; where it does not heed masks, core's own attention computes what carries a bias.
     """
 
-    def __init__(self, inner=None, inner_heeds_masks: bool = True):
-        self.inner, self.inner_heeds_masks = inner, inner_heeds_masks
+    def __init__(self, inner: "Asked | None" = None, label: str = "Strength"):
+        self.inner, self.label = inner, label
         self.bias: Tensor | None = None
 
     def expect(self, bias: Tensor) -> None:
@@ -33,7 +35,7 @@ class SoftKeyBias:
         bias = self.take()
         if bias is None:
             if self.inner is not None:
-                return self.inner(func, q, k, v, heads, mask=mask, **kwargs)
+                return self.inner.override(func, q, k, v, heads, mask=mask, **kwargs)
             return func(q, k, v, heads, mask=mask, **kwargs)
         if (len(bias), bias.shape[-1]) != (len(k), k.shape[-2]):
             raise SoftREPAError(
@@ -42,9 +44,66 @@ class SoftKeyBias:
                 "with it."
             )
         mask = combined(bias[:, None].to(q.dtype), mask)
-        if self.inner is not None and self.inner_heeds_masks:
-            return self.inner(func, q, k, v, heads, mask=mask, **kwargs)
-        return func(q, k, v, heads, mask=mask, **kwargs | {"low_precision_attention": False})
+        if self.inner is not None and self.inner.heeds_masks(func, q, k, v, heads, kwargs, self.label):
+            return self.inner.override(func, q, k, v, heads, mask=mask, **kwargs)
+        return func(q, k, v, heads, mask=mask, **kwargs | FULL_PRECISION)
+
+
+FULL_PRECISION = {"low_precision_attention": False}
+"""Makes core not use a sage kernel, of which not every version takes masks."""
+
+TOLERANCE = 0.05
+"""What quantised attention kernels differ from PyTorch's by, relative, and more."""
+
+
+class Asked:
+    """An attention override of another node, and what it answered when it was asked whether it heeds masks.
+
+    It is asked once for every device, dtype and size, for a node may choose its kernel by them, with the first sample
+    of the call in question: keys that a mask takes away must be as if they were not there.
+    """
+
+    def __init__(self, override: Callable):
+        self.override = override
+        self._answers: dict[tuple, bool] = {}
+
+    def heeds_masks(self, func, q: Tensor, k: Tensor, v: Tensor, heads: int, kwargs: dict, label: str) -> bool:
+        """Raises SoftREPAError where it does not and is more than a kernel: nothing could take its place."""
+        key = (q.device, q.dtype, q.shape[-2:], k.shape[-2:])
+        if key not in self._answers:
+            self._answers[key] = self._ask(func, q[:1], k[:1], v[:1], heads, kwargs, label)
+        return self._answers[key]
+
+    def _ask(self, func, q, k, v, heads, kwargs, label) -> bool:
+        half = k.shape[-2] // 2
+        tokens = 2 if kwargs.get("skip_reshape") else 1  # SD3 gives values with their heads apart, and keys not
+        mask = torch.zeros(1, 1, k.shape[-2], device=q.device, dtype=q.dtype)
+        mask[..., half:] = float("-inf")
+        try:
+            masked = self.override(func, q, k, v, heads, mask=mask, **kwargs)
+            first = (one.narrow(tokens, 0, half) for one in (k, v))
+            if are_close(masked, self.override(func, q, *first, heads, mask=None, **kwargs)):
+                return True
+        except Exception:  # whatever a foreign kernel raises, it does not take the mask
+            logging.debug("SoftREPA: %s takes no mask", name_of(self.override), exc_info=True)
+        plain = func(q, k, v, heads, mask=None, **kwargs | FULL_PRECISION)
+        if not are_close(self.override(func, q, k, v, heads, mask=None, **kwargs), plain):
+            raise SoftREPAError(
+                f"{label}: strength other than 0 or 1, or apply_to other than both, cannot act under the attention "
+                f"override {name_of(self.override)}, which changes the result and does not heed masks; expected "
+                "strength 1 and apply_to both, or the node that adds it removed."
+            )
+        return False
+
+
+def are_close(found: Tensor, expected: Tensor) -> bool:
+    """As close as attention kernels are to one another."""
+    return bool((found - expected).float().norm() <= TOLERANCE * expected.float().norm())
+
+
+def name_of(function) -> str:
+    """Where another node's function comes from."""
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def combined(bias: Tensor, mask: Tensor | None) -> Tensor:
@@ -66,21 +125,7 @@ PROBE_TOKENS, PROBE_HEADS, PROBE_WIDTH = 64, 2, 64
 
 
 def probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (1, 64, 128) for asking an override what it does; v is 1 in the first half of the keys, 0 in the rest."""
+    """q, k, v (1, 64, 128) for asking an override what it does."""
     generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, PROBE_TOKENS, PROBE_HEADS * PROBE_WIDTH, generator=generator).to(device, dtype)
-    v = torch.zeros_like(k)
-    v[:, : PROBE_TOKENS // 2] = 1
+    q, k, v = torch.randn(3, 1, PROBE_TOKENS, PROBE_HEADS * PROBE_WIDTH, generator=generator).to(device, dtype)
     return q, k, v
-
-
-def heeds_masks(options: dict, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the attention override in `options` obeys an additive mask of the form that `SoftKeyBias` gives it."""
-    q, k, v = probe(device, dtype)
-    mask = torch.zeros(1, 1, PROBE_TOKENS, device=device, dtype=dtype)
-    mask[..., PROBE_TOKENS // 2 :] = -20  # leaves e^-20 of the weight, which no kernel's precision shows
-    try:
-        seen = optimized_attention(q, k, v, PROBE_HEADS, mask=mask, transformer_options=options)
-    except Exception:  # whatever a foreign kernel raises, it does not take the mask
-        return False
-    return bool((seen > 0.95).all())

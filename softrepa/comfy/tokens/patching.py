@@ -5,7 +5,7 @@ hooks that insert them (`families`) into that call's own options, behind what ot
 whatever order the nodes stand. Nothing is kept on the shared model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID, uuid4
 
@@ -22,7 +22,7 @@ from ...tokens import SoftTokens
 from ..families import adapter_of, model_shape
 from ..families.noising import timestep as timestep_at
 from ..models import check_fit, chosen_blocks
-from .attention import OVERRIDE, SoftKeyBias, heeds_masks
+from .attention import OVERRIDE, Asked, SoftKeyBias
 from .state import KEY, CallState, Entries, Place
 
 ROLES_OPTION = "softrepa_roles"
@@ -108,8 +108,7 @@ class SoftTokenPatch:
         self.sets = sets
         self.adapter = adapter_of(sets[0].tokens.family)
         self._moved: dict[torch.device, tuple[SoftTokens, ...]] = {}
-        self._heeding: dict[tuple, tuple[Callable, bool]] = {}
-        self._seen_to_use_text: list[Callable] = []
+        self._asked: Asked | None = None
 
     @property
     def label(self) -> str:
@@ -149,21 +148,20 @@ class SoftTokenPatch:
         state = self.state(base_model, t, negative, is_fixed=is_compiled)
         if state.weighs:
             self.adapter.refuse_unweighable(options, state)
-            state.attention = self._weighing(options, x.device, compute_dtype(base_model))
+            state.attention = self._weighing(options)
             options[OVERRIDE] = state.attention
         options[KEY] = state
         options = self.adapter.inserting(options, state)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
-    def _weighing(self, options: dict, device: torch.device, dtype: torch.dtype) -> SoftKeyBias:
+    def _weighing(self, options: dict) -> SoftKeyBias:
         """What gives attention its biases, above an override that is there already."""
-        inner = options.get(OVERRIDE)
-        if inner is None:
+        override = options.get(OVERRIDE)
+        if override is None:
             return SoftKeyBias()
-        key = (id(inner), device, dtype)
-        if key not in self._heeding:  # with the override itself, so that its id stays its own
-            self._heeding[key] = inner, heeds_masks(options, device, dtype)
-        return SoftKeyBias(*self._heeding[key])
+        if self._asked is None or self._asked.override is not override:
+            self._asked = Asked(override)
+        return SoftKeyBias(self._asked, self.label)
 
     def state(self, base_model, sigma: Tensor, negative: Sequence[bool], is_fixed: bool = False) -> CallState:
         """Rows and biases of every place for sigma (B,) and the roles of the B samples.
@@ -200,7 +198,6 @@ class SoftTokenPatch:
             blocks=self.adapter.blocks(base_model.diffusion_model),
             has_roles=self.has_roles,
             made_for=made_for,
-            seen_to_use_text=self._seen_to_use_text,
         )
         varies = is_fixed and any(token_set.varies for token_set in self.sets)
         if varies or any(strength != 1 for columns in strengths.values() for column in columns for strength in column):

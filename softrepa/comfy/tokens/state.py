@@ -36,8 +36,6 @@ class CallState:
     blocks: Sequence[nn.Module] = ()
     has_roles: bool = False
     made_for: Callable[[Entries], "CallState"] | None = None
-    seen_to_use_text: list[Callable] = field(default_factory=list)
-    """Replacements of attention by other nodes that compute with the text they are given."""
     _others: dict[Entries, "CallState"] = field(default_factory=dict)
 
     @property

@@ -107,6 +107,17 @@ def kept_bytes(numbers: int, pairs: int) -> int:
     return min(MOST_KEPT, 4 * numbers * pairs)
 
 
+def load(model: ModelPatcher, needed: int) -> None:
+    """Brings `model` to its device, with room for `needed` bytes beside it.
+
+    A model with LoRAs that lies there in part already stays as it is: loaded once more, ComfyUI 0.30.0 adds a LoRA to
+    weights that have it.
+    """
+    is_there = any(one.model is model for one in memory.current_loaded_models)
+    if not (is_there and model.patches and model.loaded_size() < model.model_size()):
+        memory.load_models_gpu([model], memory_required=needed)
+
+
 def batch_bytes(batch: StepBatch) -> int:
     """Of latents and captions, which lie in RAM."""
     captions = sum(tensor.nbytes for cond in batch.conds for tensor in cond.values() if isinstance(tensor, Tensor))

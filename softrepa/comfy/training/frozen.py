@@ -2,21 +2,21 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import comfy.ops
 import torch
 import torch.nn.functional as F
 import torch.nn.grad
-from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
+from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import SoftREPAError
-from ..tokens.attention import OVERRIDE, PROBE_HEADS, probe
+from ..tokens.attention import OVERRIDE, PROBE_HEADS, are_close, name_of, probe
 
 
 def ordinary(tensor: Tensor) -> Tensor:
@@ -35,25 +35,23 @@ def frozen(network: nn.Module) -> Iterator[None]:
     places, which cost no memory. Weights that are cast or fetched for each use are not saved at all (`fetching`). No
     model may be loaded or unloaded within: an alias holds the memory, and the values, of the time it was made.
     """
-    undo: list[Callable[[], object]] = []
-    try:
+    with ExitStack() as undo:
         for module in network.modules():
             for name, weight in module._parameters.items():
                 if type(weight) is nn.Parameter and weight.is_inference():
-                    undo.append(partial(module._parameters.__setitem__, name, weight))
+                    undo.callback(module._parameters.__setitem__, name, weight)
                     module._parameters[name] = nn.Parameter(ordinary(weight), requires_grad=False)
             for name, buffer in module._buffers.items():
                 if type(buffer) is Tensor and buffer.is_inference():
-                    undo.append(partial(module._buffers.__setitem__, name, buffer))
+                    undo.callback(module._buffers.__setitem__, name, buffer)
                     module._buffers[name] = ordinary(buffer)
             if isinstance(module, comfy.ops.CastWeightBiasOp) and fetches(module):
                 name, forward = fetching(module)
-                undo.append(partial(vars(module).pop, name))
+                if name in vars(module):  # another pack's own, which goes through autograd as it is
+                    continue
+                undo.callback(vars(module).pop, name)
                 vars(module)[name] = forward
         yield
-    finally:
-        for put_back in reversed(undo):
-            put_back()
 
 
 CASTING = "forward_comfy_cast_weights"
@@ -76,12 +74,18 @@ def fetching(layer: nn.Module) -> tuple[str, Callable]:
     plain = partial(own or kind.forward, layer)
     if own in LINEAR:
         return CASTING, partial(when_needed, Linear, plain, layer)
-    if own in CONV2D and isinstance(layer.padding, tuple):
+    if own in CONV2D and is_plain_convolution(layer):
         return CASTING, partial(when_needed, Conv2d, plain, layer)
     if own in OTHERS:
         return CASTING, partial(when_needed, Again, plain, plain)
     plain = partial(kind.forward, layer)  # a layer of another kind, quantised perhaps, whose `forward` does more
     return "forward", partial(when_needed, Again, plain, plain)
+
+
+def is_plain_convolution(layer: nn.Module) -> bool:
+    """Whether a 2-D convolution pads with zeros, in PyTorch's way; packs for seamless textures change that."""
+    pads_plainly = layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
+    return pads_plainly and "_conv_forward" not in vars(layer)
 
 
 def when_needed(function, plain, what, x: Tensor, *args, **kwargs) -> Tensor:
@@ -205,10 +209,6 @@ class Recomputed:
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-KERNEL_TOLERANCE = 0.05
-"""What quantised attention kernels differ from PyTorch's by, relative, and more."""
-
-
 def differentiable_attention(options: dict, device: torch.device, dtype: torch.dtype):
     """An `optimized_attention_override` for training, in place of the one in `options`, if there is any.
 
@@ -223,11 +223,17 @@ def differentiable_attention(options: dict, device: torch.device, dtype: torch.d
     return lambda func, *args, **kwargs: inner(attention_pytorch, *args, **kwargs)
 
 
+def asked(options: dict, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What the override in `options` makes of PyTorch's attention, as it is called in training."""
+    within = {"transformer_options": options, "_inside_attn_wrapper": True}
+    return options[OVERRIDE](attention_pytorch, q, k, v, PROBE_HEADS, mask=None, **within)
+
+
 def gives_gradients(options: dict, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether queries, keys and values get finite gradients that are not zero through the override in `options`."""
     leaves = [tensor.requires_grad_() for tensor in probe(device, dtype)]
     try:
-        seen = optimized_attention(*leaves, PROBE_HEADS, transformer_options=options)
+        seen = asked(options, *leaves)
         gradients = torch.autograd.grad(seen.float().square().sum(), leaves, allow_unused=True)
     except Exception:  # whatever a foreign kernel raises, it has no backward
         return False
@@ -236,20 +242,19 @@ def gives_gradients(options: dict, device: torch.device, dtype: torch.dtype) -> 
 
 def check_only_a_kernel(inner, options: dict, device: torch.device, dtype: torch.dtype) -> None:
     """Refuses an override without backward that computes something else than attention, or cannot be asked."""
-    name = f"{getattr(inner, '__module__', '?')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
     with torch.no_grad():
         q, k, v = probe(device, dtype)
         try:
-            seen = optimized_attention(q, k, v, PROBE_HEADS, transformer_options=options).float()
+            seen = asked(options, q, k, v).float()
         except Exception as error:  # whatever a foreign kernel raises
             found = f"fails ({error})"
         else:
             plain = attention_pytorch(q, k, v, PROBE_HEADS).float()
-            if (seen - plain).norm() <= KERNEL_TOLERANCE * plain.norm():
-                logging.info("SoftREPA: %s has no backward; training computes attention with PyTorch.", name)
+            if are_close(seen, plain):
+                logging.info("SoftREPA: %s has no backward; training computes attention with PyTorch.", name_of(inner))
                 return
             found = "changes the result"
     raise SoftREPAError(
-        f"Model has an attention override ({name}) that has no backward and {found}, expected none for training: "
-        "connect the model before the node that adds it."
+        f"Model has an attention override ({name_of(inner)}) that has no backward and {found}, expected none for "
+        "training: connect the model before the node that adds it."
     )

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import comfy.model_management as memory
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -20,7 +19,7 @@ from ...training.trainer import StepRecord, Trainer
 from ..families import ModelShape
 from ..identity import model_identity
 from ..models import check_fit
-from .fitting import AdaptivePairs, kept_bytes, largest_latent
+from .fitting import AdaptivePairs, kept_bytes, largest_latent, load
 from .preflight import check_dataset, check_gradients, checked_model
 from .session import Parts, Report, RunFiles, Session
 from .start import starting_tokens
@@ -73,16 +72,15 @@ def prepare(
     most_pairs = config.batch_size * (config.batch_size + config.hard_negatives)
     kept = kept_bytes(start.layers * start.count * shape.width, most_pairs)
 
-    def load():
-        needed = kept + pairs.needed_bytes(largest_latent(dataset, patcher))
-        memory.load_models_gpu([patcher], memory_required=needed)
+    def make_room():
+        load(patcher, kept + pairs.needed_bytes(largest_latent(dataset, patcher)))
 
-    load()
+    make_room()
     patcher.pre_run()
 
     def next_batch(size):
         batch = dataset.batch(size, config.hard_negatives)
-        load()  # encoding on the fly may have pushed it out
+        make_room()  # encoding on the fly may have pushed it out
         return patcher.model.process_latent_in(batch.latents.clone()), batch.conds, batch.wrong
 
     trainer = Trainer(config, start, pairs, next_batch, dataset.empty)

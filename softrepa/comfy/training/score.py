@@ -16,6 +16,7 @@ from ...training import loss
 from ...training.pairs import StepBatch
 from ...training.timesteps import SCORED, parse_timesteps
 from ..data.checks import check_encodings
+from .fitting import load
 from .out_of_memory import halving
 from .pairs import PairNetwork
 
@@ -98,7 +99,6 @@ def score(
     if isinstance(batches, HeldOut):
         check_encodings(batches.dataset, model)
     patcher = model.clone()
-    memory.load_models_gpu([patcher])
     columns: dict[str, list[Tensor]] = {"retrieved": [], "losses": [], "information": []}
     captions: list[int] = []
     done, total = 0, len(batches) * len(timesteps)
@@ -107,7 +107,8 @@ def score(
         for index, batch in enumerate(batches):
             latents = network.base_model.process_latent_in(batch.latents.clone())
             captions += [len(latents)] * len(latents)
-            memory.load_models_gpu([patcher])  # encoding on the fly may have pushed it out
+            # for every batch: encoding on the fly may have pushed it out
+            load(patcher, int(patcher.model.memory_required([micro_batch or len(latents), *latents.shape[1:]])))
             column: dict[str, list[Tensor]] = {name: [] for name in columns}
             for t in timesteps:
                 memory.throw_exception_if_processing_interrupted()

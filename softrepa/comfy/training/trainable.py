@@ -83,6 +83,11 @@ class TrainableNetwork(PairNetwork):
             leaf = rows.expand(len(images), *rows.shape).clone().requires_grad_()
             output = self.output(seen[images], sigma, captions.joined(texts, self.device), leaf)
             error = pair_error(output, target[images].to(self.device))
+            if not error.requires_grad:
+                raise SoftREPAError(
+                    "Soft tokens get no gradient: another node computes the model's attention without a backward pass, "
+                    "expected the model from before that node."
+                )
             yield images, texts, error.detach(), gradient_of(error, leaf, target[0].numel())
 
     @contextmanager
