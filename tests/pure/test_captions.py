@@ -355,6 +355,9 @@ def test_captions_in_a_folder_beside_the_images(tmp_path):
         ("old.csv", "image,caption\r0.png,a dog, asleep\r1.png,a cat\r"),
         ("captions.txt", "image,caption\n0.png,a dog, asleep\n1.png,a cat\n"),
         ("results.csv", "image_name| comment_number| caption\n0.png| 0| a dog, asleep\n1.png| 0| a cat\n"),
+        ("results.csv", "image_name| comment_number| comment\n0.png| 0| a dog, asleep\n1.png| 0| a cat\n"),
+        ("excel.csv", "sep=;\r\nfile_path;text\r\n0.png;a dog, asleep\r\n1.png;a cat\r\n"),
+        ("metadata.jsonl", '{"filepath": "0.png", "text": "a dog, asleep"}\n{"file_path": "1.png", "text": "a cat"}'),
         ("Flickr8k.token.txt", "0.png#0\ta dog, asleep\n1.png#4\ta cat\n"),
         ("captions.txt", "0.png#0\ta dog, asleep\n1.png#0\ta cat\n"),
         ("meta_cap.json", '{"/x/0.png": {"caption": "a dog, asleep", "tags": "t"}, "1": {"tags": "a cat"}}'),
@@ -382,9 +385,40 @@ def test_rows_that_do_not_fit_are_counted(tmp_path):
         "in a.csv: more or fewer cells than in the first line": ["line 3", "line 4"],
         "in a.csv: a caption of more than 10,000 characters": ["line 5"],
         f"no column {' or '.join(FILE_KEYS)} beside one of {', '.join(CAPTION_KEYS)}": ["b.csv"],
-        "unreadable from line 3 on (field larger than field limit (131072))": ["c.csv"],
+        "in c.csv: a cell of more than 131,072 characters": ["line 3"],
         "in captions.txt: no name.jpg#0 with a tab behind it": ["line 2"],
     }
+
+
+@pytest.mark.parametrize(
+    ("content", "expected", "bad"),
+    [
+        ('0.png,"a dog\n1.png,a cat\n2.png,a bird\n', {1: "a cat", 2: "a bird"}, ["line 2"]),
+        ('0.png,"a dog\n1.png,"a cat"\n2.png,a bird\n', {1: "a cat", 2: "a bird"}, ["line 2"]),
+        ('0.png,"a dog\n1.png,a cat\n2.png,"\n', {1: "a cat"}, ["line 2", "line 4"]),
+        ('0.png,a dog\n1.png,"a" cat\n2.png,a bird\n', {0: "a dog", 2: "a bird"}, ["line 3"]),
+        ('0.png,"a dog,\nasleep, calm"\n1.png,"a ""cat"""\n', {0: "a dog,\nasleep, calm", 1: 'a "cat"'}, None),
+        ('0.png,"a dog\n' + "1.png,a cat\n" * 20_000, {1: "a cat"}, ["line 2"]),
+    ],
+)
+def test_a_quote_that_nobody_closed_swallows_no_row(tmp_path, content, expected, bad):
+    for i in range(3):
+        picture(tmp_path / f"{i}.png")
+    write(tmp_path / "metadata.csv", f"file_name,text\n{content}")
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {f"{i}.png": [text] for i, text in expected.items()}
+    reason = "in metadata.csv: a quote that is not closed, or stands inside of a cell"
+    assert reasons(listing).get(reason) == bad
+
+
+def test_quotes_between_tabs_are_text_unless_they_pair(tmp_path):
+    for i in range(4):
+        picture(tmp_path / f"{i}.png")
+    rows = ('"a dog', '"Up" it says', '"a cat\nasleep"', '"a bird"')
+    write(tmp_path / "list.tsv", "file_name\ttext\n" + "".join(f"{i}.png\t{row}\n" for i, row in enumerate(rows)))
+    listing = list_folder(tmp_path)
+    assert [listing.captions[f"{i}.png"] for i in range(4)] == [['"a dog'], ['"Up" it says'], ["a cat\nasleep"], ["a bird"]]
+    assert reasons(listing) == {}
 
 
 def test_folders_named_with_repeats_and_a_caption(tmp_path):
