@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..files import read_bounded, write_atomically
+from ..files import MOST_HEADER, read_bounded, write_atomically
 
 MOST_ENTRY = 2**30
 """Bytes of an entry."""
@@ -80,12 +80,18 @@ class Cache:
         return True
 
     def survey(self, keep: set[str]) -> None:
-        """Counts what lies there. What `keep` names is never deleted for something new, and counts as used now."""
+        """Counts what lies there. What `keep` names is never deleted for something new, and counts as used now.
+
+        Of that, entries that are cut off or of an older version are deleted: they would be found bad when they are
+        drawn, long after.
+        """
         kept = {self.path(key) for key in keep}
         self.used, older = 0, []
         for folder, _, names in os.walk(self.folder):
             for path in (Path(folder) / name for name in names if name.endswith(".safetensors")):
                 with suppress(OSError):  # another process deleted it just now
+                    if path in kept and not _has_sound_head(path):
+                        path.unlink()
                     facts = path.stat()
                     self.used += facts.st_size
                     if path in kept:
@@ -98,6 +104,18 @@ class Cache:
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(save(tensors)).hexdigest()
+
+
+def _has_sound_head(path: Path) -> bool:
+    """Whether an entry has a checksum and its whole length; its numbers are not read. Raises OSError."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(length, MOST_HEADER)))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            return CHECKSUM in header["__metadata__"] and path.stat().st_size == 8 + length + max(ends)
+        except Exception:  # as below
+            return False
 
 
 def _sound(content: bytes) -> dict[str, Tensor] | None:

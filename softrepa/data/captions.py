@@ -8,13 +8,13 @@ import os
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .left_out import LeftOut
-from .sources import Source, WholeFile, tar_members
-from .tables import TABLES, BadTable, Layout, Row, is_text, json_captions, layout_of, text_captions
+from .sources import Part, Source, WholeFile, tar_members
+from .tables import TABLES, BadTable, Layout, Row, bounded, is_text, json_captions, layout_of, text_captions
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".jxl", ".jp2")
 OTHER_SUFFIXES = (".bmp", ".tif", ".tiff", ".gif", ".tga", ".ppm")
@@ -56,11 +56,12 @@ class Listing:
         known += [caption for caption in dict.fromkeys(captions) if caption not in known]
 
 
-def list_folder(root: Path, caption_lines: str = EACH) -> Listing:
-    """All images below `root` that have captions."""
+def list_folder(root: Path, caption_lines: str = EACH, tick: Callable[[], object] = lambda: None) -> Listing:
+    """All images below `root` that have captions. `tick` is called for every file and row; it may raise to stop."""
     listing, tables, beside = Listing(), [], []
     folders = dict(folders_in(root))
     for name, source in _files(root, folders, listing.left_out):
+        tick()
         suffix = posixpath.splitext(name)[1].lower()
         if suffix in IMAGE_SUFFIXES:
             listing.sources[name] = source
@@ -70,6 +71,7 @@ def list_folder(root: Path, caption_lines: str = EACH) -> Listing:
             tables.append((name, source, layout))
     images = _by_stem(listing.sources)
     for name, source in beside:
+        tick()
         stem = posixpath.splitext(name)[0]
         found = images.get(stem) or images.get(_image_folder(stem), [])
         if found:
@@ -79,7 +81,7 @@ def list_folder(root: Path, caption_lines: str = EACH) -> Listing:
         elif not name.lower().endswith(".json"):  # other .json files say other things
             listing.left_out.add(name, "no image of this name")
     if tables:
-        _read_tables(listing, _Lookup(root, folders, listing.sources), tables)
+        _read_tables(listing, _Lookup(root, folders, listing.sources), tables, tick)
     for name in sorted(listing.sources):
         if not listing.captions.get(name) and (folder := repeats_of(root, name)):
             listing.add(name, [folder[1]])
@@ -146,23 +148,37 @@ def _files(root: Path, folders: dict[Path, list[str]], left_out: LeftOut) -> Ite
         elif path.suffix.lower() != SHARD_SUFFIX:
             yield name, WholeFile(path)
         else:
-            try:
-                for inside, part in tar_members(path):
-                    if is_text(inside) and not posixpath.basename(inside).startswith("."):
-                        yield f"{name}/{posixpath.normpath(composed(inside))}", part
-            except OSError as error:
-                left_out.add(name, reason_of(error))
+            yield from _members(name, path, left_out).items()
+
+
+def _members(shard: str, path: Path, left_out: LeftOut) -> dict[str, Source]:
+    """Of a shard, by name: of two of one name the last one counts, as whoever appends to a .tar means it."""
+    members: dict[str, Source] = {}
+    try:
+        for inside, part in tar_members(path):
+            if is_text(inside) and not posixpath.basename(inside).startswith("."):
+                members[f"{shard}/{posixpath.normpath(composed(inside))}"] = part
+    except OSError as error:
+        left_out.add(shard, reason_of(error))
+    return members
 
 
 def reason_of(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
-    """Images by path without suffix, and by the whole of it: a.txt and a.jpg.txt both belong to a.jpg."""
+def _by_stem(sources: dict[str, Source]) -> dict[str, list[str]]:
+    """Images by path without suffix, and by the whole of it: a.txt and a.jpg.txt both belong to a.jpg.
+
+    In a shard also by what is before the first dot, which is WebDataset's key: a.txt belongs to a.img.jpg.
+    """
     images: dict[str, list[str]] = {}
-    for name in names:
-        for key in (posixpath.splitext(name)[0], name):
+    for name, source in sources.items():
+        folder, last = posixpath.split(name)
+        keys = [posixpath.splitext(name)[0], name]
+        if isinstance(source, Part):
+            keys.append(posixpath.join(folder, last.partition(".")[0]))
+        for key in dict.fromkeys(keys):
             images.setdefault(key, []).append(name)
     return images
 
@@ -194,8 +210,10 @@ def _read_beside(listing: Listing, name: str, source: Source, images: list[str],
         listing.add(image, captions)
 
 
-def _read_tables(listing: Listing, lookup: "_Lookup", tables: list[tuple[str, Source, Layout]]) -> None:
-    rows = [(name, row) for name, source, layout in tables for row in _rows(listing, name, source, layout)]
+def _read_tables(
+    listing: Listing, lookup: "_Lookup", tables: list[tuple[str, Source, Layout]], tick: Callable[[], object]
+) -> None:
+    rows = [(name, row) for name, source, layout in tables for row in _rows(listing, name, source, layout, tick)]
     images = lookup.find_all([(posixpath.dirname(name), row.reference) for name, row in rows])
     for (name, row), image in zip(rows, images, strict=True):
         if not row.captions:
@@ -206,10 +224,13 @@ def _read_tables(listing: Listing, lookup: "_Lookup", tables: list[tuple[str, So
             listing.add(image, row.captions)
 
 
-def _rows(listing: Listing, name: str, source: Source, layout: Layout) -> Iterator[Row]:
+def _rows(
+    listing: Listing, name: str, source: Source, layout: Layout, tick: Callable[[], object]
+) -> Iterator[Row]:
     """The rows that name files; images that the table itself holds are added to the listing."""
     try:
-        for row in layout.rows(source):
+        for row in bounded(layout.rows(source)):
+            tick()
             if not isinstance(row, Row):
                 listing.left_out.add(row.place, f"in {name}: {row.reason}")
             elif row.image is None:

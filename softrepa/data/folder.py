@@ -21,11 +21,14 @@ from .images import UNREADABLE, prepared, upright_size
 from .sources import SMALL, Source, WholeFile, identity, identity_of, release, stamp
 
 Tick = Callable[[int, int], None]
-"""Called with how many files are done, of how many; may raise to stop."""
+"""Called with how many files are done, of how many, 0 while they are listed; may raise to stop."""
 
 MOST_IMAGE = 2**30
 MOST_INDEX = 2**30
 """Bytes of an image file, and of an index."""
+MOST_SIDE = 2**31
+"""Pixels of an image as an index may tell them: no format that PIL reads has more."""
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class UnusableImageError(SoftREPAError):
@@ -158,7 +161,7 @@ def read_folder(
     caption_lines: str = EACH,
 ) -> ImageFolder:
     """Every captioned image below `root`. Of a file that `index` does not know, SMALL bytes or the head are read."""
-    listing = list_folder(root, caption_lines)
+    listing = list_folder(root, caption_lines, lambda: tick(0, 0))
     known = _inspected(listing.sources, index, tick)
     examples = []
     sizes = bucket_sizes(resolution) if bucketing else [(resolution, resolution)]
@@ -223,10 +226,12 @@ def _size(look: Callable[[], Size]) -> tuple[Size, str]:
 
 
 def _entry(value: object) -> tuple[list, ImageFile] | None:
-    """One of the index, if it is of the right types."""
+    """One of the index, if it is such as `write` leaves: an image that can be used, or why it cannot."""
     match value:
         case [list() as mark, str() as found, [int() as width, int() as height], str() as problem, str() as digest]:
-            return mark, ImageFile(found, (width, height), problem, digest)
+            is_usable = all(type(side) is int and 1 <= side <= MOST_SIDE for side in (width, height))
+            if (problem or (is_usable and DIGEST.fullmatch(found))) and (not digest or DIGEST.fullmatch(digest)):
+                return mark, ImageFile(found, (width, height), problem, digest)
     return None
 
 

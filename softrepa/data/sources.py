@@ -6,7 +6,7 @@ Only what is asked for is read; a shard is never held as a whole.
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import lru_cache
@@ -20,8 +20,10 @@ BLOCK, BLOCKS = 2**16, 16
 SMALL = BLOCK * BLOCKS
 """Bytes: a file up to this length is known by all of them, a longer one by BLOCKS blocks."""
 
-MOST_ROW_GROUP = 2**31
-"""Bytes of the images in one row group of a parquet file: it is decompressed as a whole."""
+MOST_ROW_GROUP, MOST_UNPACKED = 2**31, 2**27
+"""Bytes of a column in one row group of a parquet file; and if they are packed to less than a quarter."""
+MOST_VALUES = 2**24
+"""In such a column."""
 
 BROKEN_TAR = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError)
 """What the tarfile module raises on damaged archives."""
@@ -50,7 +52,10 @@ class Part:
             raise UnreadableError(f"{self.length:,} bytes, expected at most {most:,}")
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            return file.read(self.length)
+            content = file.read(self.length)
+        if len(content) < self.length:
+            raise UnreadableError("it is cut off")
+        return content
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,13 @@ class Cell:
 
     def read(self, most: int) -> bytes:
         facts = self.path.stat()
-        content = _row_group(self.path, facts.st_mtime_ns, facts.st_size, self.group, self.column)[self.row].as_py()
+        column = _column(self.path, facts.st_mtime_ns, facts.st_size, self.group, self.column)
+        try:
+            cell = column.at(self.row)
+        except UnreadableError:
+            release()
+            raise
+        content = None if cell is None else cell.as_py()
         if isinstance(content, dict):
             content = content.get("bytes")
         if content is None or len(content) > most:
@@ -105,14 +116,17 @@ def identity_of(data: bytes) -> str:
 
 
 def tar_members(path: Path) -> Iterator[tuple[str, Part]]:
-    """The files in an uncompressed .tar and where they lie. Raises UnreadableError where it is damaged."""
+    """The files in an uncompressed .tar and where they lie. Raises UnreadableError where it is damaged or cut off."""
     try:
+        length = path.stat().st_size
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as archive:
             end = 0
             while (member := archive.next()) is not None:
                 if member.offset < end:  # a crafted length leads back, and round for ever
                     raise tarfile.ReadError("members overlap")
                 end = member.offset_data + max(0, member.size)
+                if end > length:
+                    raise tarfile.ReadError("a member is cut off")
                 archive.members.clear()  # type: ignore[attr-defined] # they would pile up
                 if member.isreg() and not member.issparse():
                     yield member.name, Part(path, member.offset_data, member.size)
@@ -124,15 +138,18 @@ def tar_members(path: Path) -> Iterator[tuple[str, Part]]:
 
 
 @contextmanager
-def opened_parquet(path: Path) -> Iterator:
-    """A pyarrow ParquetFile. Raises UnreadableError without pyarrow, and for whatever pyarrow finds wrong meanwhile."""
+def opened_parquet(path: Path, dictionaries: Sequence[str] = ()) -> Iterator:
+    """A pyarrow ParquetFile that is read page by page; equal texts of the columns `dictionaries` are held once.
+
+    Raises UnreadableError without pyarrow, and for whatever pyarrow finds wrong meanwhile.
+    """
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UnreadableError("pyarrow is not installed") from None
     try:
-        with ParquetFile(path) as file:
+        with ParquetFile(path, read_dictionary=list(dictionaries), buffer_size=2**20) as file:
             yield file
     except UnreadableError:
         raise
@@ -140,18 +157,48 @@ def opened_parquet(path: Path) -> Iterator:
         raise UnreadableError(f"not a parquet file that can be read ({error})") from None
 
 
+def check_row_group(file, group: int, columns: Sequence[str]) -> None:
+    """Raises UnreadableError where these columns of a ParquetFile would unpack to more than can be meant."""
+    parts = file.metadata.row_group(group)
+    for part in map(parts.column, range(parts.num_columns)):
+        if part.path_in_schema.partition(".")[0] in columns:
+            size = part.total_uncompressed_size
+            if size > min(MOST_ROW_GROUP, max(MOST_UNPACKED, 4 * part.total_compressed_size)):
+                raise UnreadableError(f"a row group of {size:,} bytes in {part.total_compressed_size:,} of the file")
+            if part.num_values > MOST_VALUES:
+                raise UnreadableError(f"a row group of {part.num_values:,} values, expected at most {MOST_VALUES:,}")
+
+
+class _Column:
+    """The cells of a column in one row group, of which one is held. Rows that lie back are read from the start."""
+
+    def __init__(self, path: Path, group: int, column: str):
+        self.place = path, group, column
+        self.cells, self.count, self.last = self._cells(), 0, None
+
+    def at(self, row: int):
+        """As pyarrow has it, or None behind the last one. Raises UnreadableError."""
+        if row < self.count - 1:
+            self.cells, self.count = self._cells(), 0
+        while self.count <= row:
+            self.last = next(self.cells, None)
+            self.count += 1
+        return self.last
+
+    def _cells(self) -> Iterator:
+        path, group, column = self.place
+        with opened_parquet(path) as file:
+            check_row_group(file, group, [column.partition(".")[0]])
+            for batch in file.iter_batches(batch_size=1, row_groups=[group], columns=[column]):
+                yield batch.column(0)[0]
+
+
 @lru_cache(maxsize=1)
-def _row_group(path: Path, _mtime: int, _size: int, group: int, column: str):
+def _column(path: Path, _mtime: int, _size: int, group: int, column: str) -> _Column:
     """One is kept: rows are mostly read in order. `release` lets it go."""
-    with opened_parquet(path) as file:
-        chunks = file.metadata.row_group(group)
-        parts = [chunks.column(number) for number in range(chunks.num_columns)]
-        size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == column)
-        if size > MOST_ROW_GROUP:
-            raise UnreadableError(f"a row group of {size:,} bytes, expected at most {MOST_ROW_GROUP:,}")
-        return file.read_row_group(group, columns=[column]).column(0)
+    return _Column(path, group, column)
 
 
 def release() -> None:
-    """Frees the memory of what was read of parquet files."""
-    _row_group.cache_clear()
+    """Frees the memory of what was read of parquet files, and closes them."""
+    _column.cache_clear()

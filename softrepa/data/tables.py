@@ -5,15 +5,16 @@ A table gives rows, each a file as the table calls it and its captions; what can
 
 import csv
 import json
+import posixpath
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import StringIO
 
-from .sources import Cell, Source, WholeFile, opened_parquet
+from ..files import is_file
+from .sources import Cell, Source, WholeFile, check_row_group, opened_parquet
 
-FILE_KEYS = ("file_name", "image_path", "image", "image_name", "filename", "file", "path")
-CAPTION_KEYS = ("text", "caption", "captions", "prompt", "tags")
+FILE_KEYS = ("file_name", "image_path", "image", "image_name", "filename", "file_path", "filepath", "file", "path")
+CAPTION_KEYS = ("text", "caption", "captions", "prompt", "comment", "tags")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 """Columns of a parquet file that may hold the images themselves."""
 
@@ -22,8 +23,15 @@ LONGEST_CAPTION = 10_000
 MOST_SIDECAR = 2**18
 MOST_TABLE = 2**28
 """Bytes of a caption file beside an image, and of a table."""
+MOST_ROWS, MOST_TEXT = 10**6, 2**28
+"""Rows of a table, and characters of all their captions: they are held until each has found its image."""
+MOST_LIST, MOST_CELL = 100, 2**17
+"""Captions of a row in a parquet file, and bytes of a cell."""
+MOST_MARKS = 2**23
+"""Brackets and commas of a JSON text, each of which may cost a hundred bytes when it is read."""
 
 NO_TEXT = "captions that are no text"
+UNPAIRED = "a quote that is not closed, or stands inside of a cell"
 TOO_LONG = f"a caption of more than {LONGEST_CAPTION:,} characters"
 
 
@@ -137,37 +145,62 @@ def _rows_of_coco(content: dict) -> Rows:
             yield Problem(place, str(problem))
 
 
+SEPARATOR = re.compile(r'"?sep=(.)"?')
+"""A line that Excel writes before the header."""
+
+
 def rows_of_csv(source: Source) -> Rows:
     """Columns by their names in the first line, parted by commas, tabs, semicolons or bars."""
-    text = decoded(source.read(MOST_TABLE)).replace("\r\n", "\n").replace("\r", "\n").lstrip("\n")
-    header = text.partition("\n")[0]
-    parted = {mark: columns for mark in ",\t;|" if (columns := _columns(header, mark))}
+    text = decoded(source.read(MOST_TABLE)).replace("\r\n", "\n").replace("\r", "\n")
+    lines = text.split("\n")
+    at = next((number for number, line in enumerate(lines) if line.strip()), 0)
+    marks = ",\t;|"
+    if named := SEPARATOR.fullmatch(lines[at].strip()):
+        marks, at = named[1], min(at + 1, len(lines) - 1)
+    parted = {mark: columns for mark in marks if (columns := _columns(lines[at], mark))}
     if not parted:
         raise BadTable(f"no column {' or '.join(FILE_KEYS)} beside one of {', '.join(CAPTION_KEYS)}")
-    mark, (file, caption) = next(iter(parted.items()))
-    rows = _cells(text, mark)
-    _, first = next(rows)
-    for number, cells in rows:
-        if len(cells) > len(first) == caption + 1:  # marks in a text that nobody quoted
-            cells[caption:] = [mark.join(cells[caption:])]
-        if len(cells) != len(first):
-            yield Problem(f"line {number}", "more or fewer cells than in the first line")
-            continue
+    mark, (file, caption, width) = next(iter(parted.items()))
+    at += 1
+    while at < len(lines):
+        place, here = f"line {at + 1}", at
+        at += 1
         try:
-            yield Row(cells[file].strip(), checked([cells[caption]]))
+            cells, count = _cells(lines, here, mark, file, width)
+            at = here + count
+            if not any(cells):
+                continue
+            if len(cells) > width == caption + 1:  # marks in a text that nobody quoted
+                cells[caption:] = [mark.join(cells[caption:])]
+            if len(cells) != width:
+                raise BadTable("more or fewer cells than in the first line")
+            row: Row | Problem = Row(cells[file].strip(), checked([cells[caption]]))
         except BadTable as problem:
-            yield Problem(f"line {number}", str(problem))
+            row = Problem(place, str(problem))
+        yield row
 
 
-def _cells(text: str, mark: str) -> Iterator[tuple[int, list[str]]]:
-    """Rows of a .csv file that are not empty, and the numbers of the lines where they end. Raises BadTable."""
-    rows = csv.reader(StringIO(text), delimiter=mark)
+def _cells(lines: list[str], at: int, mark: str, file: int, width: int) -> tuple[list[str], int]:
+    """Those of the row that begins in a line, and how many lines it has.
+
+    A quote that nobody closed must not swallow the next rows: it makes this line a bad one, and the next is read anew.
+    Among tabs it is a part of the text.
+    """
+    rows = csv.reader((f"{lines[number]}\n" for number in range(at, len(lines))), delimiter=mark, strict=True)
     try:
-        for cells in rows:
-            if any(cells):
-                yield rows.line_num, cells
-    except csv.Error as error:
-        raise BadTable(f"unreadable from line {rows.line_num} on ({error})") from None
+        cells = next(rows)
+        further = [line.split(mark) for line in lines[at + 1 : at + rows.line_num]]
+        if not any(len(row) >= width and _suffix(row[file]) == _suffix(cells[file]) for row in further):
+            return cells, rows.line_num
+    except csv.Error:
+        pass
+    if mark == "\t":
+        return lines[at].split(mark), 1
+    raise BadTable(UNPAIRED if '"' in lines[at] else f"a cell of more than {csv.field_size_limit():,} characters")
+
+
+def _suffix(name: str) -> str:
+    return posixpath.splitext(name.strip())[1].lower()
 
 
 TOKEN = re.compile(r"(.+?)#\d+\t(.*)")
@@ -196,28 +229,55 @@ def rows_of_parquet(source: Source) -> Rows:
     if not isinstance(source, WholeFile):
         raise BadTable("a parquet file inside a shard")
     with opened_parquet(source.path) as file:
-        schema = file.schema_arrow
-        image = _image_column(schema)
-        columns = [key for key in (*FILE_KEYS, *CAPTION_KEYS) if key in schema.names and key != image.partition(".")[0]]
-        total = 0
+        kinds = {field.name: str(field.type) for field in file.schema_arrow}
+        leaves = [file.schema.column(number).path for number in range(len(file.schema))]
+    image = _image_column(kinds)
+    if not image and not kinds.keys() & set(FILE_KEYS):
+        if is_file(source.path.with_suffix(".tar")):
+            return  # img2dataset writes such a one beside each shard: it repeats what the shard holds
+        raise BadTable(f"no column {' or '.join((*FILE_KEYS, *IMAGE_COLUMNS))}")
+    columns = [key for key in (*FILE_KEYS, *CAPTION_KEYS) if TEXT_KIND.fullmatch(kinds.get(key, ""))]
+    if not set(columns) & set(CAPTION_KEYS):
+        raise BadTable(f"no text in a column {' or '.join(CAPTION_KEYS)}")
+    total = 0
+    with opened_parquet(source.path, [leaf for leaf in leaves if leaf.partition(".")[0] in columns]) as file:
         for group in range(file.num_row_groups):
+            check_row_group(file, group, columns)
             number = 0
-            for batch in file.iter_batches(row_groups=[group], columns=columns):
-                for row in batch.to_pylist():
+            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
+                for cells in batch.columns:
+                    _check_cells(cells)
+                for place in range(len(batch)):
                     total += 1
+                    row = {key: cells[place].as_py() for key, cells in zip(columns, batch.columns, strict=True)}
                     yield _row(row, f"row {total}", Cell(source.path, group, number, image) if image else None)
                     number += 1
 
 
-def _image_column(schema) -> str:
+TEXT_KIND = re.compile(r"((large_)?list<\w+: )?((large_)?string|dictionary<values=(large_)?string, [^<>]*>)( not null)?>?")
+"""What pyarrow calls a column of texts, or of lists of them."""
+
+
+def _check_cells(cells) -> None:
+    """Raises BadTable for a text, or a list of texts, that is no caption: equal ones cost nothing until they are used."""
+    from pyarrow import compute
+
+    if hasattr(cells, "values"):  # lists
+        if (compute.max(compute.list_value_length(cells)).as_py() or 0) > MOST_LIST:
+            raise BadTable(f"a list of more than {MOST_LIST} captions")
+        cells = cells.values
+    if (compute.max(compute.binary_length(cells.dictionary)).as_py() or 0) > MOST_CELL:
+        raise BadTable(f"a cell of more than {MOST_CELL:,} bytes")
+
+
+def _image_column(kinds: dict[str, str]) -> str:
     """As pyarrow names the column of the images' bytes, or an empty text: Hugging Face keeps them in a struct."""
     for name in IMAGE_COLUMNS:
-        if name in schema.names:
-            kind = str(schema.field(name).type)
-            if kind.startswith("struct<") and re.search("bytes: (large_)?binary", kind):
-                return f"{name}.bytes"
-            if kind in ("binary", "large_binary"):
-                return name
+        kind = kinds.get(name, "")
+        if kind.startswith("struct<") and re.search("bytes: (large_)?binary", kind):
+            return f"{name}.bytes"
+        if kind in ("binary", "large_binary"):
+            return name
     return ""
 
 
@@ -265,14 +325,30 @@ def is_text(text: str) -> bool:
     return True
 
 
-def _columns(header: str, mark: str) -> tuple[int, int] | None:
-    """Where the file and the caption stand, if both are there."""
-    names = [cell.strip().lower() for _, cells in _cells(header, mark) for cell in cells]
+def _columns(header: str, mark: str) -> tuple[int, int, int] | None:
+    """Where the file and the caption stand, if both are there; and how many columns there are."""
+    names = [cell.strip().lower() for cells in csv.reader([header[:MOST_SIDECAR]], delimiter=mark) for cell in cells]
     files, captions = ([names.index(key) for key in keys if key in names] for keys in (FILE_KEYS, CAPTION_KEYS))
-    return (files[0], captions[0]) if files and captions else None
+    return (files[0], captions[0], len(names)) if files and captions else None
+
+
+def bounded(rows: Rows) -> Rows:
+    """The rows of a table as far as they can be held. Raises BadTable."""
+    count = size = 0
+    for row in rows:
+        count += 1
+        if isinstance(row, Row):
+            size += len(row.reference) + sum(map(len, row.captions))
+        if count > MOST_ROWS:
+            raise BadTable(f"more than {MOST_ROWS:,} rows")
+        if size > MOST_TEXT:
+            raise BadTable(f"captions of more than {MOST_TEXT:,} characters in all")
+        yield row
 
 
 def _parsed(text: str):
+    if sum(map(text.count, "[{,")) > MOST_MARKS:
+        raise BadTable(f"JSON of more than {MOST_MARKS:,} values")
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

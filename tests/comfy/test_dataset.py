@@ -17,6 +17,7 @@ from comfyui_softrepa.softrepa.data.cache import Cache
 from comfyui_softrepa.softrepa.data.sources import WholeFile
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from PIL import Image
+from safetensors.torch import load, save
 from softrepa_tests.conftest import ROOT
 
 import nodes
@@ -219,6 +220,19 @@ def test_entries_of_other_names_and_shapes_are_made_anew(encoders, photos, encod
     encoded.clear()
     assert same(drawn(read(encoders)), expected)
     assert encoded.count("image") == 4
+
+
+def test_entries_of_an_older_version_are_encoded_before_they_are_drawn(encoders, photos, encoded, tmp_path):
+    expected = drawn(read(encoders))
+    for path in cached(tmp_path):
+        path.write_bytes(save(load(path.read_bytes())))  # without a checksum
+    encoded.clear()
+    dataset = read(encoders)
+    assert "encoded and cached" in dataset.summary.splitlines()
+    assert encoded.count("image") == 4
+    encoded.clear()
+    assert same(drawn(dataset), expected)
+    assert encoded == []
 
 
 def test_an_index_of_wrong_types_is_as_none(encoders, photos, encoded, tmp_path):

@@ -80,6 +80,21 @@ def test_damaged_entries_are_as_absent(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_entries_that_cannot_be_used_are_gone_before_they_are_drawn(tmp_path):
+    cache = surveyed(tmp_path, 9_000)
+    cache.write("good", entry())
+    cache.write("cut", entry())
+    cache.path("cut").write_bytes(cache.path("cut").read_bytes()[:-10])
+    bad = {"old": save(entry(1)), "other": save(entry(1), {"x": "y"}), "none": b"", "null": b"\4" + b"\0" * 7 + b"null"}
+    for key, content in bad.items():
+        cache.path(key).write_bytes(content)
+    keys = {"good", "cut", *bad}
+    cache.survey(keys)
+    assert {key for key in keys if cache.has(key)} == {"good"}
+    assert cache.used == on_disk(tmp_path)
+    assert cache.write("cut", entry())  # in the room of what was of no use
+
+
 def test_no_flipped_bit_is_believed(tmp_path):
     cache = surveyed(tmp_path, 10**6)
     tensors = {"cross_attn": torch.randn(1, 4, 8).half(), "pooled_output": torch.randn(1, 3)}

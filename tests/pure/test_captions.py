@@ -3,16 +3,20 @@
 import io
 import json
 import os
+import random
+import subprocess
 import sys
 import tarfile
 import threading
 import unicodedata
 
 import pytest
+from comfyui_softrepa.softrepa.data import sources, tables
 from comfyui_softrepa.softrepa.data.captions import WHOLE, list_folder, repeats_of
 from comfyui_softrepa.softrepa.data.left_out import LeftOut
 from comfyui_softrepa.softrepa.data.tables import CAPTION_KEYS, FILE_KEYS
 from PIL import Image
+from softrepa_tests.conftest import ROOT
 from softrepa_tests.folders import captions, picture, reasons, write
 
 
@@ -355,6 +359,9 @@ def test_captions_in_a_folder_beside_the_images(tmp_path):
         ("old.csv", "image,caption\r0.png,a dog, asleep\r1.png,a cat\r"),
         ("captions.txt", "image,caption\n0.png,a dog, asleep\n1.png,a cat\n"),
         ("results.csv", "image_name| comment_number| caption\n0.png| 0| a dog, asleep\n1.png| 0| a cat\n"),
+        ("results.csv", "image_name| comment_number| comment\n0.png| 0| a dog, asleep\n1.png| 0| a cat\n"),
+        ("excel.csv", "sep=;\r\nfile_path;text\r\n0.png;a dog, asleep\r\n1.png;a cat\r\n"),
+        ("metadata.jsonl", '{"filepath": "0.png", "text": "a dog, asleep"}\n{"file_path": "1.png", "text": "a cat"}'),
         ("Flickr8k.token.txt", "0.png#0\ta dog, asleep\n1.png#4\ta cat\n"),
         ("captions.txt", "0.png#0\ta dog, asleep\n1.png#0\ta cat\n"),
         ("meta_cap.json", '{"/x/0.png": {"caption": "a dog, asleep", "tags": "t"}, "1": {"tags": "a cat"}}'),
@@ -382,9 +389,40 @@ def test_rows_that_do_not_fit_are_counted(tmp_path):
         "in a.csv: more or fewer cells than in the first line": ["line 3", "line 4"],
         "in a.csv: a caption of more than 10,000 characters": ["line 5"],
         f"no column {' or '.join(FILE_KEYS)} beside one of {', '.join(CAPTION_KEYS)}": ["b.csv"],
-        "unreadable from line 3 on (field larger than field limit (131072))": ["c.csv"],
+        "in c.csv: a cell of more than 131,072 characters": ["line 3"],
         "in captions.txt: no name.jpg#0 with a tab behind it": ["line 2"],
     }
+
+
+@pytest.mark.parametrize(
+    ("content", "expected", "bad"),
+    [
+        ('0.png,"a dog\n1.png,a cat\n2.png,a bird\n', {1: "a cat", 2: "a bird"}, ["line 2"]),
+        ('0.png,"a dog\n1.png,"a cat"\n2.png,a bird\n', {1: "a cat", 2: "a bird"}, ["line 2"]),
+        ('0.png,"a dog\n1.png,a cat\n2.png,"\n', {1: "a cat"}, ["line 2", "line 4"]),
+        ('0.png,a dog\n1.png,"a" cat\n2.png,a bird\n', {0: "a dog", 2: "a bird"}, ["line 3"]),
+        ('0.png,"a dog,\nasleep, calm"\n1.png,"a ""cat"""\n', {0: "a dog,\nasleep, calm", 1: 'a "cat"'}, None),
+        ('0.png,"a dog\n' + "1.png,a cat\n" * 20_000, {1: "a cat"}, ["line 2"]),
+    ],
+)
+def test_a_quote_that_nobody_closed_swallows_no_row(tmp_path, content, expected, bad):
+    for i in range(3):
+        picture(tmp_path / f"{i}.png")
+    write(tmp_path / "metadata.csv", f"file_name,text\n{content}")
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {f"{i}.png": [text] for i, text in expected.items()}
+    reason = "in metadata.csv: a quote that is not closed, or stands inside of a cell"
+    assert reasons(listing).get(reason) == bad
+
+
+def test_quotes_between_tabs_are_text_unless_they_pair(tmp_path):
+    for i in range(4):
+        picture(tmp_path / f"{i}.png")
+    rows = ('"a dog', '"Up" it says', '"a cat\nasleep"', '"a bird"')
+    write(tmp_path / "list.tsv", "file_name\ttext\n" + "".join(f"{i}.png\t{row}\n" for i, row in enumerate(rows)))
+    listing = list_folder(tmp_path)
+    assert [listing.captions[f"{i}.png"] for i in range(4)] == [['"a dog'], ['"Up" it says'], ["a cat\nasleep"], ["a bird"]]
+    assert reasons(listing) == {}
 
 
 def test_folders_named_with_repeats_and_a_caption(tmp_path):
@@ -447,6 +485,67 @@ def test_webdataset_shards(tmp_path):
         listing.sources["00000.tar/000.png"].read(10)
 
 
+def members(*pairs):
+    """A .tar's content, in which names may come twice."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, data in pairs:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return file.getvalue()
+
+
+def test_of_two_members_of_one_name_the_last_counts(tmp_path):
+    first = [("a.png", png("red")), ("a.txt", b"old")]
+    write(tmp_path / "appended.tar", members(*first, ("./a.png", png("blue")), ("a.txt", b"new")))
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"appended.tar/a.png": ["new"]}
+    assert listing.sources["appended.tar/a.png"].read(10**6) == png("blue")
+
+
+def test_a_shard_that_is_cut_off_gives_no_half_of_a_caption(tmp_path):
+    whole = members(("a.png", png("red")), ("a.txt", b"one"), ("b.png", png("blue")), ("b.txt", b"a long caption"))
+    end = whole.index(b"a long caption") + len(b"a lo")
+    write(tmp_path / "cut.tar", whole[:end])
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"cut.tar/a.png": ["one"]}
+    assert reasons(listing)["a .tar that cannot be read to its end (a member is cut off)"] == ["cut.tar"]
+    write(tmp_path / "cut.tar", whole[:520])
+    with pytest.raises(OSError, match="it is cut off"):
+        listing.sources["cut.tar/a.png"].read(10**6)
+
+
+def test_keys_of_a_shard_end_at_the_first_dot(tmp_path):
+    write(tmp_path / "s.tar", members(("k1.img.jpg", png("red")), ("k1.txt", b"one"), ("sub.d/k2.png", png("red"))))
+    picture(tmp_path / "f.img.jpg")
+    write(tmp_path / "f.txt", "not in a shard")
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"s.tar/k1.img.jpg": ["one"]}
+    assert reasons(listing) == {"no image of this name": ["f.txt"], "no caption": ["f.img.jpg", "s.tar/sub.d/k2.png"]}
+
+
+def test_hidden_members_are_no_pictures(tmp_path):
+    hidden = [("._a.png", b"of a Mac"), ("._a.txt", b"of a Mac"), ("./sub/.b.png", png("red"))]
+    write(tmp_path / "s.tar", members(*hidden, ("a.png", png("red")), ("a.txt", b"one")))
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"s.tar/a.png": ["one"]}
+    assert reasons(listing) == {}
+
+
+def test_what_img2dataset_writes_beside_a_shard_is_no_fault(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    write(tmp_path / "00000.tar", members(("0.jpg", png("red")), ("0.txt", b"one")))
+    table = pa.table({"url": ["https://a"] * 3, "caption": ["one"] * 3, "key": ["0", "1", "2"]})
+    parquet.write_table(table, tmp_path / "00000.parquet")
+    assert reasons(list_folder(tmp_path)) == {}
+    parquet.write_table(table, tmp_path / "alone.parquet")
+    (reason,) = (why for why, names in reasons(list_folder(tmp_path)).items() if names == ["alone.parquet"])
+    assert reason.startswith(f"no column {' or '.join(FILE_KEYS)}")
+
+
 def test_damaged_shards(tmp_path):
     members = {f"{i}.{kind}": data for i in range(3) for kind, data in (("png", png("red")), ("txt", b"t%d" % i))}
     whole = shard(tmp_path / "whole.tar", members).read_bytes()
@@ -504,3 +603,109 @@ def test_parquet_with_the_images_inside(tmp_path):
         sources["train.parquet/2.000000"].read(10**6)
     with pytest.raises(OSError, match="more than 10 bytes"):
         sources["train.parquet/0.000000"].read(10)
+
+
+# bounds
+
+
+def peak_of(folder) -> int:
+    """Megabytes that a process has had at most, in which a folder is listed and every image read."""
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.fuzz import peak_memory;"
+        "from softrepa.data.captions import list_folder;"
+        "before = peak_memory(); found = list_folder(Path(sys.argv[1]));"
+        "sizes = {len(one.read(2**30)) for one in found.sources.values()};"
+        "print((peak_memory() - before) // 10**6)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def test_equal_cells_of_a_parquet_file_are_held_once(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    for folder, name, cell in (("texts", "text", "x" * 100_000), ("captions", "text", "x" * 9_000)):
+        count = 2**29 // len(cell)
+        rows = {"file_name": [f"{i}.png" for i in range(count)], name: pa.array([cell] * count)}
+        (tmp_path / folder).mkdir()
+        parquet.write_table(pa.table(rows), tmp_path / folder / "m.parquet")
+    (tmp_path / "images").mkdir()
+    images = {"jpg": [b"\xff" * 10**6] * 600, "text": [f"picture {i}" for i in range(600)]}
+    parquet.write_table(pa.table(images), tmp_path / "images" / "m.parquet")
+    assert max(path.stat().st_size for path in tmp_path.rglob("*.parquet")) < 2 * 10**6
+    assert peak_of(tmp_path / "texts") < 250
+    assert peak_of(tmp_path / "images") < 250
+    assert peak_of(tmp_path / "captions") < 500
+    assert any(why.startswith("captions of more than") for why in reasons(list_folder(tmp_path / "captions")))
+
+
+def test_parquet_files_that_unpack_to_too_much(tmp_path, monkeypatch):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = pa.table({"jpg": [random.Random(i).randbytes(1000) for i in range(20)], "text": ["a picture"] * 20})
+    parquet.write_table(rows, tmp_path / "m.parquet")
+    (first, *_) = list_folder(tmp_path).sources.values()
+    assert len(first.read(1000)) == 1000
+    for name, most, message in (
+        ("MOST_ROW_GROUP", 5000, "a row group of"),
+        ("MOST_VALUES", 10, "a row group of 20 values, expected at most 10"),
+    ):
+        with monkeypatch.context() as patch:
+            sources.release()
+            patch.setattr(sources, name, most)
+            with pytest.raises(OSError, match=message):
+                first.read(1000)
+    parquet.write_table(pa.table({"jpg": [bytes(10**6)], "text": ["zeros"]}), tmp_path / "m.parquet", compression="zstd")
+    (zeros,) = list_folder(tmp_path).sources.values()
+    monkeypatch.setattr(sources, "MOST_UNPACKED", 5000)
+    with pytest.raises(OSError, match=r"a row group of [\d,]+ bytes in [\d,]+ of the file"):
+        zeros.read(10**6)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (["x" * 200_000, "fine"], "a cell of more than 131,072 bytes"),
+        ([["x"] * 101, ["fine"]], "a list of more than 100 captions"),
+        ([1, 2], f"no text in a column {' or '.join(CAPTION_KEYS)}"),
+    ],
+)
+def test_cells_of_a_parquet_file_that_are_no_captions(tmp_path, text, reason):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    picture(tmp_path / "0.png")
+    parquet.write_table(pa.table({"file_name": ["1.png", "0.png"], "text": text}), tmp_path / "m.parquet")
+    assert reasons(list_folder(tmp_path))[reason] == ["m.parquet"]
+
+
+def test_kinds_of_text_in_a_parquet_file(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    picture(tmp_path / "0.png")
+    kinds = (pa.string(), pa.large_string(), pa.list_(pa.string()), pa.large_list(pa.string()))
+    for number, kind in enumerate((*kinds, pa.list_(pa.large_string()), pa.dictionary(pa.int8(), pa.string()))):
+        text = f"text {number}"
+        cells = pa.array([[text] if "list" in str(kind) else text, None], kind)
+        names = pa.array(["0.png", "gone.png"]).dictionary_encode()
+        parquet.write_table(pa.table({"image": names, "text": cells}), tmp_path / f"{number}.parquet")
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"0.png": [f"text {number}" for number in range(6)]}
+    assert reasons(listing) == {f"no caption in {number}.parquet": ["gone.png"] for number in range(6)}
+
+
+def test_tables_are_bounded(tmp_path, monkeypatch):
+    picture(tmp_path / "0.png")
+    write(tmp_path / "m.jsonl", [{"file_name": "0.png", "text": f"caption {i}"} for i in range(10)])
+    write(tmp_path / "captions.json", "[" + "{}," * 100 + "{}]")
+    for name, most, reason in (
+        ("MOST_ROWS", 5, "more than 5 rows"),
+        ("MOST_TEXT", 50, "captions of more than 50 characters in all"),
+        ("MOST_MARKS", 150, "JSON of more than 150 values"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(tables, name, most)
+            assert reason in reasons(list_folder(tmp_path))

@@ -503,6 +503,27 @@ def test_files_are_read_once_and_changes_are_noticed(photos, monkeypatch):
         assert read(photos).train == changed.train
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *({"size": size} for size in ([0, 0], [64, 0], [-5, 3], [10**400, 3], [2**31 + 1, 3], [True, True])),
+        {"identity": "\ud800"},
+        {"digest": "../../elsewhere"},
+    ],
+)
+def test_an_index_of_wrong_values_is_as_none(photos, entry):
+    expected = read(photos)
+    index = photos.parent / "index.json"
+    files = json.loads(index.read_text())["files"]
+    mark, *values = files["03.png"]
+    changed = dict(zip(("identity", "size", "problem", "digest"), values, strict=True)) | entry
+    index.write_text(json.dumps({"files": files | {"03.png": [mark, *changed.values()]}}))
+    found = read(photos)
+    assert found.train == expected.train
+    assert found.notes == expected.notes
+    assert [found.known_digest(one) for one in found.train] == [expected.known_digest(one) for one in expected.train]
+
+
 def test_two_files_exchanged_are_noticed(photos):
     one, other = (large(photos / name, colour) for name, colour in (("a.bmp", (1, 2, 3)), ("b.bmp", (4, 5, 6))))
     date = one.stat().st_mtime_ns
@@ -610,7 +631,7 @@ def test_reading_that_is_stopped_remembers_what_it_read(photos, monkeypatch):
         pass
 
     def tick(done, total):
-        assert total == 12
+        assert total == 12 or (done, total) == (0, 0)
         if done == 5:
             raise Stop
 
@@ -620,6 +641,23 @@ def test_reading_that_is_stopped_remembers_what_it_read(photos, monkeypatch):
     monkeypatch.setattr(folder, "upright_size", lambda *args, **rest: inspected.append(args) or (300, 200))
     read(photos)
     assert len(inspected) == 7
+
+
+def test_listing_can_be_stopped(photos):
+    class Stop(BaseException):
+        pass
+
+    write(photos / "more.jsonl", [{"file_name": "00.png", "text": f"caption {i}"} for i in range(1000)])
+    calls = []
+
+    def tick(done, total):
+        calls.append(total)
+        if len(calls) == 500:
+            raise Stop
+
+    with pytest.raises(Stop):
+        read_folder(photos, "photos", 128, False, 0.0, photos.parent / "index.json", tick)
+    assert set(calls) == {0}
 
 
 def test_an_image_that_goes_away_later(photos):

@@ -413,6 +413,23 @@ def test_numbers_that_are_none_in_a_configuration():
     configuration.check_inputs({"validation_percent": 10, "seed": 2**63 - 1})
 
 
+def test_a_file_that_grows_while_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "log"
+    path.write_bytes(b"x" * 10)
+    fstat = os.fstat
+
+    def growing(handle):
+        facts = fstat(handle)
+        with path.open("ab") as file:
+            file.write(b"more")
+        return facts
+
+    assert read_bounded(path, 100) == b"x" * 10
+    monkeypatch.setattr(os, "fstat", growing)
+    with pytest.raises(UnreadableError, match="it grows while it is read"):
+        read_bounded(path, 100)
+
+
 # Checkpoints
 
 

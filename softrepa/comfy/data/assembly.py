@@ -72,7 +72,8 @@ def reading_progress() -> Callable[[int, int], None]:
     def tick(done: int, total: int) -> None:
         nonlocal bar
         comfy.model_management.throw_exception_if_processing_interrupted()
-        bar = bar or comfy.utils.ProgressBar(total)
-        bar.update_absolute(done)
+        if total:
+            bar = bar or comfy.utils.ProgressBar(total)
+            bar.update_absolute(done)
 
     return tick
