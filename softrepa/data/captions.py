@@ -8,10 +8,14 @@ import os
 import posixpath
 import re
 import unicodedata
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
+from ..files import is_file
 from .left_out import LeftOut
 from .sources import Part, Source, WholeFile, tar_members
 from .tables import TABLES, BadTable, Layout, Row, bounded, is_text, json_captions, layout_of, text_captions
@@ -28,6 +32,9 @@ CAPTION_FOLDER, IMAGE_FOLDER = "captions", "images"
 REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")
 """A folder's name as kohya reads it: how often its images count, and what they show."""
 
+FOREIGN = re.compile(r"/|[A-Za-z]:/")
+"""How paths of a machine start, as against those relative to a table."""
+
 EACH, WHOLE = CAPTION_LINES = ("each", "whole")
 """What is a caption in a text file: every line, or the whole text."""
 
@@ -40,6 +47,8 @@ LOOKED_FOR = (
 )
 """The layouts, as a message lists them."""
 
+JSON_TABLES = ", ".join(layout.title for layout in TABLES if layout.title.endswith(".json"))
+
 
 @dataclass
 class Listing:
@@ -48,6 +57,8 @@ class Listing:
     sources: dict[str, Source] = field(default_factory=dict)
     captions: dict[str, list[str]] = field(default_factory=dict)
     left_out: LeftOut = field(default_factory=LeftOut)
+    captioned_by_folder: set[str] = field(default_factory=set)
+    """Images with no caption but the name of their folder."""
     several_lines: int = 0
     """Text files of which every line is a caption, with more than one."""
 
@@ -59,7 +70,7 @@ class Listing:
 def list_folder(root: Path, caption_lines: str = EACH, tick: Callable[[], object] = lambda: None) -> Listing:
     """All images below `root` that have captions. `tick` is called for every file and row; it may raise to stop."""
     listing, tables, beside = Listing(), [], []
-    folders = dict(folders_in(root))
+    folders = dict(folders_in(root, lambda error: _leave_out_folder(root, error, listing.left_out)))
     for name, source in _files(root, folders, listing.left_out):
         tick()
         suffix = posixpath.splitext(name)[1].lower()
@@ -78,13 +89,17 @@ def list_folder(root: Path, caption_lines: str = EACH, tick: Callable[[], object
             _read_beside(listing, name, source, found, caption_lines)
         elif layout := layout_of(posixpath.basename(name)):
             tables.append((name, source, layout))
-        elif not name.lower().endswith(".json"):  # other .json files say other things
+        elif name.lower().endswith(".json"):
+            listing.left_out.add(name, f"no image of this name, and no name of a table ({JSON_TABLES})")
+        else:
             listing.left_out.add(name, "no image of this name")
     if tables:
-        _read_tables(listing, _Lookup(root, folders, listing.sources), tables, tick)
+        captioned = {name for name in listing.sources if listing.captions.get(name) or repeats_of(root, name)}
+        _read_tables(listing, _Lookup(root, folders, listing.sources, captioned), tables, tick)
     for name in sorted(listing.sources):
         if not listing.captions.get(name) and (folder := repeats_of(root, name)):
             listing.add(name, [folder[1]])
+            listing.captioned_by_folder.add(name)
         if not listing.captions.get(name):
             del listing.sources[name]
             listing.left_out.add(name, "no caption")
@@ -92,13 +107,13 @@ def list_folder(root: Path, caption_lines: str = EACH, tick: Callable[[], object
     return listing
 
 
-def folders_in(root: Path) -> Iterator[tuple[Path, list[str]]]:
+def folders_in(root: Path, on_error: Callable[[OSError], object] | None = None) -> Iterator[tuple[Path, list[str]]]:
     """`root` and every folder below it, with the names of its files.
 
-    Hidden ones are passed over, linked folders are entered once.
+    Hidden ones are passed over, linked folders are entered once; `on_error` hears of those that cannot be listed.
     """
     entered = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=on_error, followlinks=True):
         real = os.path.realpath(folder)
         if real in entered:
             folders.clear()
@@ -132,17 +147,21 @@ def repeats_of(root: Path, name: str) -> tuple[int, str] | None:
 
 def _files(root: Path, folders: dict[Path, list[str]], left_out: LeftOut) -> Iterator[tuple[str, Source]]:
     """By name: regular files whose names are text, those in shards among them."""
-    paths: dict[str, Path] = {}
+    paths: list[tuple[str, Path]] = []
     for folder, names in folders.items():
         inside = name_in(root, folder)
-        paths |= {posixpath.normpath(f"{inside}/{composed(name)}"): folder / name for name in names}
-    for name, path in sorted(paths.items()):
+        paths += [(posixpath.normpath(f"{inside}/{composed(name)}"), folder / name) for name in names]
+    counts = Counter([name for name, _ in paths] + [name_in(root, folder) for folder in folders])
+    twins = {name for name, count in counts.items() if count > 1}
+    for name, path in sorted(paths):
         is_ours = path.suffix.lower() in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, SHARD_SUFFIX) or layout_of(path.name)
         if not is_text(name):
             left_out.add(name, "its name is no text that can be written")
-        elif not path.is_file():
+        elif twins and not twins.isdisjoint((name, *map(str, PurePosixPath(name).parents))):
+            left_out.add(name, "its name looks like another's, with accents composed and apart")
+        elif not is_file(path):
             if is_ours:
-                left_out.add(name, "no regular file")
+                left_out.add(name, "no regular file that may be looked at")
         elif name.lower().endswith(COMPRESSED_SHARDS):
             left_out.add(name, f"a compressed archive, expected {SHARD_SUFFIX}")
         elif path.suffix.lower() != SHARD_SUFFIX:
@@ -163,24 +182,28 @@ def _members(shard: str, path: Path, left_out: LeftOut) -> dict[str, Source]:
     return members
 
 
+def _leave_out_folder(root: Path, error: OSError, left_out: LeftOut) -> None:
+    left_out.add(name_in(root, Path(error.filename)), reason_of(error))
+
+
 def reason_of(error: OSError) -> str:
     return error.strerror or str(error)
 
 
 def _by_stem(sources: dict[str, Source]) -> dict[str, list[str]]:
-    """Images by path without suffix, and by the whole of it: a.txt and a.jpg.txt both belong to a.jpg.
+    """Images by path without suffix, and by the whole of it, which comes first: a.jpg.txt belongs to a.jpg.
 
     In a shard also by what is before the first dot, which is WebDataset's key: a.txt belongs to a.img.jpg.
     """
     images: dict[str, list[str]] = {}
     for name, source in sources.items():
         folder, last = posixpath.split(name)
-        keys = [posixpath.splitext(name)[0], name]
+        keys = [posixpath.splitext(name)[0]]
         if isinstance(source, Part):
             keys.append(posixpath.join(folder, last.partition(".")[0]))
         for key in dict.fromkeys(keys):
             images.setdefault(key, []).append(name)
-    return images
+    return images | {name: [name] for name in sources}
 
 
 def _image_folder(stem: str) -> str:
@@ -214,25 +237,23 @@ def _read_tables(
     listing: Listing, lookup: "_Lookup", tables: list[tuple[str, Source, Layout]], tick: Callable[[], object]
 ) -> None:
     rows = [(name, row) for name, source, layout in tables for row in _rows(listing, name, source, layout, tick)]
-    images = lookup.find_all([(posixpath.dirname(name), row.reference) for name, row in rows])
+    images = lookup.find_all([_Wanted(name, row.reference, row.is_apart) for name, row in rows])
     for (name, row), image in zip(rows, images, strict=True):
         if not row.captions:
             listing.left_out.add(row.reference, f"no caption in {name}")
         elif image is None:
-            listing.left_out.add(row.reference, f"named in {name}, but no file here, or several")
+            listing.left_out.add(row.reference, f"no file, or several, for a row of {name}")
         else:
             listing.add(image, row.captions)
 
 
-def _rows(
-    listing: Listing, name: str, source: Source, layout: Layout, tick: Callable[[], object]
-) -> Iterator[Row]:
+def _rows(listing: Listing, name: str, source: Source, layout: Layout, tick: Callable[[], object]) -> Iterator[Row]:
     """The rows that name files; images that the table itself holds are added to the listing."""
     try:
         for row in bounded(layout.rows(source)):
             tick()
             if not isinstance(row, Row):
-                listing.left_out.add(row.place, f"in {name}: {row.reason}")
+                listing.left_out.add(row.place, f"{row.reason} in {name}")
             elif row.image is None:
                 yield row
             else:
@@ -245,70 +266,115 @@ def _rows(
         listing.left_out.add(name, str(problem))
 
 
-class _Lookup:
-    """Finds the image a row means.
+class _Wanted(NamedTuple):
+    """A file as a row names it, the table, and whether the table may stand apart from its images."""
 
-    Tables name files with and without folder, with and without suffix, and with paths of the machine they were made on;
-    COCO's stand beside the image folders. So where no file has the name that a row gives, relative to its table, the
-    only one counts that ends like it - unless the folder that the row names is here, another row names that file
-    exactly, or two rows that differ would get it: then the file of the row is gone.
+    table: str
+    reference: str
+    is_apart: bool
+
+
+class _Lookup:
+    """Finds the image a row means: the file of that name, relative to the table.
+
+    Where a table finds no file so, its rows are guessed; but no image is guessed that another row names exactly, that
+    has captions from elsewhere, or that two tables or two rows that differ would get. In doubt a row means none.
+
+    All paths here begin with the name of the root, for a path of another machine may hold it.
     """
 
-    def __init__(self, root: Path, folders: Iterable[Path], images: Iterable[str]):
-        self.root = root.absolute().as_posix()
+    def __init__(self, root: Path, folders: Iterable[Path], images: Iterable[str], captioned: set[str]):
+        """`captioned` are the images that have captions without any table."""
+        self.root = composed(root.absolute().as_posix())
+        self.top = posixpath.basename(self.root)
+        self.captioned = {self._below_top(name) for name in captioned}
+        self.folders = {self._below_top(name_in(root, folder)) for folder in folders}
+        self.folder_ends = {end for folder in self.folders for end in _ends(folder)}
         self.exact: dict[str, list[str]] = {}
         self.by_end: dict[str, list[str]] = {}
-        self.folder_ends = {end for folder in folders for end in _ends(name_in(root, folder))}
-        for name in images:
+        self.with_images: set[str] = set()
+        """Folders with images right in them."""
+        for name in sorted(map(self._below_top, images)):
+            self.with_images.add(posixpath.dirname(name))
             for whole in (name, posixpath.splitext(name)[0]):
+                if whole != name and _is_image(whole):
+                    continue  # a row that says a.jpg does not mean a.jpg.png
                 self.exact.setdefault(whole, []).append(name)
                 for end in _ends(whole):
                     self.by_end.setdefault(end, []).append(name)
+        self.holding = {str(folder) for name in self.with_images for folder in (name, *PurePosixPath(name).parents)}
+        """Folders with images in or below them."""
 
-    def find_all(self, references: list[tuple[str, str]]) -> list[str | None]:
-        """For (folder of the table, file as it says): the image, or None."""
-        cleaned = [(table, self._cleaned(reference)) for table, reference in references]
-        exact = [self._exactly(table, reference) for table, reference in cleaned]
-        taken = {image for image in exact if image}
-        pairs = list(zip(cleaned, exact, strict=True))
-        relative = {table for (table, reference), image in pairs if image and "/" not in reference}
-        guessed = [
-            None if image or ("/" not in reference and table in relative) else self._by_end(reference)
-            for (table, reference), image in pairs
-        ]
-        claims: dict[str | None, set[str]] = {}
-        for (_, reference), image in zip(cleaned, guessed, strict=True):
-            claims.setdefault(image, set()).add(reference)
-        return [
-            image or (guess if guess not in taken and len(claims[guess]) == 1 else None)
-            for image, guess in zip(exact, guessed, strict=True)
-        ]
+    def find_all(self, rows: list[_Wanted]) -> list[str | None]:
+        """The image of each row, or None."""
+        rows = [row._replace(reference=composed(row.reference.replace("\\", "/")).removeprefix("./")) for row in rows]
+        exact = [self._exactly(row) for row in rows]
+        taken = self.captioned.union(filter(None, exact))
+        in_place = {row.table for row, image in zip(rows, exact, strict=True) if image}
+        guesses = {row: self._guess(row) for row in set(rows) if row.table not in in_place}
+        claims = Counter(guesses.values())
+        certain = {row: image for row, image in guesses.items() if image not in taken and claims[image] == 1}
+        found = [image or certain.get(row) for row, image in zip(rows, exact, strict=True)]
+        return [image and image.removeprefix(f"{self.top}/") for image in found]
 
-    def _cleaned(self, reference: str) -> str:
-        return composed(reference.replace("\\", "/")).removeprefix("./")
+    def _below_top(self, name: str) -> str:
+        return posixpath.normpath(f"{self.top}/{name}")
 
-    def _exactly(self, table: str, reference: str) -> str | None:
-        path = posixpath.normpath(posixpath.join(table, reference))
-        if reference.startswith(f"{self.root}/"):
-            path = posixpath.relpath(reference, self.root)
-        if path in self.exact and path in self.exact[path]:
-            return path
-        return _only(self.exact.get(path, []))
+    def _exactly(self, row: _Wanted) -> str | None:
+        if row.reference.startswith(f"{self.root}/"):
+            path = posixpath.relpath(row.reference, self.root)
+        elif FOREIGN.match(row.reference):
+            return None
+        else:
+            path = posixpath.join(posixpath.dirname(row.table), row.reference)
+        return _only(self.exact.get(self._below_top(path), []))
 
-    def _by_end(self, reference: str) -> str | None:
-        parts = [part for part in reference.split("/") if part not in ("", ".", "..")]
-        for place in range(len(parts)):
-            if names := self.by_end.get("/".join(parts[place:])):
+    def _guess(self, row: _Wanted) -> str | None:
+        """The only image that the row can mean if table or images were moved.
+
+        A bare name, of a layout whose table stands apart, means an image below the table's folder, unless images lie
+        right in there. A path of another machine means the image below the table's folder whose path ends like it for
+        the longest stretch, the last folder at least. Any other path starts in the folder above the table, if it names
+        the table's folder or that is without images. Without images there, "below the table's folder" is below the
+        folder above it for bare names, and right in that folder for paths.
+        """
+        folder = posixpath.dirname(self._below_top(row.table))
+        above, is_alone = posixpath.dirname(folder), folder not in self.holding
+        home = above if is_alone else folder
+        parts = [part for part in row.reference.split("/") if part not in ("", ".")]
+        is_foreign = FOREIGN.match(row.reference) is not None
+        if ".." in parts:
+            return None
+        if len(parts) == 1:
+            fits = row.is_apart and not is_foreign and folder not in self.with_images
+            return _only(self._ending(home, parts[0])) if fits else None
+        if not is_foreign and posixpath.join(folder, *parts[:-1]) in self.folders:
+            return None  # the folder is here, the file is not
+        for place in range(len(parts) - 1 if is_foreign else 1):
+            end = "/".join(parts[place:])
+            is_anywhere = is_foreign and not is_alone
+            names = self._ending(home, end) if is_anywhere else self.exact.get(posixpath.join(above, end), [])
+            if names := [name for name in names if name.startswith(f"{home}/")]:
                 return _only(names)
-            if "/".join(parts[place:-1]) in self.folder_ends:
-                return None  # the folder is here, the file is not
+            if posixpath.dirname(end) in self.folder_ends:
+                return None  # as above
         return None
+
+    def _ending(self, home: str, end: str) -> list[str]:
+        """Images below a folder whose paths end so; two stand for all."""
+        names = self.by_end.get(end, [])
+        first, last = bisect_left(names, f"{home}/"), bisect_left(names, f"{home}0")  # 0 comes next to a slash
+        return names[first : min(last, first + 2)]
 
 
 def _ends(path: str) -> list[str]:
     """a/b/c, b/c and c."""
     parts = path.split("/")
     return ["/".join(parts[place:]) for place in range(len(parts))]
+
+
+def _is_image(name: str) -> bool:
+    return posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def _only(names: list[str]) -> str | None:

@@ -256,6 +256,10 @@ def _notes(examples: list[Example], known: Index, listing: Listing, caption_line
     enlarged = [one.name for one, size in pairs if size[0] < one.size[0] or size[1] < one.size[1]]
     if enlarged:
         notes.append(f"{len(enlarged)} are enlarged: {named_examples(enlarged)}")
+    by_folder = [one for one in examples if one.name in listing.captioned_by_folder]
+    if by_folder:
+        names = dict.fromkeys(f'"{shown(one.captions[0])}" (drawn {one.repeats} times)' for one in by_folder)
+        notes.append(f"{len(by_folder)} have the name of their folder as caption: {named_examples(list(names))}")
     if listing.several_lines and caption_lines == EACH:
         notes.append(
             f"{listing.several_lines} text files have several lines, each of them a caption: "

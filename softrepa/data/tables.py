@@ -8,8 +8,9 @@ import json
 import posixpath
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..errors import shown
 from ..files import is_file
 from .sources import Cell, Source, WholeFile, check_row_group, opened_parquet
 
@@ -42,6 +43,8 @@ class Row:
     reference: str
     captions: list[str]
     image: Cell | None = None
+    is_apart: bool = False
+    """Of a layout whose tables stand in a folder of their own and give bare names."""
 
 
 @dataclass(frozen=True)
@@ -125,28 +128,31 @@ def _rows_of_coco(content: dict) -> Rows:
     images = content.get("images")
     if not isinstance(images, list):
         raise BadTable("COCO annotations without a list of images")
-    files = {
-        image["id"]: image["file_name"]
-        for image in images
-        if isinstance(image, dict)
-        and isinstance(image.get("file_name"), str)
-        and isinstance(image.get("id"), (int, str))
-    }
+    files: dict[object, set] = {}
+    for image in images:
+        if isinstance(image, dict) and _is_id(image.get("id")):
+            name = image.get("file_name")
+            files.setdefault(image["id"], set()).add(name if isinstance(name, str) else None)
     for number, note in enumerate(content["annotations"], 1):
         place = f"annotation {number}"
         image_id = note.get("image_id") if isinstance(note, dict) else None
-        file = files.get(image_id) if isinstance(image_id, (int, str)) else None
-        if file is None:
-            yield Problem(place, "no image of this annotation's image_id")
+        named = files.get(image_id, set()) if _is_id(image_id) else set()
+        if len(named) != 1 or None in named:
+            yield Problem(place, "no image, or several, of this annotation's image_id")
             continue
+        (file,) = named
         try:
-            yield Row(file, checked([note.get("caption")]))
+            yield Row(file, checked([note.get("caption")]), is_apart=True)
         except BadTable as problem:
             yield Problem(place, str(problem))
 
 
 SEPARATOR = re.compile(r'"?sep=(.)"?')
 """A line that Excel writes before the header."""
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)  # True would be the same key as 1
 
 
 def rows_of_csv(source: Source) -> Rows:
@@ -159,7 +165,8 @@ def rows_of_csv(source: Source) -> Rows:
         marks, at = named[1], min(at + 1, len(lines) - 1)
     parted = {mark: columns for mark in marks if (columns := _columns(lines[at], mark))}
     if not parted:
-        raise BadTable(f"no column {' or '.join(FILE_KEYS)} beside one of {', '.join(CAPTION_KEYS)}")
+        found = shown(lines[at], 40)
+        raise BadTable(f'columns "{found}", expected one for files and one for captions (file_name, text)')
     mark, (file, caption, width) = next(iter(parted.items()))
     at += 1
     while at < len(lines):
@@ -208,16 +215,17 @@ TOKEN = re.compile(r"(.+?)#\d+\t(.*)")
 
 
 def rows_of_flickr(source: Source) -> Rows:
-    """Flickr8k: `image,caption` with a header, or the older lines `name.jpg#0`, a tab and the caption."""
+    """Flickr's: columns with a header, or the older lines `name.jpg#0`, a tab and the caption."""
     lines = lines_of(decoded(source.read(MOST_TABLE)))
     if not TOKEN.match(next((line for line in lines if line.strip()), "")):
-        yield from rows_of_csv(source)
+        for row in rows_of_csv(source):
+            yield replace(row, is_apart=True) if isinstance(row, Row) else row
         return
     for number, line in enumerate(lines, 1):
         found = TOKEN.fullmatch(line)
         try:
             if found:
-                yield Row(found[1], checked([found[2]]))
+                yield Row(found[1], checked([found[2]]), is_apart=True)
             elif line.strip():
                 yield Problem(f"line {number}", "no name.jpg#0 with a tab behind it")
         except BadTable as problem:
@@ -254,12 +262,14 @@ def rows_of_parquet(source: Source) -> Rows:
                     number += 1
 
 
-TEXT_KIND = re.compile(r"((large_)?list<\w+: )?((large_)?string|dictionary<values=(large_)?string, [^<>]*>)( not null)?>?")
+TEXT_KIND = re.compile(
+    r"((large_)?list<\w+: )?((large_)?string|dictionary<values=(large_)?string, [^<>]*>)( not null)?>?"
+)
 """What pyarrow calls a column of texts, or of lists of them."""
 
 
 def _check_cells(cells) -> None:
-    """Raises BadTable for a text, or a list of texts, that is no caption: equal ones cost nothing until they are used."""
+    """Raises BadTable for a text, or a list of texts, that is no caption: equal ones cost nothing until used."""
     from pyarrow import compute
 
     if hasattr(cells, "values"):  # lists
@@ -291,7 +301,7 @@ class Layout:
 
 
 TABLES = (
-    Layout("captions.txt", re.compile(r"captions\.txt|.*\.token(\.txt)?"), rows_of_flickr),
+    Layout("captions.txt", re.compile(r"captions\.txt|results\.csv|.*\.token(\.txt)?"), rows_of_flickr),
     Layout("*.jsonl", re.compile(r".*\.jsonl"), rows_of_jsonl),
     Layout("*.csv", re.compile(r".*\.[ct]sv"), rows_of_csv),
     Layout("captions*.json", re.compile(r"captions.*\.json"), rows_of_json),
@@ -334,9 +344,8 @@ def _columns(header: str, mark: str) -> tuple[int, int, int] | None:
 
 def bounded(rows: Rows) -> Rows:
     """The rows of a table as far as they can be held. Raises BadTable."""
-    count = size = 0
-    for row in rows:
-        count += 1
+    size = 0
+    for count, row in enumerate(rows, 1):
         if isinstance(row, Row):
             size += len(row.reference) + sum(map(len, row.captions))
         if count > MOST_ROWS:
@@ -366,10 +375,13 @@ def _row(entry, place: str, image: Cell | None = None) -> Row | Problem:
 
 
 def _captions_of(value) -> list[str]:
-    """The captions in a cell, one text or a list of them, or in the first caption column of an object."""
-    if isinstance(value, dict):
-        key = next((key for key in CAPTION_KEYS if value.get(key) is not None), None)
-        value = value.get(key, [])
-        if key == "tags" and isinstance(value, list) and all(isinstance(tag, str) for tag in value):
-            value = ", ".join(value)
-    return checked(value if isinstance(value, list) else [value])
+    """The captions in a cell, one text or a list of them, or in the first caption column of an object that has some."""
+    if not isinstance(value, dict):
+        return checked(value if isinstance(value, list) else [value])
+    for key in CAPTION_KEYS:
+        cell = value.get(key, [])
+        if key == "tags" and isinstance(cell, list) and all(isinstance(tag, str) for tag in cell):
+            cell = ", ".join(cell)
+        if cell is not None and (captions := checked(cell if isinstance(cell, list) else [cell])):
+            return captions
+    return []

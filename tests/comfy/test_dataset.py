@@ -1,7 +1,9 @@
 """Caption-Image Folder on a real ComfyUI: what is encoded, what is kept, and what happens when files change."""
 
+import errno
 import os
 import tarfile
+from pathlib import Path
 
 import comfy.model_management
 import folder_paths
@@ -151,6 +153,19 @@ def test_a_changed_file_is_encoded_again(encoders, photos, encoded):
     after = read(encoders)
     assert [text for text in encoded if text] == ["image", "quite another caption"]
     assert after.fingerprint != before.fingerprint
+
+
+def test_a_file_that_may_not_be_looked_at_stops_no_fingerprint(photos, monkeypatch):
+    stat = Path.stat
+
+    def denied(path, **options):
+        if path.name == "1.png":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    before = dataset_folders.fingerprint(photos)
+    monkeypatch.setattr(Path, "stat", denied)
+    assert dataset_folders.fingerprint(photos) != before
 
 
 def test_without_a_cache_everything_is_the_same(encoders, photos, encoded, tmp_path):

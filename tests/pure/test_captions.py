@@ -1,5 +1,6 @@
 """Which images a folder holds and which captions they get, in the layouts that people have."""
 
+import errno
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import tarfile
 import threading
 import unicodedata
+from pathlib import Path
 
 import pytest
 from comfyui_softrepa.softrepa.data import sources, tables
@@ -55,8 +57,8 @@ def test_jsonl_of_hugging_face_and_kohya(tmp_path):
         picture(tmp_path / name)
     rows = [
         {"file_name": "1.png", "text": ["first", "uno"], "width": 5},
-        {"image_path": "C:\\sets\\mine\\2.png", "caption": "second"},
-        {"image_path": "/home/else/3.png", "caption": "third"},
+        {"image_path": "2.png", "caption": "second"},
+        {"image_path": "sub\\3.png", "caption": "third"},
         {"file_name": "../same.png", "text": "above"},
         {"file_name": "elsewhere/same.png", "text": "two files of this name"},
         {"file_name": "../../../etc/passwd", "text": "outside"},
@@ -74,10 +76,10 @@ def test_jsonl_of_hugging_face_and_kohya(tmp_path):
         "same.png": ["above"],
     }
     assert reasons(listing) == {
-        "in train/metadata.jsonl: not JSON": ["line 5"],
-        "named in train/more.jsonl, but no file here, or several": ["elsewhere/same.png", "../../../etc/passwd"],
-        f"in train/more.jsonl: none of {', '.join(FILE_KEYS)}": ["line 3"],
-        "in train/more.jsonl: captions that are no text": ["line 4"],
+        "not JSON in train/metadata.jsonl": ["line 5"],
+        "no file, or several, for a row of train/more.jsonl": ["elsewhere/same.png", "../../../etc/passwd"],
+        f"none of {', '.join(FILE_KEYS)} in train/more.jsonl": ["line 3"],
+        "captions that are no text in train/more.jsonl": ["line 4"],
         "no caption in train/more.jsonl": ["1.png"],
         "no caption": ["train/sub/same.png"],
     }
@@ -93,7 +95,6 @@ def test_captions_json_and_coco(tmp_path):
     }
     write(tmp_path / "annotations/captions_val.json", json.dumps(coco))
     write(tmp_path / "captions_broken.json", json.dumps({"annotations": [{"image_id": 1}], "images": []}))
-    write(tmp_path / "settings.json", "not even json, and none of our business")
     listing = list_folder(tmp_path)
     assert captions(listing) == {
         "set/1.png": ["one"],
@@ -102,8 +103,8 @@ def test_captions_json_and_coco(tmp_path):
         "val/000008.jpg": ["caption 2a", "caption 2b"],
     }
     assert reasons(listing) == {
-        "named in set/captions.json, but no file here, or several": ["3.png"],
-        "in captions_broken.json: no image of this annotation's image_id": ["annotation 1"],
+        "no file, or several, for a row of set/captions.json": ["3.png"],
+        "no image, or several, of this annotation's image_id in captions_broken.json": ["annotation 1"],
     }
 
 
@@ -139,7 +140,7 @@ def test_a_file_that_is_gone_gives_its_captions_to_no_other(tmp_path):
     write(tmp_path / "metadata.jsonl", [{"file_name": name, "text": f"about {name}"} for name in names])
     listing = list_folder(tmp_path)
     assert captions(listing) == {name: [f"about {name}"] for name in ("cats/001.png", "cats/002.png", "dogs/002.png")}
-    assert listing.left_out.counts == {"named in metadata.jsonl, but no file here, or several": 1}
+    assert listing.left_out.counts == {"no file, or several, for a row of metadata.jsonl": 1}
 
 
 @pytest.mark.parametrize("gone", ["birds/001.png", "001.png", "/disk/of/others/001.png"])
@@ -158,11 +159,11 @@ def test_an_emptied_folder_is_still_a_folder(tmp_path):
 
 
 def test_two_rows_for_one_file_name_no_other(tmp_path):
-    picture(tmp_path / "set/001.png")
-    picture(tmp_path / "set/002.png")
-    rows = [("cats/001.png", "a cat"), ("dogs/001.png", "a dog"), ("cats/002.png", "one"), ("cats/002.png", "more")]
+    picture(tmp_path / "set/cats/001.png")
+    picture(tmp_path / "set/cats/002.png")
+    rows = [("/a/cats/001.png", "one"), ("/b/cats/001.png", "two"), ("/a/cats/002.png", "x"), ("/a/cats/002.png", "y")]
     write(tmp_path / "metadata.jsonl", [{"file_name": name, "text": text} for name, text in rows])
-    assert captions(list_folder(tmp_path)) == {"set/002.png": ["one", "more"]}
+    assert captions(list_folder(tmp_path)) == {"set/cats/002.png": ["x", "y"]}
 
 
 def test_names_beside_a_table_are_not_looked_for_elsewhere(tmp_path):
@@ -180,6 +181,202 @@ def test_the_longest_end_of_a_path_counts(tmp_path):
     assert captions(list_folder(tmp_path)) == {"mine/cats/1.png": ["a cat"], "mine/dogs/1.png": ["a dog"]}
     write(tmp_path / "meta.jsonl", [{"file_name": str(tmp_path / "mine/cats/1.png"), "text": "whole path"}])
     assert captions(list_folder(tmp_path)) == {"mine/cats/1.png": ["whole path"]}
+
+
+def rows_for(**texts) -> list:
+    return [{"file_name": name, "text": text} for name, text in texts.items()]
+
+
+CAPTIONED = {
+    "a text beside": {"cats/images/001.txt": "a cat"},
+    "a folder of captions": {"cats/captions/001.txt": "a cat"},
+    "JSON beside": {"cats/images/001.json": '{"caption": "a cat"}'},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("files", CAPTIONED.values(), ids=CAPTIONED)
+@pytest.mark.parametrize("table", ["metadata.jsonl", "captions_all.json"])
+@pytest.mark.parametrize("gone", ["001.png", "images/001.png", "/data/dogs/001.png", "/data/dogs/images/001.png"])
+def test_no_caption_crosses_from_one_set_into_another(tmp_path, files, table, gone):
+    picture(tmp_path / "cats/images/001.png")
+    for name, content in files.items():
+        write(tmp_path / name, content)
+    is_jsonl = table.endswith(".jsonl")
+    write(tmp_path / "dogs" / table, rows_for(**{gone: "a DOG"}) if is_jsonl else json.dumps({gone: "a DOG"}))
+    listing = list_folder(tmp_path)
+    assert captions(listing) == ({"cats/images/001.png": ["a cat"]} if files else {})
+    assert reasons(listing)[f"no file, or several, for a row of dogs/{table}"] == [gone]
+
+
+def test_a_table_some_of_whose_files_are_here_means_no_others(tmp_path):
+    for name in ("cats/images/001.png", "dogs/images/002.png", "images/003.png"):
+        picture(tmp_path / name)
+    names = ("images/001.png", "images/002.png", "/x/images/003.png")
+    write(tmp_path / "dogs/metadata.jsonl", rows_for(**{name: f"dog {name}" for name in names}))
+    assert captions(list_folder(tmp_path)) == {"dogs/images/002.png": ["dog images/002.png"]}
+
+
+@pytest.mark.parametrize("name", ["/data/dogs/001.png", "z/001.png"])
+def test_a_row_of_another_folder_name_means_no_picture(tmp_path, name):
+    picture(tmp_path / "cats/001.png")
+    write(tmp_path / "meta_cap.json", json.dumps({name: "a DOG"}))
+    write(tmp_path / "y/metadata.jsonl", rows_for(**{name: "a DOG"}))
+    assert captions(list_folder(tmp_path)) == {}
+
+
+def test_a_folder_that_the_row_names_is_looked_into_alone(tmp_path):
+    picture(tmp_path / "images/001.png")
+    (tmp_path / "lists/images").mkdir(parents=True)
+    write(tmp_path / "lists/metadata.jsonl", rows_for(**{"images/001.png": "another"}))
+    assert captions(list_folder(tmp_path)) == {}
+    picture(tmp_path / "mine/b/001.png")
+    (tmp_path / "mine/a/b").mkdir(parents=True)
+    write(tmp_path / "mine/meta.jsonl", rows_for(**{"/data/a/b/001.png": "another"}))
+    assert captions(list_folder(tmp_path)) == {}
+
+
+def test_a_picture_that_its_folder_captions_is_not_guessed(tmp_path):
+    picture(tmp_path / "10_red ball/001.png")
+    write(tmp_path / "captions.txt", "001.png#0\ta dog\n")
+    assert captions(list_folder(tmp_path)) == {"10_red ball/001.png": ["red ball"]}
+
+
+def test_paths_of_another_machine_that_keep_their_folder(tmp_path):
+    root = tmp_path / "photos"
+    for name in ("0.png", "cats/1.png", "train/2.png"):
+        picture(root / name)
+    write(root / "meta_cap.json", json.dumps({"/x/photos/0.png": "here", "C:\\x\\cats\\1": "below"}))
+    write(root / "lists/two.jsonl", rows_for(**{"/coco/train/2.png": "beside the table's folder"}))
+    assert captions(list_folder(root)) == {
+        "0.png": ["here"],
+        "cats/1.png": ["below"],
+        "train/2.png": ["beside the table's folder"],
+    }
+
+
+def test_paths_of_another_machine_are_refused_where_the_folder_was_renamed(tmp_path):
+    picture(tmp_path / "renamed/0.png")
+    write(tmp_path / "renamed/meta_cap.json", json.dumps({"/x/photos/0.png": "here?"}))
+    assert captions(list_folder(tmp_path)) == {}
+
+
+def test_a_path_from_the_top_of_a_disk_is_none_from_the_top_of_the_folder(tmp_path):
+    for name in ("lists/1.png", "x/2.png"):
+        picture(tmp_path / name)
+    write(tmp_path / "lists/meta.jsonl", rows_for(**{"/x/2.png": "of another disk"}))
+    assert captions(list_folder(tmp_path)) == {}
+
+
+def test_names_from_the_folder_above_the_table(tmp_path):
+    for name in ("images/1.png", "data/2.png", "set/images/3.png"):
+        picture(tmp_path / name)
+    write(tmp_path / "lists/one.jsonl", rows_for(**{"images/1.png": "from above"}))
+    write(tmp_path / "data/metadata.jsonl", rows_for(**{"data/2.png": "with its own folder"}))
+    write(tmp_path / "metadata.jsonl", rows_for(**{"images/3.png": "below another folder: refused"}))
+    assert captions(list_folder(tmp_path)) == {"images/1.png": ["from above"], "data/2.png": ["with its own folder"]}
+
+
+@pytest.mark.parametrize("table", ["captions.txt", "text/Flickr8k.token.txt", "results.csv"])
+def test_flickr_names_files_of_a_folder_beside_it(tmp_path, table):
+    picture(tmp_path / "Images/1.jpg")
+    is_token = table.endswith("token.txt")
+    write(tmp_path / table, "1.jpg#0\ta dog\n" if is_token else "image_name,caption\n1.jpg,a dog\n")
+    assert captions(list_folder(tmp_path)) == {"Images/1.jpg": ["a dog"]}
+    picture((tmp_path / table).parent / "2.jpg")  # now its pictures stand beside it
+    assert captions(list_folder(tmp_path)) == {}
+
+
+def coco(images, notes) -> str:
+    return json.dumps(
+        {
+            "images": [{"id": number, "file_name": name} for number, name in images],
+            "annotations": [{"image_id": number, "caption": caption} for number, caption in notes],
+        }
+    )
+
+
+def test_two_tables_that_mean_different_files_of_one_name(tmp_path):
+    picture(tmp_path / "train/1.jpg")
+    picture(tmp_path / "train/2.jpg")
+    write(tmp_path / "annotations/captions_train.json", coco([(1, "1.jpg"), (2, "2.jpg")], [(1, "one"), (2, "two")]))
+    write(tmp_path / "annotations/captions_val.json", coco([(1, "1.jpg")], [(1, "VAL one")]))
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"train/2.jpg": ["two"]}
+    assert reasons(listing)["no file, or several, for a row of annotations/captions_val.json"] == ["1.jpg"]
+
+
+def test_ids_of_two_coco_images_mean_none(tmp_path):
+    for i in range(4):
+        picture(tmp_path / f"{i}.jpg")
+    images = [
+        (1, "0.jpg"),
+        (True, "1.jpg"),
+        (2, "2.jpg"),
+        (2, "3.jpg"),
+        (3, "3.jpg"),
+        (3, "3.jpg"),
+        (4, "0.jpg"),
+        (4, 5),
+    ]
+    notes = [(1, "zero"), (True, "TRUE"), (2, "two or three"), (3, "three"), (4, "a broken image")]
+    write(tmp_path / "captions_val.json", coco(images, notes))
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"0.jpg": ["zero"], "3.jpg": ["three"]}
+    assert listing.left_out.counts["no image, or several, of this annotation's image_id in captions_val.json"] == 3
+
+
+def test_a_name_with_suffix_means_no_longer_name(tmp_path):
+    picture(tmp_path / "a.jpg.png")
+    picture(tmp_path / "b.png")
+    write(tmp_path / "metadata.jsonl", rows_for(**{"a.jpg": "of a file that is gone", "b": "without suffix"}))
+    assert captions(list_folder(tmp_path)) == {"b.png": ["without suffix"]}
+    picture(tmp_path / "a.jpg")
+    write(tmp_path / "a.jpg.txt", "of the whole name")
+    (tmp_path / "metadata.jsonl").unlink()
+    assert captions(list_folder(tmp_path)) == {"a.jpg": ["of the whole name"]}
+
+
+# files that cannot be told apart, or not be looked at
+
+
+def test_names_that_differ_in_how_accents_are_composed_are_left_out(tmp_path, monkeypatch):
+    apart, together = (unicodedata.normalize(form, "é") for form in ("NFD", "NFC"))
+    for name in (f"{apart}.png", f"{together}.png", f"{apart}x/1.png", f"{together}x/2.png", "fine.png"):
+        path = picture(tmp_path / name)
+        write(path.with_suffix(".txt"), f"of {name}")
+    if len(list(tmp_path.glob("*.png"))) < 3:  # a file system that takes the two for one
+        return
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"fine.png": ["of fine.png"]}
+    assert listing.left_out.counts == {"its name looks like another's, with accents composed and apart": 8}
+
+
+def test_files_and_folders_that_may_not_be_looked_at(tmp_path, monkeypatch):
+    picture(tmp_path / "1.png")
+    write(tmp_path / "1.txt", "a dog")
+    picture(tmp_path / "closed/2.png")
+    picture(tmp_path / "blind/3.png")
+    stat, scandir = Path.stat, os.scandir
+
+    def denied_stat(path, **options):
+        if path.parent.name == "blind":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    def denied_scandir(path):
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(Path, "stat", denied_stat)
+    monkeypatch.setattr(os, "scandir", denied_scandir)
+    listing = list_folder(tmp_path)
+    assert captions(listing) == {"1.png": ["a dog"]}
+    assert reasons(listing) == {
+        "Permission denied": ["closed"],
+        "no regular file that may be looked at": ["blind/3.png"],
+    }
 
 
 # what is told
@@ -221,8 +418,8 @@ def test_one_stray_row_refuses_no_coco_file(tmp_path):
     listing = list_folder(tmp_path)
     assert captions(listing) == {"0.jpg": ["a dog"], "1.jpg": ["a cat"]}
     assert listing.left_out.counts == {
-        "in captions_val.json: captions that are no text": 1,
-        "in captions_val.json: no image of this annotation's image_id": 4,
+        "captions that are no text in captions_val.json": 1,
+        "no image, or several, of this annotation's image_id in captions_val.json": 4,
     }
     write(tmp_path / "captions_val.json", json.dumps({"annotations": [], "images": 3}))
     assert reasons(list_folder(tmp_path))["COCO annotations without a list of images"] == ["captions_val.json"]
@@ -282,7 +479,7 @@ def test_a_caption_of_a_megabyte_is_a_mistake(tmp_path):
     assert reasons(listing) == {
         "cannot be read (1,200,000 bytes, expected at most 262,144)": ["0.txt"],
         "a caption of more than 10,000 characters": ["1.txt"],
-        "in 2.jsonl: a caption of more than 10,000 characters": ["line 1"],
+        "a caption of more than 10,000 characters in 2.jsonl": ["line 1"],
         "no caption": ["0.png", "1.png"],
     }
 
@@ -295,7 +492,7 @@ def test_captions_and_names_that_no_file_can_hold(tmp_path):
     write(tmp_path / "captions.json", "[" * 100_000)
     listing = list_folder(tmp_path)
     assert captions(listing) == {}
-    assert reasons(listing)["in metadata.jsonl: captions that are no text"] == ["line 1"]
+    assert reasons(listing)["captions that are no text in metadata.jsonl"] == ["line 1"]
     assert reasons(listing)["not JSON"] == ["captions.json"]
     listing.left_out.told().encode()
 
@@ -311,7 +508,7 @@ def test_pipes_and_devices_are_passed_over(tmp_path):
     (tmp_path / "endless.png").symlink_to("/dev/zero")
     listing = list_within_a_minute(tmp_path)
     assert captions(listing) == {"1.png": ["a dog"]}
-    assert listing.left_out.counts == {"no regular file": 8}
+    assert listing.left_out.counts == {"no regular file that may be looked at": 8}
 
 
 def list_within_a_minute(root):
@@ -339,6 +536,44 @@ def test_files_beside_an_image(tmp_path):
     assert reasons(listing) == {"not JSON": ["4.json"], "no caption": ["3.jpg", "4.jpg"]}
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"text": "", "caption": "real"}, ["real"]),
+        ({"tags": ["red", "hat"], "text": ""}, ["red, hat"]),
+        ({"text": [" "], "captions": ["one", "two"]}, ["one", "two"]),
+        ({"caption": "first", "prompt": "second"}, ["first"]),
+    ],
+)
+def test_an_empty_text_hides_no_caption(tmp_path, content, expected):
+    picture(tmp_path / "0.png")
+    picture(tmp_path / "1.png")
+    write(tmp_path / "0.json", json.dumps(content))
+    write(tmp_path / "metadata.jsonl", [{"file_name": "1.png", **content}])
+    assert captions(list_folder(tmp_path)) == {"0.png": expected, "1.png": expected}
+
+
+def test_json_of_other_names_is_reported(tmp_path):
+    for name in ("metadata.json", "dataset.json", "annotations.json", "a.json"):
+        write(tmp_path / name, "{}")
+    reason = "no image of this name, and no name of a table (captions*.json, meta_*.json)"
+    assert list_folder(tmp_path).left_out.counts == {reason: 4}
+
+
+def test_a_reason_comes_before_what_may_be_cut_off(tmp_path):
+    name = "n" * 200
+    write(tmp_path / f"{name}.jsonl", [{"file_name": "gone.png", "text": "x"}, {"file_name": "a.png", "text": 7}])
+    write(tmp_path / f"{name}.csv", "picture;" + "words;" * 100 + "\n")
+    told = list_folder(tmp_path).left_out.told()
+    for reason in (
+        "no file, or several, for a row of nnn",
+        "captions that are no text in nnn",
+        'columns "picture;words;',
+    ):
+        assert reason in told
+    assert "expected one for files and one for captions (file_name, text): nnn" in told
+
+
 def test_captions_in_a_folder_beside_the_images(tmp_path):
     picture(tmp_path / "set/images/a/1.jpg")
     picture(tmp_path / "set/images/b/1.jpg")
@@ -348,6 +583,12 @@ def test_captions_in_a_folder_beside_the_images(tmp_path):
     listing = list_folder(tmp_path)
     assert captions(listing) == {"set/images/a/1.jpg": ["of a"], "set/images/b/1.jpg": ["of b"]}
     assert reasons(listing) == {"no image of this name": ["set/captions/c/1.txt"]}
+
+
+def test_the_last_folder_of_captions_is_the_one(tmp_path):
+    picture(tmp_path / "captions/images/1.jpg")
+    write(tmp_path / "captions/captions/1.txt", "a dog")
+    assert captions(list_folder(tmp_path)) == {"captions/images/1.jpg": ["a dog"]}
 
 
 @pytest.mark.parametrize(
@@ -364,7 +605,7 @@ def test_captions_in_a_folder_beside_the_images(tmp_path):
         ("metadata.jsonl", '{"filepath": "0.png", "text": "a dog, asleep"}\n{"file_path": "1.png", "text": "a cat"}'),
         ("Flickr8k.token.txt", "0.png#0\ta dog, asleep\n1.png#4\ta cat\n"),
         ("captions.txt", "0.png#0\ta dog, asleep\n1.png#0\ta cat\n"),
-        ("meta_cap.json", '{"/x/0.png": {"caption": "a dog, asleep", "tags": "t"}, "1": {"tags": "a cat"}}'),
+        ("meta_cap.json", '{"0.png": {"caption": "a dog, asleep", "tags": "t"}, "1": {"tags": "a cat"}}'),
         ("metadata.jsonl", '{"file_name": "0.png", "prompt": "a dog, asleep"}\n{"file_name": "1", "caption": "a cat"}'),
     ],
 )
@@ -386,11 +627,11 @@ def test_rows_that_do_not_fit_are_counted(tmp_path):
     listing = list_folder(tmp_path)
     assert captions(listing) == {"0.png": ["a dog", "fine", "one"]}
     assert reasons(listing) == {
-        "in a.csv: more or fewer cells than in the first line": ["line 3", "line 4"],
-        "in a.csv: a caption of more than 10,000 characters": ["line 5"],
-        f"no column {' or '.join(FILE_KEYS)} beside one of {', '.join(CAPTION_KEYS)}": ["b.csv"],
-        "in c.csv: a cell of more than 131,072 characters": ["line 3"],
-        "in captions.txt: no name.jpg#0 with a tab behind it": ["line 2"],
+        "more or fewer cells than in the first line in a.csv": ["line 3", "line 4"],
+        "a caption of more than 10,000 characters in a.csv": ["line 5"],
+        'columns "name,words", expected one for files and one for captions (file_name, text)': ["b.csv"],
+        "a cell of more than 131,072 characters in c.csv": ["line 3"],
+        "no name.jpg#0 with a tab behind it in captions.txt": ["line 2"],
     }
 
 
@@ -411,7 +652,7 @@ def test_a_quote_that_nobody_closed_swallows_no_row(tmp_path, content, expected,
     write(tmp_path / "metadata.csv", f"file_name,text\n{content}")
     listing = list_folder(tmp_path)
     assert captions(listing) == {f"{i}.png": [text] for i, text in expected.items()}
-    reason = "in metadata.csv: a quote that is not closed, or stands inside of a cell"
+    reason = "a quote that is not closed, or stands inside of a cell in metadata.csv"
     assert reasons(listing).get(reason) == bad
 
 
@@ -421,7 +662,12 @@ def test_quotes_between_tabs_are_text_unless_they_pair(tmp_path):
     rows = ('"a dog', '"Up" it says', '"a cat\nasleep"', '"a bird"')
     write(tmp_path / "list.tsv", "file_name\ttext\n" + "".join(f"{i}.png\t{row}\n" for i, row in enumerate(rows)))
     listing = list_folder(tmp_path)
-    assert [listing.captions[f"{i}.png"] for i in range(4)] == [['"a dog'], ['"Up" it says'], ["a cat\nasleep"], ["a bird"]]
+    assert [listing.captions[f"{i}.png"] for i in range(4)] == [
+        ['"a dog'],
+        ['"Up" it says'],
+        ["a cat\nasleep"],
+        ["a bird"],
+    ]
     assert reasons(listing) == {}
 
 
@@ -617,7 +863,9 @@ def peak_of(folder) -> int:
         "sizes = {len(one.read(2**30)) for one in found.sources.values()};"
         "print((peak_memory() - before) // 10**6)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return int(done.stdout)
 
 
@@ -657,7 +905,9 @@ def test_parquet_files_that_unpack_to_too_much(tmp_path, monkeypatch):
             patch.setattr(sources, name, most)
             with pytest.raises(OSError, match=message):
                 first.read(1000)
-    parquet.write_table(pa.table({"jpg": [bytes(10**6)], "text": ["zeros"]}), tmp_path / "m.parquet", compression="zstd")
+    parquet.write_table(
+        pa.table({"jpg": [bytes(10**6)], "text": ["zeros"]}), tmp_path / "m.parquet", compression="zstd"
+    )
     (zeros,) = list_folder(tmp_path).sources.values()
     monkeypatch.setattr(sources, "MOST_UNPACKED", 5000)
     with pytest.raises(OSError, match=r"a row group of [\d,]+ bytes in [\d,]+ of the file"):

@@ -610,6 +610,16 @@ def test_repeats_of_a_folder(photos):
     assert "22 images in a pass, by the repeats that folders are named with" in summary(found)
 
 
+def test_the_summary_tells_of_captions_that_are_names_of_folders(photos):
+    for name in ("100_FUJI/a.png", "100_FUJI/b.png", "3_blue box/c.png", "3_blue box/d.png"):
+        picture(photos / name, colour=(len(name), ord(name[-5]), 0))
+    write(photos / "3_blue box/d.txt", "its own")
+    assert (
+        '3 have the name of their folder as caption: "FUJI" (drawn 100 times), "blue box" (drawn 3 times)'
+        in summary(read(photos)).splitlines()
+    )
+
+
 def test_a_summary_is_short_whatever_is_in_it(photos):
     for i in range(12):
         write(photos / f"{i:02}.txt", f"picture {i // 2} " + "x" * 9_000)

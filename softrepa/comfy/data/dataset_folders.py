@@ -1,5 +1,6 @@
 """The folders a dataset can be: below ComfyUI's input folder, and the `softrepa_datasets` of extra_model_paths.yaml."""
 
+import contextlib
 import hashlib
 from pathlib import Path, PurePath
 
@@ -55,7 +56,7 @@ def fingerprint(root: Path) -> str:
     """Changes with any file that is written, replaced, renamed or exchanged; none is read."""
     digest = hashlib.sha256()
     for path in sorted(folder / name for folder, names in folders_in(root) for name in names):
-        if path.exists():
+        with contextlib.suppress(OSError):  # gone, or not to be looked at
             digest.update(repr((str(path), file_stamp(path.stat()))).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
