@@ -224,9 +224,7 @@ def _read_tables(
             listing.add(image, row.captions)
 
 
-def _rows(
-    listing: Listing, name: str, source: Source, layout: Layout, tick: Callable[[], object]
-) -> Iterator[Row]:
+def _rows(listing: Listing, name: str, source: Source, layout: Layout, tick: Callable[[], object]) -> Iterator[Row]:
     """The rows that name files; images that the table itself holds are added to the listing."""
     try:
         for row in bounded(layout.rows(source)):

@@ -254,12 +254,14 @@ def rows_of_parquet(source: Source) -> Rows:
                     number += 1
 
 
-TEXT_KIND = re.compile(r"((large_)?list<\w+: )?((large_)?string|dictionary<values=(large_)?string, [^<>]*>)( not null)?>?")
+TEXT_KIND = re.compile(
+    r"((large_)?list<\w+: )?((large_)?string|dictionary<values=(large_)?string, [^<>]*>)( not null)?>?"
+)
 """What pyarrow calls a column of texts, or of lists of them."""
 
 
 def _check_cells(cells) -> None:
-    """Raises BadTable for a text, or a list of texts, that is no caption: equal ones cost nothing until they are used."""
+    """Raises BadTable for a text, or a list of texts, that is no caption. Until then equal ones are held once."""
     from pyarrow import compute
 
     if hasattr(cells, "values"):  # lists
@@ -334,9 +336,8 @@ def _columns(header: str, mark: str) -> tuple[int, int, int] | None:
 
 def bounded(rows: Rows) -> Rows:
     """The rows of a table as far as they can be held. Raises BadTable."""
-    count = size = 0
-    for row in rows:
-        count += 1
+    size = 0
+    for count, row in enumerate(rows, 1):
         if isinstance(row, Row):
             size += len(row.reference) + sum(map(len, row.captions))
         if count > MOST_ROWS:

@@ -421,7 +421,12 @@ def test_quotes_between_tabs_are_text_unless_they_pair(tmp_path):
     rows = ('"a dog', '"Up" it says', '"a cat\nasleep"', '"a bird"')
     write(tmp_path / "list.tsv", "file_name\ttext\n" + "".join(f"{i}.png\t{row}\n" for i, row in enumerate(rows)))
     listing = list_folder(tmp_path)
-    assert [listing.captions[f"{i}.png"] for i in range(4)] == [['"a dog'], ['"Up" it says'], ["a cat\nasleep"], ["a bird"]]
+    assert [listing.captions[f"{i}.png"] for i in range(4)] == [
+        ['"a dog'],
+        ['"Up" it says'],
+        ["a cat\nasleep"],
+        ["a bird"],
+    ]
     assert reasons(listing) == {}
 
 
@@ -617,7 +622,9 @@ def peak_of(folder) -> int:
         "sizes = {len(one.read(2**30)) for one in found.sources.values()};"
         "print((peak_memory() - before) // 10**6)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return int(done.stdout)
 
 
@@ -657,7 +664,9 @@ def test_parquet_files_that_unpack_to_too_much(tmp_path, monkeypatch):
             patch.setattr(sources, name, most)
             with pytest.raises(OSError, match=message):
                 first.read(1000)
-    parquet.write_table(pa.table({"jpg": [bytes(10**6)], "text": ["zeros"]}), tmp_path / "m.parquet", compression="zstd")
+    parquet.write_table(
+        pa.table({"jpg": [bytes(10**6)], "text": ["zeros"]}), tmp_path / "m.parquet", compression="zstd"
+    )
     (zeros,) = list_folder(tmp_path).sources.values()
     monkeypatch.setattr(sources, "MOST_UNPACKED", 5000)
     with pytest.raises(OSError, match=r"a row group of [\d,]+ bytes in [\d,]+ of the file"):
