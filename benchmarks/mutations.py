@@ -180,6 +180,7 @@ def picture(index: int) -> bytes:
 def caption_files() -> dict[str, bytes]:
     """Whole ones of every layout, by the name that they need; `PICTURES` are what they speak of."""
     rows = [{"file_name": name, "text": f"a thing called {name}"} for name in PICTURES]
+    inside = [{"image": {"bytes": picture(index)}, "text": [f"thing {index}", "a thing"]} for index in range(3)]
     names = {"images": [{"id": index, "file_name": name} for index, name in enumerate(PICTURES)]}
     notes = {"annotations": [{"image_id": index, "caption": f"thing {index}"} for index in range(3)]}
     files = {
@@ -196,7 +197,7 @@ def caption_files() -> dict[str, bytes]:
         "captions.json": json.dumps(rows),
     }
     found = {name: text.encode() for name, text in files.items()}
-    return found | {"shard.tar": _shard(), "metadata.parquet": _parquet(rows)}
+    return found | {"shard.tar": _shard(), "metadata.parquet": _parquet(rows), "images.parquet": _parquet(inside)}
 
 
 def _shard() -> bytes:

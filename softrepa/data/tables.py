@@ -269,7 +269,7 @@ TEXT_KIND = re.compile(
 
 
 def _check_cells(cells) -> None:
-    """Raises BadTable for a text, or a list of texts, that is no caption: equal ones cost nothing until used."""
+    """Raises BadTable for a text, or a list of texts, that is no caption. Until then equal ones are held once."""
     from pyarrow import compute
 
     if hasattr(cells, "values"):  # lists
