@@ -343,8 +343,6 @@ class _Lookup:
         home = above if is_alone else folder
         parts = [part for part in row.reference.split("/") if part not in ("", ".")]
         is_foreign = FOREIGN.match(row.reference) is not None
-        if ".." in parts:
-            return None
         if len(parts) == 1:
             fits = row.is_apart and not is_foreign and folder not in self.with_images
             return _only(self._ending(home, parts[0])) if fits else None

@@ -128,7 +128,7 @@ def _rows_of_coco(content: dict) -> Rows:
     images = content.get("images")
     if not isinstance(images, list):
         raise BadTable("COCO annotations without a list of images")
-    files: dict[object, set] = {}
+    files: dict[object, set[str | None]] = {}
     for image in images:
         if isinstance(image, dict) and _is_id(image.get("id")):
             name = image.get("file_name")
@@ -136,11 +136,10 @@ def _rows_of_coco(content: dict) -> Rows:
     for number, note in enumerate(content["annotations"], 1):
         place = f"annotation {number}"
         image_id = note.get("image_id") if isinstance(note, dict) else None
-        named = files.get(image_id, set()) if _is_id(image_id) else set()
-        if len(named) != 1 or None in named:
+        (file, *others) = files.get(image_id, {None}) if _is_id(image_id) else {None}
+        if file is None or others:
             yield Problem(place, "no image, or several, of this annotation's image_id")
             continue
-        (file,) = named
         try:
             yield Row(file, checked([note.get("caption")]), is_apart=True)
         except BadTable as problem:
