@@ -20,11 +20,17 @@ SHOWN, LONGEST = 3, 80
 """Examples named in a line of the summary, and characters of each."""
 
 
-class Cond(TypedDict):
-    """One caption as the text encoder gave it: `cross_attn` (1, N, d) and `pooled_output`, (1, p) or None."""
+class PlainCond(TypedDict):
+    """What every text encoder gives of a caption: `cross_attn` (1, N, d) and `pooled_output`, (1, p) or None."""
 
     cross_attn: Tensor
     pooled_output: Tensor | None
+
+
+class Cond(PlainCond, total=False):
+    """One caption as the text encoder gave it; `rest` is what some give besides, masks and ids, by name."""
+
+    rest: dict[str, Tensor]
 
 
 class Encodings(Protocol):

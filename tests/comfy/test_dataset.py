@@ -14,10 +14,12 @@ from comfyui_softrepa.softrepa import configuration
 from comfyui_softrepa.softrepa.comfy import headless
 from comfyui_softrepa.softrepa.comfy.data import dataset_folders, encoding
 from comfyui_softrepa.softrepa.comfy.identity import clip_identity, vae_identity
+from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
 from comfyui_softrepa.softrepa.data import images
 from comfyui_softrepa.softrepa.data.cache import Cache
 from comfyui_softrepa.softrepa.data.sources import WholeFile
 from comfyui_softrepa.softrepa.errors import SoftREPAError
+from comfyui_softrepa.softrepa.training.pairs import StepBatch
 from PIL import Image
 from safetensors.torch import load, save
 from softrepa_tests.conftest import ROOT
@@ -587,3 +589,34 @@ def test_the_optional_inputs_and_their_defaults(photos):
     assert list(defaults)[-1] == "caption_lines"  # widgets_values of saved graphs are positional
     assert Folder.RETURN_TYPES == ["SOFTREPA_DATASET", "STRING"]
     assert FromLatents.INPUT_IS_LIST is True
+
+
+@pytest.mark.parametrize("cache_gb", [1.0, 0.0])
+def test_what_an_encoder_gives_besides_reaches_the_network(encoders, photos, monkeypatch, models, cache_gb):
+    """Masks and ids, as some families have them; numbers that are whole stay so."""
+    clip, vae = encoders
+    encode = type(clip).encode_from_tokens_scheduled
+
+    def with_more(self, tokens, *args, **kwargs):
+        ((context, extra),) = encode(self, tokens, *args, **kwargs)
+        ids = torch.arange(context.shape[1])[None]
+        return [[context, extra | {"attention_mask": ids > 70, "t5xxl_ids": ids, "guidance": 3.5}]]
+
+    monkeypatch.setattr(type(clip), "encode_from_tokens_scheduled", with_more)
+    for _ in range(2):  # encoded, then from the cache
+        batch = read((clip, vae), cache_gb=cache_gb).batch(2)
+        assert batch.conds[0]["rest"].keys() == {"attention_mask", "t5xxl_ids"}
+        assert batch.conds[0]["rest"]["t5xxl_ids"].dtype == torch.int64
+        assert batch.conds[0]["rest"]["attention_mask"].dtype == torch.bool
+    seen = []
+    extra_conds = type(models["sd15"].model).extra_conds
+    monkeypatch.setattr(
+        type(models["sd15"].model),
+        "extra_conds",
+        lambda self, **given: seen.append(given) or extra_conds(self, **given),
+    )
+    with torch.inference_mode(False):
+        step = StepBatch.of_all(torch.zeros(2, 4, 8, 8), torch.zeros(1, 4, 8, 8), batch.conds, 500)
+        PairNetwork(models["sd15"]).prepared(step)
+    assert all({"attention_mask", "t5xxl_ids", "cross_attn"} <= given.keys() for given in seen)
+    assert "rest" not in seen[0]

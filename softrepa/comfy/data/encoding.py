@@ -13,6 +13,9 @@ from ...data.dataset import Cond
 from ...data.latent_lists import cond_of
 from ...errors import SoftREPAError, shown
 
+REST = "rest/"
+"""Before the names of what an encoder gives besides, in an entry of the cache."""
+
 
 def encode_image(vae: comfy.sd.VAE, pixels: Tensor, name: str) -> Tensor:
     """(C, h, w) of pixels (H, W, 3); `name` is the image's, for errors. Raises SoftREPAError for no still image."""
@@ -38,18 +41,40 @@ def encode_caption(clip: comfy.sd.CLIP, caption: str) -> Cond:
         raise SoftREPAError(f"clip gives {len(entries)} encodings by a schedule, expected one; leave hooks out.")
     cond = cond_of(entries[0], "clip")
     pooled = cond["pooled_output"]
-    return {"cross_attn": ordinary(cond["cross_attn"]), "pooled_output": None if pooled is None else ordinary(pooled)}
+    found: Cond = {
+        "cross_attn": ordinary(cond["cross_attn"]),
+        "pooled_output": None if pooled is None else ordinary(pooled),
+    }
+    rest = {name: one for name, one in entries[0][1].items() if isinstance(one, Tensor) and name not in found}
+    if rest:
+        found["rest"] = {name: copied(one) for name, one in rest.items()}
+    return found
 
 
 def stored_text(cond: Cond) -> dict[str, Tensor]:
     """A caption's encoding as the cache holds it: half as large where float16 has room for its numbers."""
     half = cond["cross_attn"].half()
     stored = {"cross_attn": half if half.isfinite().all() else cond["cross_attn"]}
-    pooled = cond["pooled_output"]
-    return stored if pooled is None else stored | {"pooled_output": pooled}
+    if cond["pooled_output"] is not None:
+        stored["pooled_output"] = cond["pooled_output"]
+    return stored | {f"{REST}{name}": tensor for name, tensor in cond.get("rest", {}).items()}
+
+
+def text_of(stored: dict[str, Tensor]) -> Cond:
+    """The inverse of `stored_text`."""
+    cond: Cond = {"cross_attn": stored["cross_attn"].float(), "pooled_output": stored.get("pooled_output")}
+    rest = {name.removeprefix(REST): tensor for name, tensor in stored.items() if name.startswith(REST)}
+    if rest:
+        cond["rest"] = rest
+    return cond
 
 
 def ordinary(tensor: Tensor) -> Tensor:
     """A float32 copy on the CPU that autograd may save."""
+    return copied(tensor).float()
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy on the CPU without inference mark, of the same type: ids stay whole numbers."""
     with torch.inference_mode(False):
-        return tensor.cpu().float().clone()
+        return tensor.cpu().clone()

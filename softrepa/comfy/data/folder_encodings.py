@@ -16,7 +16,7 @@ from ...data.dataset import Cond
 from ...data.folder import ImageFolder, UnusableImageError
 from ...data.images import PREPARATION
 from ..identity import clip_identity, vae_identity
-from .encoding import encode_caption, encode_image, stored_text
+from .encoding import encode_caption, encode_image, stored_text, text_of
 
 
 class FolderEncodings:
@@ -50,7 +50,7 @@ class FolderEncodings:
         stored = self._kept(
             self._text_key(caption), self._is_text, lambda: stored_text(encode_caption(self.clip, caption))
         )
-        return {"cross_attn": stored["cross_attn"].float(), "pooled_output": stored.get("pooled_output")}
+        return text_of(stored)
 
     def prepare(self, captions: list[str]) -> str:
         return self.fill(captions)
@@ -110,8 +110,11 @@ class FolderEncodings:
 
     def _is_text(self, entry: dict[str, Tensor]) -> bool:
         """Of any length, and of the width that the encoder gives."""
-        widths = {name: tensor.shape[-1] for name, tensor in self.empty.items() if isinstance(tensor, Tensor)}
-        if {name: tensor.shape[-1] for name, tensor in entry.items() if tensor.ndim} != widths:
+        expected = stored_text(self.empty)
+        if entry.keys() != expected.keys():
+            return False
+        widths = {name: expected[name].shape[-1:] for name in ("cross_attn", "pooled_output") if name in expected}
+        if {name: entry[name].shape[-1:] for name in widths} != widths:
             return False
         return entry["cross_attn"].ndim == 3 and len(entry["cross_attn"]) == 1
 

@@ -6,6 +6,7 @@ import comfy.model_management as memory
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ...data.dataset import Dataset
 from ...errors import SoftREPAError
@@ -120,7 +121,7 @@ def load(model: ModelPatcher, needed: int) -> None:
 
 def batch_bytes(batch: StepBatch) -> int:
     """Of latents and captions, which lie in RAM."""
-    captions = sum(tensor.nbytes for cond in batch.conds for tensor in cond.values() if isinstance(tensor, Tensor))
+    captions = sum(tensor.nbytes for tensor in tree_leaves(batch.conds) if isinstance(tensor, Tensor))
     return captions + 3 * batch.latents.nbytes  # with their noised forms and targets
 
 

@@ -112,7 +112,8 @@ class PairNetwork:
         sizes = {"width": width, "height": height, "target_width": width, "target_height": height}
         captions = []
         for cond in batch.conds:
-            given = {key: value for key, value in cond.items() if value is not None}
+            given = {key: value for key, value in cond.items() if value is not None and key != "rest"}
+            given |= cond.get("rest", {})
             encoded = self.base_model.extra_conds(**(sizes | given), noise=latents[:1], device=self.device)
             captions.append({key: ordinary(value.cond) for key, value in encoded.items()})
         return sigma, seen, target, Captions(captions)
@@ -125,7 +126,7 @@ class PairNetwork:
 
         def raw(x, sigma, c_concat, c_crossattn, control, transformer_options, **extra):
             dtype = compute_dtype(self.base_model)
-            extra = {key: value.to(dtype) for key, value in extra.items()}
+            extra = {key: value.to(dtype) if value.is_floating_point() else value for key, value in extra.items()}
             t = self.base_model.model_sampling.timestep(sigma).float()
             network, context = self.base_model.diffusion_model, c_crossattn.to(dtype)
             return network(x.to(dtype), t, context=context, transformer_options=transformer_options, **extra)
