@@ -189,7 +189,7 @@ def measured(case: Case, way: Way, network, tokens, count: int, rounds: int, unt
     """
     import torch
 
-    from softrepa.comfy.training.fitting import AdaptivePairs
+    from softrepa.comfy.training.memory_use import AdaptivePairs
 
     step, device = batch(case, count), network.device
     pairs, peak, seconds = AdaptivePairs(network), Peak(device), []

@@ -116,7 +116,7 @@ def photograph_nodes(server) -> None:
     from PIL import Image
 
     from .frontend import Frontend, chromium
-    from .workflows import WORKFLOWS
+    from .workflow_descriptions import WORKFLOWS
 
     with chromium() as browser, tempfile.TemporaryDirectory() as folder:
         page = Frontend(browser.new_page(viewport={"width": 1800, "height": 1000}), server.port, Path(folder))
@@ -181,7 +181,7 @@ def main() -> None:
     from softrepa.smallworld.checkpoint import cached_checkpoint
 
     from .server import ComfyServer
-    from .workflows import WORKFLOWS
+    from .workflow_descriptions import WORKFLOWS
 
     checkpoint = cached_checkpoint(environment.cache_folder())
     with tempfile.TemporaryDirectory() as folder:

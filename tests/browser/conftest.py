@@ -13,7 +13,7 @@ from softrepa_tests import published
 from tools import frontend as pages
 from tools.server import ComfyServer
 from tools.standins import stand_in
-from tools.workflows import MODELS, SDXL
+from tools.workflow_descriptions import MODELS, SDXL
 
 CAPTIONS = ("a red square", "a blue circle", "two cats", "a house by the sea", "an empty street", "green hills")
 

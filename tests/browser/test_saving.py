@@ -9,7 +9,7 @@ from softrepa_tests.conftest import ROOT
 from tools.frontend import read_graph
 from tools.server import ComfyServer
 from tools.standins import stand_in
-from tools.workflows import SD3
+from tools.workflow_descriptions import SD3
 
 NAME = "Image with soft tokens (SD3)"
 

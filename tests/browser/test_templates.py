@@ -7,7 +7,7 @@ from comfyui_softrepa.softrepa import token_files
 from softrepa_tests.conftest import ROOT
 
 from tools.frontend import read_graph
-from tools.workflows import WORKFLOWS
+from tools.workflow_descriptions import WORKFLOWS
 
 SMALL = {
     "EmptyLatentImage": {"width": 128, "height": 128},

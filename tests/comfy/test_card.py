@@ -8,7 +8,7 @@ import comfy.model_management as memory
 import pytest
 import torch
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
-from comfyui_softrepa.softrepa.comfy.training.fitting import AdaptivePairs
+from comfyui_softrepa.softrepa.comfy.training.memory_use import AdaptivePairs
 from comfyui_softrepa.softrepa.comfy.training.score import HeldOut, score
 from comfyui_softrepa.softrepa.training.pairs import StepBatch
 from softrepa_tests.editing import edit

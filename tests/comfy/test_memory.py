@@ -3,7 +3,7 @@
 import comfy.model_management as memory
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.training.fitting import AdaptivePairs, kept_bytes
+from comfyui_softrepa.softrepa.comfy.training.memory_use import AdaptivePairs, kept_bytes
 from comfyui_softrepa.softrepa.comfy.training.out_of_memory import is_out_of_memory
 from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.training.loss import contrastive_loss

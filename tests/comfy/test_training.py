@@ -11,8 +11,8 @@ from comfy.model_base import BaseModel
 from comfyui_softrepa.nodes import training as training_node
 from comfyui_softrepa.softrepa import token_files
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
-from comfyui_softrepa.softrepa.comfy.training.fitting import AdaptivePairs
 from comfyui_softrepa.softrepa.comfy.training.launch import PREVIEW_STEPS
+from comfyui_softrepa.softrepa.comfy.training.memory_use import AdaptivePairs
 from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training import state as training_state

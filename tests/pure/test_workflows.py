@@ -7,7 +7,7 @@ from comfyui_softrepa.softrepa import __version__
 from PIL import Image
 from softrepa_tests.conftest import ROOT
 
-from tools.workflows import WORKFLOWS
+from tools.workflow_descriptions import WORKFLOWS
 
 FOLDER = ROOT / "workflows"
 

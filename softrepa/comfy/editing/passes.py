@@ -11,7 +11,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ..families import is_guard
-from ..tokens.state import KEY
+from ..tokens.call_state import KEY
 
 ROLES = ("positive", "negative")
 

@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ...families import Blocks, Family
-from ..tokens.state import CallState, Place
+from ..tokens.call_state import CallState, Place
 from ..training.frozen import ForeignTensors
 from .noising import Noising
 

@@ -8,7 +8,7 @@ from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from ...errors import SoftREPAError
 from ...families import FAMILIES
 from ..tokens.attention import key_bias
-from ..tokens.state import CallState, Place, call_state, refuse_unweighed, with_appended
+from ..tokens.call_state import CallState, Place, call_state, refuse_unweighed, with_appended
 from ..training.frozen import ForeignTensors, Recomputed
 from .adapter import ModelShape
 from .noising import NOISINGS

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ...errors import SoftREPAError
 from ...families import FAMILIES
 from ..tokens.attention import key_bias
-from ..tokens.state import CallState, Entries, Place, call_state, refuse_unweighed, with_appended
+from ..tokens.call_state import CallState, Entries, Place, call_state, refuse_unweighed, with_appended
 from ..training.frozen import ForeignTensors, Recomputed
 from .adapter import ModelShape
 from .noising import NOISINGS

@@ -23,7 +23,7 @@ from ..families import adapter_of, model_shape
 from ..families.noising import timestep as timestep_at
 from ..models import check_fit, chosen_blocks
 from .attention import OVERRIDE, Asked, SoftKeyBias
-from .state import KEY, CallState, Entries, Place
+from .call_state import KEY, CallState, Entries, Place
 
 ROLES_OPTION = "softrepa_roles"
 

@@ -14,8 +14,8 @@ from ...training.loss import denoising_loss
 from ...training.pairs import StepBatch
 from ..data.checks import check_encodings
 from ..families import ModelShape, model_shape
-from ..tokens.state import KEY
-from .fitting import first_pairs, memory_line
+from ..tokens.call_state import KEY
+from .memory_use import first_pairs, memory_line
 from .session import Parts
 
 VANISHING = 1e-4

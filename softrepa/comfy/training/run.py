@@ -19,7 +19,7 @@ from ...training.trainer import StepRecord, Trainer
 from ..families import ModelShape
 from ..identity import model_identity
 from ..models import check_fit
-from .fitting import AdaptivePairs, kept_bytes, largest_latent, load
+from .memory_use import AdaptivePairs, kept_bytes, largest_latent, load
 from .preflight import check_dataset, check_gradients, checked_model
 from .session import Parts, Report, RunFiles, Session
 from .start import starting_tokens

@@ -16,7 +16,7 @@ from ...training import loss
 from ...training.pairs import StepBatch
 from ...training.timesteps import SCORED, parse_timesteps
 from ..data.checks import check_encodings
-from .fitting import load
+from .memory_use import load
 from .out_of_memory import halving
 from .pairs import PairNetwork
 

@@ -20,7 +20,7 @@ from ...tokens import SoftTokens
 from ...training import state as training_state
 from ...training.trainer import DivergedError, StepRecord, Trainer
 from .. import folders
-from .fitting import AdaptivePairs
+from .memory_use import AdaptivePairs
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from ...errors import SoftREPAError
 from ...families import Blocks
 from ...training.noising import pair_error
 from ...training.pairs import Rows, StepBatch
+from ..tokens.call_state import KEY, CallState
 from ..tokens.patching import compute_dtype
-from ..tokens.state import KEY, CallState
 from .frozen import ForeignTensors, differentiable_attention, frozen
 from .pairs import PairNetwork
 

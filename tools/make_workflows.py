@@ -1,6 +1,6 @@
 """Writes workflows/*.json (for the frontend) and workflows/api/*.json (for headless runs) from one description each.
 
-    python3 -m tools.workflow_files
+    python3 -m tools.make_workflows
 
 Inputs, outputs and widgets are read from a running ComfyUI, so the files match the nodes as they are.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from softrepa import __version__
 
 from . import environment
-from .workflows import WORKFLOWS, Workflow
+from .workflow_descriptions import WORKFLOWS, Workflow
 
 ROOT = Path(__file__).absolute().parents[1]
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
@@ -195,10 +195,10 @@ def write(path: Path, graph: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python3 -m tools.workflow_files", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python3 -m tools.make_workflows", description=__doc__.splitlines()[0])
     environment.add_arguments(parser)
     arguments = parser.parse_args()
-    environment.enter("tools.workflow_files", arguments.comfyui, arguments.python)
+    environment.enter("tools.make_workflows", arguments.comfyui, arguments.python)
 
     from .server import ComfyServer
 

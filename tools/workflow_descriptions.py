@@ -1,4 +1,4 @@
-"""The shipped workflows: graphs, layout and notes. `workflow_files.py` turns them into files."""
+"""The shipped workflows: graphs, layout and notes. `make_workflows.py` turns them into files."""
 
 from dataclasses import dataclass
 
