@@ -7,6 +7,7 @@ from ..errors import SoftREPAError
 from ..families import Blocks, depth, parse_blocks
 from ..tokens import SoftTokens
 from .families import ModelShape, most_cells
+from .tokens.call_state import KEY
 
 
 def check_positions(name: str, model: ModelPatcher, width: int, height: int) -> None:
@@ -17,6 +18,12 @@ def check_positions(name: str, model: ModelPatcher, width: int, height: int) -> 
             f"{name} is {PIXELS * width} x {PIXELS * height} pixels, expected at most {PIXELS * most} a side: this "
             "model has no positions beyond."
         )
+
+
+def check_plain(model: ModelPatcher) -> None:
+    """Tokens are trained on the model without any: those on it would be learned around."""
+    if model.get_attachment(KEY) is not None:
+        raise SoftREPAError("Model has soft tokens on it, expected the plain model; go on with init_tokens.")
 
 
 def check_fit(tokens: SoftTokens, shape: ModelShape) -> None:

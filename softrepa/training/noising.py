@@ -1,4 +1,8 @@
-"""What the network sees of a noised image, and what its raw output is compared with."""
+"""What the network sees of a noised image, and what its raw output is compared with (section 3 of arXiv 2503.08250).
+
+sigma is the noise level as ComfyUI has it: for flow models 0 (no noise) to 1 (nothing else), for eps models the noise's
+standard deviation over the image's, 0.03 to 14.6 for SD1.5.
+"""
 
 import torch
 from torch import Tensor

@@ -33,7 +33,11 @@ BANKS = ("positive", "negative")
 
 @dataclass(frozen=True)
 class TokenSet:
-    """One token file and how it acts. Raises SoftREPAError for options out of range."""
+    """One token file and how it acts. Raises SoftREPAError for options out of range.
+
+    strength: what the soft keys' attention weights are multiplied by, 0 or more. start_percent, end_percent: shares of
+    the sampling, 0 to 1, as ComfyUI calls them.
+    """
 
     tokens: SoftTokens
     blocks: Blocks

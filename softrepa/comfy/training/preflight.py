@@ -14,7 +14,7 @@ from ...training.loss import denoising_loss
 from ...training.pairs import StepBatch
 from ..data.checks import check_encodings
 from ..families import ModelShape, model_shape
-from ..tokens.call_state import KEY
+from ..models import check_plain
 from .memory_use import first_pairs, memory_line
 from .session import Parts
 
@@ -24,8 +24,7 @@ VANISHING = 1e-4
 
 def checked_model(model: ModelPatcher) -> ModelShape:
     shape = model_shape(model)
-    if model.get_attachment(KEY) is not None:
-        raise SoftREPAError("Model has soft tokens on it, expected the plain model; go on with init_tokens.")
+    check_plain(model)
     return shape
 
 

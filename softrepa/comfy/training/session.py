@@ -150,7 +150,7 @@ class Session:
     def finish(self, reports: Sequence[Report]) -> None:
         """Write what is not written yet, and say where an unfinished run is. Raises SoftREPAError where that fails.
 
-        What led to numbers that are none does not replace what was saved before.
+        A run whose loss or gradient became NaN or infinite leaves what was saved before as it is.
         """
         try:
             if not self.has_diverged:

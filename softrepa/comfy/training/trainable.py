@@ -12,6 +12,7 @@ from ...errors import SoftREPAError
 from ...families import Blocks
 from ...training.noising import pair_error
 from ...training.pairs import Rows, StepBatch
+from ..models import check_plain
 from ..tokens.call_state import KEY, CallState
 from ..tokens.patching import compute_dtype
 from .frozen import ForeignTensors, differentiable_attention, frozen
@@ -43,8 +44,7 @@ class TrainableNetwork(PairNetwork):
     """A `PairNetwork` into which rows are inserted at `blocks`, and through which their gradients come back."""
 
     def __init__(self, model: ModelPatcher, blocks: Blocks, checkpointing: bool = True):
-        if model.get_attachment(KEY) is not None:
-            raise SoftREPAError("Model has soft tokens on it, expected the plain model; go on with init_tokens.")
+        check_plain(model)
         super().__init__(model)
         self.foreign, self.checkpointing = ForeignTensors(), checkpointing
         self.places = self.adapter.places(blocks)
