@@ -75,6 +75,17 @@ def test_an_override_that_is_more_than_a_kernel_and_drops_masks(models):
     assert torch.isfinite(sample(apply_tokens(model, tokens_for("sd3")), "sd3")).all()
 
 
+def test_an_override_that_counts_the_samples_is_refused_in_a_sentence(models):
+    def override(func, q, k, v, heads, mask=None, **rest):
+        if len(q) == 1:
+            raise IndexError("no second sample")
+        return func(q, k, v, heads, mask=None, **rest)
+
+    patched = apply_tokens(foreign.with_override(models["sd15"], override), tokens_for("sd15"), strength=0.3)
+    with pytest.raises(SoftREPAError, match="does not heed masks; expected strength 1 and apply_to both"):
+        sample(patched, "sd15")
+
+
 def test_cores_own_attention_computes_biases_in_full_precision():
     """A sage kernel of core's that takes no masks is told not to run."""
     told = []
