@@ -50,7 +50,8 @@ class AttentionSpy:
 
     def __call__(self, func, q, k, v, heads, mask=None, **kwargs):
         columns = self.soft_keys(k.shape[1], q.shape[1])
-        if columns is not None:
+        is_asked = mask is not None and mask.isinf().any()  # whether it heeds masks; no weight here is infinite
+        if columns is not None and not is_asked:
             split = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k)]
             logits = split[0] @ split[1].transpose(-1, -2) * split[0].shape[-1] ** -0.5
             if mask is not None:
