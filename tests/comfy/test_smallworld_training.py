@@ -9,7 +9,7 @@ from softrepa.comfy.tokens.patching import apply_tokens
 from softrepa.token_files import load
 from tools.server import ComfyServer
 
-SEEDS, STEPS, PICTURES = 5, 30, 64
+SEEDS, STEPS, PICTURES = 5, 75, 64
 LEARNING_RATE = 2e-3
 TEMPERATURE = 0.07
 BATCHES, TIMESTEPS = 16, (900, 950)  # the study measures 24 at three
