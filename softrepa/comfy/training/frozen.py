@@ -219,6 +219,13 @@ def differentiable_attention(options: dict, device: torch.device, dtype: torch.d
     if inner is None or not gives_gradients(options, device, dtype):
         if inner is not None:
             check_only_a_kernel(inner, options, device, dtype)
+        return above_pytorch(None)
+    return above_pytorch(inner)
+
+
+def above_pytorch(inner):
+    """An attention override: another node's above PyTorch's attention, or that alone."""
+    if inner is None:
         return lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
     return lambda func, *args, **kwargs: inner(attention_pytorch, *args, **kwargs)
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import comfy.model_management as memory
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, copy_nested_dicts, get_all_wrappers, merge_nested_dicts
 from torch import Tensor
@@ -20,7 +19,7 @@ from ..families.noising import sigma_at
 from ..families.noising import timestep as timestep_at
 from ..tokens.attention import OVERRIDE
 from ..tokens.patching import apply_tokens, compute_dtype
-from .frozen import ordinary
+from .frozen import above_pytorch, ordinary
 
 
 def pair_errors(
@@ -86,10 +85,7 @@ class PairNetwork:
 
     def attention(self):
         """The attention override of a call: above PyTorch's attention the one that is on the model, if there is any."""
-        inner = self.options.get(OVERRIDE)
-        if inner is None:
-            return lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
-        return lambda func, *args, **kwargs: inner(attention_pytorch, *args, **kwargs)
+        return above_pytorch(self.options.get(OVERRIDE))
 
     def errors(self, rows: Rows | None, batch: StepBatch, micro_batch: int) -> Tensor:
         """(B, J) without gradients, `micro_batch` pairs at a time; 0 where pairs are not compared."""
