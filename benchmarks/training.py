@@ -44,12 +44,13 @@ class Way:
     checkpointing: bool | None = None
     by_row: bool = False
 
-    def step(self, networks: dict[bool, "TrainableNetwork"], reference: Reference, tokens, batch):
+    def step(self, networks: dict[bool, "TrainableNetwork"], reference: Reference | None, tokens, batch):
         """What computes one, and the number of pairs that it runs at once, when it has run."""
         from softrepa.comfy.training.memory_use import AdaptivePairs
 
         images = len(batch.latents)
         if self.micro_batch is None:
+            assert reference is not None
             step = reference.row_by_row if self.by_row else reference.one_graph
             return partial(step, tokens), lambda: images if self.by_row else images**2
         pairs = AdaptivePairs(networks[self.checkpointing is True], is_auto=self.checkpointing is None)
@@ -57,16 +58,16 @@ class Way:
         return step, lambda: min(pairs.at_once, images**2)
 
 
-REFERENCE = Way("reference, one graph")
+ONE_GRAPH = Way("reference, one graph")
+BY_ROW = Way("reference, one row at a time", by_row=True)
+ALL_AT_ONCE = Way("ours, all pairs at once", lambda images: images**2, False)
 DEFAULT = Way("ours, default", lambda images: 0)
+CHECKPOINTING = Way("ours, checkpointing", lambda images: 0, True)
 WAYS = (
-    REFERENCE,
-    Way("reference, one row at a time", by_row=True),
-    Way("ours, all pairs at once", lambda images: images**2, False),
+    *(ONE_GRAPH, BY_ROW, ALL_AT_ONCE),
     Way("ours, as many as a row", lambda images: images, False),
     Way("ours, 1 pair", lambda images: 1, False),
-    DEFAULT,
-    Way("ours, checkpointing", lambda images: 0, True),
+    *(DEFAULT, CHECKPOINTING),
     Way("ours, checkpointing, 1 pair", lambda images: 1, True),
 )
 GPU_CASES = (
@@ -194,8 +195,10 @@ def compared(
     with outside_inference():
         tokens, step = TrainableTokens(start), batch(case, count)
         networks = {is_on: TrainableNetwork(model, start.blocks, is_on) for is_on in (False, True)}
-        reference = Reference(networks[False], compute_dtype(model.model))
-        reference.feed(step)
+        reference = None
+        if any(way.micro_batch is None for way in ways):
+            reference = Reference(networks[False], compute_dtype(model.model))
+            reference.feed(step)
         device, running, seconds = networks[False].device, {}, {}
         for way in ways:  # the first warms up and shows the memory
             # of its own, for deciding on checkpointing changes a network

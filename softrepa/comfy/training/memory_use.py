@@ -50,19 +50,18 @@ class AdaptivePairs:
         return self.network.embed(rows)
 
     def errors(self, rows, batch, micro_batch):
-        return self._fitted("errors", (rows,), batch, (), micro_batch)
+        return self._fitted(self.network.errors, (rows,), batch, (), micro_batch)
 
     def gradients(self, rows, batch, micro_batch):
-        return self._fitted("gradients", (rows,), batch, (), micro_batch)
+        return self._fitted(self.network.gradients, (rows,), batch, (), micro_batch)
 
     def weighted_gradient(self, rows, batch, weights, micro_batch):
-        return self._fitted("weighted_gradient", (rows,), batch, (weights,), micro_batch)
+        return self._fitted(self.network.weighted_gradient, (rows,), batch, (weights,), micro_batch)
 
     def regression(self, aims, banks, teacher, batch, micro_batch):
         return self._fitted(partial(regression, self.network), (aims, banks, teacher), batch, (), micro_batch)
 
     def _fitted(self, call, before, batch: StepBatch, behind, micro_batch):
-        call = getattr(self.network, call) if isinstance(call, str) else call
         rows = before[-1] if before[-1].ndim == 3 else before[-1][0]  # of AGSM both banks', of which a pair needs one
         if not self.at_once:
             self._decide(rows, batch)
