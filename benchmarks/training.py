@@ -81,6 +81,12 @@ CPU_CASES = (
     (Case("SDXL / 5, 128 px", "sdxl", sdxl(64), 16, 77), ("float32",)),
     (Case("SD3 / 4, 24 blocks, 256 px", "sd3", sd3(384, 24), 32, 154), ("float32",)),
 )
+HOST_CASES = (
+    (Case("SD1.5 / 10, 64 px", "sd15", sd15(32), 8, 77), ("float32",)),
+    (Case("SDXL / 10, 64 px", "sdxl", sdxl(32) | {"num_head_channels": 32}, 8, 77), ("float32",)),
+    (Case("SD3 / 24, 24 blocks, 64 px", "sd3", sd3(64, 24), 8, 154), ("float32",)),
+)
+"""All layers of the real models, and next to no arithmetic in them."""
 SMALLEST = (
     (Case("SD1.5 / 10, 64 px", "sd15", sd15(32), 8, 77), ("float32",)),
     (Case("SD3 / 12, 6 blocks, 64 px", "sd3", sd3(128, 6), 8, 154), ("float32",)),
@@ -254,6 +260,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often each step is timed (5)")
     parser.add_argument("--batches", default=BATCHES, metavar="2,4,8", help="batch sizes", type=sizes)
     parser.add_argument("--only", default="", metavar="TEXT", help="the cases whose title contains this")
+    parser.add_argument("--host", action="store_true", help="tiny widths: the host's time instead of arithmetic")
     parser.add_argument("--small", action="store_true", help="the smallest models, to try the command")
     environment.add_arguments(parser)
     arguments = parser.parse_args()
@@ -265,7 +272,8 @@ def main() -> None:
         print("Small models; the real sizes need a GPU and were not measured here.")
     print(f"{'':38}{'pairs':>9}    ratio         peak  at once")
     chosen = GPU_CASES if has_gpu else CPU_CASES
-    for case, dtypes in SMALLEST if arguments.small else chosen:
+    chosen = HOST_CASES if arguments.host else SMALLEST if arguments.small else chosen
+    for case, dtypes in chosen:
         for dtype in dtypes:
             if arguments.only in case.title:
                 measure(case, dtype, arguments.batches, arguments.rounds, device)

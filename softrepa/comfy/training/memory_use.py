@@ -191,4 +191,6 @@ def memory_line(pairs: AdaptivePairs, rows: Tensor, batch: StepBatch) -> str:
     """What a step takes, on the device and in RAM."""
     kept = f"gradients of a step {kept_bytes(rows.numel(), batch.pairs) / 1e9:.2f} GB"
     pair = f"one image-caption pair {pairs.pair_bytes / 1e9:.2f} GB, " if pairs.pair_bytes else ""
-    return f"memory beside the model: {pair}{kept}; in RAM a batch {batch_bytes(batch) / 1e9:.2f} GB"
+    found = f"memory beside the model: {pair}{kept}; in RAM a batch {batch_bytes(batch) / 1e9:.2f} GB"
+    is_on = pairs.network.checkpointing
+    return f"{found}; checkpointing {'on' if is_on else 'off'}, as memory allows" if pairs.is_auto else found
