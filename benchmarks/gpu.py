@@ -2,7 +2,7 @@
 
     python3 -m benchmarks.gpu
 
-Real model sizes with random weights in float16; they fit a card of 24 GB. It takes less than eight minutes: each family
+Real model sizes with random weights in float16; they fit a card of 24 GB. It takes less than six minutes: each family
 has a time of its own, after which its remaining figures are left out. Without a GPU it says what it would measure.
 `--small` runs small models on whatever there is, once and without a limit, to try the command.
 """
@@ -13,15 +13,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from tools import environment
 
-from . import cases, variants
+from . import cases, training, variants
 from .cases import Case, build, machine, sd3, sd15, sdxl, soft_tokens, unet
 
-PARTS: dict[str, float] = {"sd15": 90, "sdxl": 160, "sd3": 200}
+PARTS: dict[str, float] = {"sd15": 75, "sdxl": 120, "sd3": 150}
 """Seconds of each family, the start of ComfyUI included."""
 
 CASES = (
@@ -44,28 +45,31 @@ START_UP = 15
 
 UNLIMITED = 3600
 ROUNDS = 15
-IMAGES = 2
-"""Of a training step, so four pairs, which run at once where they fit."""
+IMAGES = 4
+"""Of a training step."""
 
+FAILED = "failed"
 STAYS = 0.25
 """Of an offloaded model on the card."""
 
 SAMPLING = ("plain step", "plain again", "strength 1", "strength 0.5", "strength 0")
 FLOWEDIT = ("FlowEdit step", "in two forwards")
-TRAINING = {
-    "training": (False, True),
-    "no checkpoints": (False, False),
-    "offloaded": (True, True),
-    "offloaded, no checkpoints": (True, False),
+ON_CARD = {
+    "one graph": training.ONE_GRAPH,
+    "one row at a time": training.BY_ROW,
+    "training": training.DEFAULT,
+    "all pairs at once": training.ALL_AT_ONCE,
+    "checkpoints": training.CHECKPOINTING,
 }
-"""(offloaded, checkpointing)"""
+OFFLOADED = {"offloaded": training.DEFAULT, "offloaded, checkpoints": training.CHECKPOINTING}
 
-COLUMNS = (*SAMPLING, *FLOWEDIT, *TRAINING)
+COLUMNS = (*SAMPLING, *FLOWEDIT, *ON_CARD, *OFFLOADED)
 LEGEND = (
     "Sampling: the time of a plain step, batch 1 with guidance, and that of others over it. FlowEdit: of a step as one "
-    "forward of four samples, and of two over it. Training: image-caption pairs a second, and the most memory that the "
-    f"card had in use, weights included; {IMAGES**2} pairs at once or as many as fitted; offloaded: {STAYS:.0%} of the "
-    "weights stay on the card."
+    f"forward of four samples, and of two over it. Training: image-caption pairs a second of a step of {IMAGES**2}, "
+    "their ratio to the first column that had memory, the peak beside the weights, and how many pairs ran at once. One "
+    "graph and one row at a time are the reference's arithmetic, training is the default, offloaded: "
+    f"{STAYS:.0%} of the weights stay on the card."
 )
 
 
@@ -96,25 +100,21 @@ def figures_of(chosen: list[Case], device, rounds: int, end: float) -> Iterator[
     import torch
     from comfy.model_patcher import ModelPatcher
 
-    clock = Clock(end, len(chosen) * (2 + len(TRAINING)))
+    clock = Clock(end, len(chosen) * 4)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     model = build(chosen[0], device, dtype)
     tokens = soft_tokens(chosen[0], model)
     for case in chosen:
-        yield from sampling_cells(case, model, tokens, rounds, clock)
-        yield from flowedit_cells(case, model, rounds, clock)
-    for is_offloaded in (False, True):
-        if is_offloaded:
-            memory.unload_all_models()
-            model = ModelPatcher(model.model.to("cpu"), device, torch.device("cpu"))
-            model.load(device, lowvram_model_memory=int(STAYS * model.model_size()))
-            if not model.loaded_size() < model.model_size():
-                raise RuntimeError("nothing is offloaded")
-        for case in chosen:
-            for column, (offloaded, checkpointing) in TRAINING.items():
-                if offloaded == is_offloaded:
-                    text = training_text(case, model, tokens, checkpointing, rounds, clock)
-                    yield Cell(case.title, column, text)
+        yield from or_failed(case, ON_CARD, training_cells(case, model, tokens, ON_CARD, rounds, clock))
+        yield from or_failed(case, SAMPLING, sampling_cells(case, model, tokens, rounds, clock))
+        yield from or_failed(case, FLOWEDIT, flowedit_cells(case, model, rounds, clock))
+    memory.unload_all_models()
+    model = ModelPatcher(model.model.to("cpu"), device, torch.device("cpu"))
+    model.load(device, lowvram_model_memory=int(STAYS * model.model_size()))
+    if not model.loaded_size() < model.model_size():
+        raise RuntimeError("nothing is offloaded")
+    for case in chosen:
+        yield from or_failed(case, OFFLOADED, training_cells(case, model, tokens, OFFLOADED, rounds, clock))
 
 
 def sampling_cells(case: Case, model, tokens, rounds: int, clock: Clock) -> Iterator[Cell]:
@@ -135,25 +135,25 @@ def flowedit_cells(case: Case, model, rounds: int, clock: Clock) -> Iterator[Cel
         yield Cell(case.title, column, text)
 
 
-def training_text(case: Case, model, tokens, checkpointing: bool, rounds: int, clock: Clock) -> str:
-    import torch
+def training_cells(case: Case, model, tokens, columns: dict[str, training.Way], rounds, clock) -> Iterator[Cell]:
+    found = training.compared(case, model, tokens, IMAGES, rounds, tuple(columns.values()), clock.until())
+    for column, way in columns.items():
+        figures = found[way.title]
+        text = "out of memory"
+        if figures is not None:
+            peak = figures.peak / training.GIGABYTE
+            text = f"{figures.pairs_a_second:.2f}/s ({figures.ratio:.2f}), {peak:.1f} GB, {figures.at_once} at once"
+        yield Cell(case.title, column, text)
 
-    from softrepa.comfy.training.run import outside_inference
-    from softrepa.comfy.training.trainable import TrainableNetwork
-    from softrepa.training.trainer import TrainableTokens
 
-    from .training import GIGABYTE, Way, measured
-
-    with outside_inference():
-        trained = TrainableTokens(tokens)
-        network = TrainableNetwork(model, trained.blocks, checkpointing)
-        way = Way("", IMAGES**2, checkpointing)
-        figures = measured(case, way, network, trained, IMAGES, rounds, clock.until())
-    if figures is None:
-        return "out of memory"
-    on_card = torch.cuda.max_memory_allocated() if network.device.type == "cuda" else figures.peak
-    fitted = "" if figures.at_once == IMAGES**2 else f", {figures.at_once} at once"
-    return f"{figures.pairs_a_second:.2f}/s, {on_card / GIGABYTE:.1f} GB{fitted}"
+def or_failed(case: Case, columns: Iterable[str], cells: Iterator[Cell]) -> Iterator[Cell]:
+    """`cells`, and where they end in an error a word of it in `columns`; the next ones are measured all the same."""
+    try:
+        yield from cells
+    except Exception:
+        traceback.print_exc()
+        for column in columns:
+            yield Cell(case.title, column, FAILED)
 
 
 def collected(command: list[str], seconds: float) -> tuple[list[Cell], str]:
@@ -195,7 +195,7 @@ def run_part(chosen: list[Case], device, rounds: int, seconds: float) -> None:
 
 
 def run_all(chosen: tuple[Case, ...], command: Callable[[str], list[str]], parts: dict[str, float]) -> int:
-    """Prints the table; 1 where figures are missing. `parts`: seconds by family."""
+    """Prints the table; 1 where figures are missing or failed. `parts`: seconds by family."""
     cells, troubles = [], []
     for family, seconds in parts.items():
         found, trouble = collected(command(family), seconds)
@@ -203,7 +203,7 @@ def run_all(chosen: tuple[Case, ...], command: Callable[[str], list[str]], parts
         troubles += [f"{family} {trouble}"] if trouble else []
     print(f"{machine()}\n\n{table(chosen, cells)}\n\n{LEGEND}")
     print("\n".join(troubles), file=sys.stderr)
-    return int(bool(troubles))
+    return int(bool(troubles) or any(cell.text == FAILED for cell in cells))
 
 
 def run_variants(part: str | None, is_small: bool, device, again: list[str]) -> None:

@@ -1,9 +1,10 @@
-"""What a training step takes: peak memory and pairs a second, ours against one plain graph over all pairs.
+"""What a training step takes: pairs a second and peak memory, ours beside the reference's arithmetic.
 
     python3 -m benchmarks.training
 
-Real model sizes with random weights on a GPU, small sizes on a CPU. Ours takes one forward and one backward a pair in
-micro-batches; the plain graph holds every pair until the loss is known. Both compute the same loss of the same batch.
+Real model sizes with random weights on a GPU, small sizes on a CPU. The reference's arithmetic is one graph, of all
+pairs or of one image with all captions at a time, through the same network with ordinary weights (see reference.py).
+All ways take turns, so that a machine whose speed drifts slows all of them; a ratio is the median of the rounds'.
 """
 
 import argparse
@@ -14,36 +15,60 @@ import statistics
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from tools import environment
 
 from . import cases
 from .cases import Case, build, machine, random_text, sd3, sd15, sdxl, soft_tokens
-from .reference import DENOISING_WEIGHT, TEMPERATURE
+from .reference import DENOISING_WEIGHT, TEMPERATURE, Reference
 
-BATCHES = (4, 8, 16)
+if TYPE_CHECKING:
+    from softrepa.comfy.training.trainable import TrainableNetwork
+
+BATCHES = (2, 4, 8)
 TIMESTEP = 500
 GIGABYTE = 1e9
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a step is computed; `micro_batch` None is the plain graph, 0 fills the memory."""
+    """How a step is computed. `micro_batch` pairs at once, 0 as many as fill the memory; None of the reference."""
 
     title: str
-    micro_batch: int | None
-    checkpointing: bool = False
+    micro_batch: Callable[[int], int] | None = None
+    checkpointing: bool | None = None
+    by_row: bool = False
+
+    def step(self, networks: dict[bool, "TrainableNetwork"], reference: Reference | None, tokens, batch):
+        """What computes one, and the number of pairs that it runs at once, when it has run."""
+        from softrepa.comfy.training.memory_use import AdaptivePairs
+
+        images = len(batch.latents)
+        if self.micro_batch is None:
+            assert reference is not None
+            step = reference.row_by_row if self.by_row else reference.one_graph
+            return partial(step, tokens), lambda: images if self.by_row else images**2
+        pairs = AdaptivePairs(networks[self.checkpointing is True], is_auto=self.checkpointing is None)
+        step = partial(our_step, pairs, tokens, batch, self.micro_batch(images))
+        return step, lambda: min(pairs.at_once, images**2)
 
 
+ONE_GRAPH = Way("reference, one graph")
+BY_ROW = Way("reference, one row at a time", by_row=True)
+ALL_AT_ONCE = Way("ours, all pairs at once", lambda images: images**2, False)
+DEFAULT = Way("ours, default", lambda images: 0)
+CHECKPOINTING = Way("ours, checkpointing", lambda images: 0, True)
 WAYS = (
-    Way("one graph", None),
-    Way("ours, 1 pair", 1),
-    Way("ours, micro_batch 0", 0),
-    Way("ours, 1 pair, checkpointing", 1, True),
-    Way("ours, 0, checkpointing", 0, True),
+    *(ONE_GRAPH, BY_ROW, ALL_AT_ONCE),
+    Way("ours, as many as a row", lambda images: images, False),
+    Way("ours, 1 pair", lambda images: 1, False),
+    *(DEFAULT, CHECKPOINTING),
+    Way("ours, checkpointing, 1 pair", lambda images: 1, True),
 )
 GPU_CASES = (
     (Case("SD1.5 512 px", "sd15", sd15(320), 64, 77), ("bfloat16",)),
@@ -54,7 +79,17 @@ GPU_CASES = (
 CPU_CASES = (
     (Case("SD1.5 / 5, 128 px", "sd15", sd15(64), 16, 77), ("float32",)),
     (Case("SDXL / 5, 128 px", "sdxl", sdxl(64), 16, 77), ("float32",)),
-    (Case("SD3 / 4, 6 blocks, 128 px", "sd3", sd3(384, 6), 16, 154), ("float32",)),
+    (Case("SD3 / 4, 24 blocks, 256 px", "sd3", sd3(384, 24), 32, 154), ("float32",)),
+)
+HOST_CASES = (
+    (Case("SD1.5 / 10, 64 px", "sd15", sd15(32), 8, 77), ("float32",)),
+    (Case("SDXL / 10, 64 px", "sdxl", sdxl(32) | {"num_head_channels": 32}, 8, 77), ("float32",)),
+    (Case("SD3 / 24, 24 blocks, 64 px", "sd3", sd3(64, 24), 8, 154), ("float32",)),
+)
+"""All layers of the real models, and next to no arithmetic in them."""
+SMALLEST = (
+    (Case("SD1.5 / 10, 64 px", "sd15", sd15(32), 8, 77), ("float32",)),
+    (Case("SD3 / 12, 6 blocks, 64 px", "sd3", sd3(128, 6), 8, 154), ("float32",)),
 )
 
 
@@ -120,23 +155,6 @@ def batch(case: Case, count: int):
     return StepBatch.of_all(latents, noise, conds, TIMESTEP)
 
 
-def plain_step(network, tokens, step) -> None:
-    """One graph over all pairs; autograd does the rest."""
-    from softrepa.training.loss import contrastive_loss
-    from softrepa.training.noising import pair_error
-
-    sigma, seen, target, captions = network.prepared(step)
-    count = len(step.latents)
-    images, texts = zip(*((i, j) for i in range(count) for j in range(count)), strict=True)
-    rows = tokens.rows(TIMESTEP).to(network.device)
-    joined = captions.joined(list(texts), network.device)
-    tokens.zero_grad()
-    with network.trainable():
-        output = network.output(seen[list(images)], sigma, joined, rows.expand(count**2, *rows.shape))
-        errors = pair_error(output, target[list(images)].to(network.device)).view(count, count)
-        contrastive_loss(errors, TEMPERATURE).backward()
-
-
 def our_step(pairs, tokens, step, micro_batch: int) -> None:
     from softrepa.training.loss import contrastive_loss
     from softrepa.training.pairs import backward_through_pairs
@@ -149,83 +167,113 @@ def our_step(pairs, tokens, step, micro_batch: int) -> None:
 
 @dataclass(frozen=True)
 class Figures:
-    """`peak` bytes beside what was there before; `at_once` pairs fitted."""
+    """`peak` bytes beside what was there before; `ratio` of the speed to the first way's that had memory."""
 
-    peak: int
     pairs_a_second: float
-    at_once: int = 0
+    ratio: float
+    peak: int
+    at_once: int
 
     def __str__(self):
-        return f"{self.peak / GIGABYTE:.3f} GB {self.pairs_a_second:8.2f}/s"
+        return f"{self.pairs_a_second:9.2f}/s {self.ratio:6.2f} {self.peak / GIGABYTE:8.3f} GB {self.at_once:5}"
 
 
 def sizes(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def measure(case: Case, dtype_name: str, batches: tuple[int, ...], rounds: int, device) -> None:
+def compared(
+    case: Case, model, start, count: int, rounds: int, ways: tuple[Way, ...] = WAYS, until: float = math.inf
+) -> dict[str, Figures | None]:
+    """By the ways' titles, of a step on `count` images; None without memory for it.
+
+    By the medians of `rounds` rounds behind a first step of each; of fewer, but of one, where the clock
+    (`time.monotonic`) passes `until`.
+    """
     import torch
 
+    from softrepa.comfy.tokens.patching import compute_dtype
     from softrepa.comfy.training.run import outside_inference
     from softrepa.comfy.training.trainable import TrainableNetwork
     from softrepa.training.trainer import TrainableTokens
+
+    found: dict[str, Figures | None] = {way.title: None for way in ways}
+    with outside_inference():
+        tokens, step = TrainableTokens(start), batch(case, count)
+        networks = {is_on: TrainableNetwork(model, start.blocks, is_on) for is_on in (False, True)}
+        reference = None
+        if any(way.micro_batch is None for way in ways):
+            reference = Reference(networks[False], compute_dtype(model.model))
+            reference.feed(step)
+        device, running, seconds = networks[False].device, {}, {}
+        for way in ways:  # the first warms up and shows the memory
+            # of its own, for deciding on checkpointing changes a network
+            own = networks | {False: TrainableNetwork(model, start.blocks, False)}
+            one, at_once = way.step(own, reference, tokens, step)
+            peak = Peak(device)
+            try:
+                with peak.watched():
+                    timed(one, tokens, device)
+            except torch.OutOfMemoryError:
+                continue
+            running[way.title], seconds[way.title] = (one, at_once, peak), []
+        done = 0
+        while done < rounds and (not done or time.monotonic() < until):
+            for title, (one, *_) in running.items():
+                seconds[title].append(timed(one, tokens, device))
+            done += 1
+    for title, (_, at_once, peak) in running.items():
+        own, base = seconds[title], seconds[next(iter(running))]
+        ratio = statistics.median(one / other for one, other in zip(base, own, strict=True))
+        found[title] = Figures(count**2 / statistics.median(own), ratio, peak.bytes, at_once())
+    return found
+
+
+def timed(step: Callable[[], None], tokens, device) -> float:
+    """Seconds; of one thread on a CPU those that it had the core, for others may want it too."""
+    import torch
+
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    tokens.zero_grad()
+    start = clock()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def measure(case: Case, dtype_name: str, batches: tuple[int, ...], rounds: int, device) -> None:
+    import torch
 
     dtype = getattr(torch, dtype_name)
     model = build(case, device, dtype, torch.bfloat16 if dtype.itemsize == 1 else None)
     start = soft_tokens(case, model)
     weights = sum(w.numel() * w.element_size() for w in model.model.diffusion_model.state_dict().values())
     print(f"\n{case.title}, {dtype_name} weights ({weights / GIGABYTE:.2f} GB)", flush=True)
-    with outside_inference():
-        tokens = TrainableTokens(start)
-        for way in WAYS:
-            network = TrainableNetwork(model, tokens.blocks, way.checkpointing)
-            row = [measured(case, way, network, tokens, count, rounds) or "out of memory" for count in batches]
-            cells = "".join(f"{cell!s:>24}" for cell in row)
-            print(f"{way.title:30}{cells}", flush=True)
-
-
-def measured(case: Case, way: Way, network, tokens, count: int, rounds: int, until: float = math.inf) -> Figures | None:
-    """Of a step on `count` images, None without memory for it. By the median of `rounds` steps behind a first one.
-
-    Of fewer where the clock (`time.monotonic`) passes `until`, but of one.
-    """
-    import torch
-
-    from softrepa.comfy.training.memory_use import AdaptivePairs
-
-    step, device = batch(case, count), network.device
-    pairs, peak, seconds = AdaptivePairs(network), Peak(device), []
-    try:
-        while len(seconds) < 2 or (len(seconds) <= rounds and time.monotonic() < until):
-            start = time.perf_counter()
-            with peak.watched() if not seconds else nullcontext():  # the first warms up and shows the memory
-                if way.micro_batch is None:
-                    plain_step(network, tokens, step)
-                else:
-                    our_step(pairs, tokens, step, way.micro_batch)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-    except torch.OutOfMemoryError:
-        return None
-    return Figures(peak.bytes, count**2 / statistics.median(seconds[1:]), pairs.at_once)
+    for count in batches:
+        for title, figures in compared(case, model, start, count, rounds).items():
+            print(f"B = {count:<3} {title:30} {figures or 'out of memory'}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.training", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2, help="how often each step is timed (2)")
-    parser.add_argument("--batches", default=BATCHES, metavar="4,8,16", help="batch sizes", type=sizes)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each step is timed (5)")
+    parser.add_argument("--batches", default=BATCHES, metavar="2,4,8", help="batch sizes", type=sizes)
     parser.add_argument("--only", default="", metavar="TEXT", help="the cases whose title contains this")
+    parser.add_argument("--host", action="store_true", help="tiny widths: the host's time instead of arithmetic")
+    parser.add_argument("--small", action="store_true", help="the smallest models, to try the command")
     environment.add_arguments(parser)
     arguments = parser.parse_args()
     device = cases.enter("benchmarks.training", arguments)
     has_gpu = device.type == "cuda"
     return_freed_memory()
-    print(f"Peak memory above the weights, and pairs a second: {machine()}")
+    print(f"Pairs a second, their ratio to the reference's one graph, peak memory above the weights: {machine()}")
     if not has_gpu:
         print("Small models; the real sizes need a GPU and were not measured here.")
-    print(f"{'':30}" + "".join(f"{f'B = {count} ({count**2} pairs)':>24}" for count in arguments.batches))
-    for case, dtypes in GPU_CASES if has_gpu else CPU_CASES:
+    print(f"{'':38}{'pairs':>9}    ratio         peak  at once")
+    chosen = GPU_CASES if has_gpu else CPU_CASES
+    chosen = HOST_CASES if arguments.host else SMALLEST if arguments.small else chosen
+    for case, dtypes in chosen:
         for dtype in dtypes:
             if arguments.only in case.title:
                 measure(case, dtype, arguments.batches, arguments.rounds, device)

@@ -119,9 +119,11 @@ class TrainTokens(io.ComfyNode):
                     step=0.01,
                     **ADVANCED,
                 ),
-                widget(
+                io.Boolean.Input(
                     "checkpointing",
-                    "Computes activations again instead of keeping them: slower, far less memory.",
+                    default=True,
+                    optional=True,
+                    tooltip="Computes activations again instead of keeping them: slower, far less memory.",
                     **ADVANCED,
                 ),
                 io.Conditioning.Input(

@@ -7,7 +7,7 @@ from . import token_files
 from .data.inputs import DatasetInputs
 from .errors import SoftREPAError, said, shown
 from .files import parse_json, read_bounded
-from .training.inputs import KINDS, TrainingInputs
+from .training.inputs import ALSO, KINDS, TrainingInputs
 
 PLACE = ("checkpoint", "folder")
 """What every command takes: a model, and images with captions."""
@@ -69,7 +69,7 @@ def check_inputs(config: dict) -> None:
         )
     for name, value in config.items():
         kind = ALL_KINDS[name]
-        fits = type(value) is kind or (kind is float and type(value) is int)
+        fits = type(value) in (kind, ALSO.get(name)) or (kind is float and type(value) is int)
         if not fits:
             raise SoftREPAError(f"CONFIG: {name} is {shown(repr(value))}, expected a value of type {kind.__name__}.")
         if kind in (int, float) and not -MOST_NUMBER <= value <= MOST_NUMBER:  # nor is NaN, which JSON can hold

@@ -14,6 +14,8 @@ AUTO = "auto"
 OF_THE_FAMILY = -1.0
 """A `denoising_weight` that stands for the family's."""
 TIME_TABLE = {AUTO: None, "on": True, "off": False}
+CHECKPOINTING = TIME_TABLE | {True: True, False: False}
+"""Whether activations are computed again instead of kept; None where measuring decides."""
 MOST_CFG = 100
 
 LEAST = {"n_tokens": 0, "micro_batch": 0, "checkpoint_every": 0, "preview_every": 1}
@@ -45,7 +47,7 @@ class TrainingInputs(Settings):
     time_table: str = AUTO
     filename_prefix: str = "trained"
     micro_batch: int = 0
-    checkpointing: bool = True
+    checkpointing: str | bool = AUTO
     checkpoint_every: int = 500
     resume: bool = False
     init_tokens: SoftTokens | None = None
@@ -66,6 +68,10 @@ class TrainingInputs(Settings):
         _ = self.config  # refuses settings that do not fit together
         if self.time_table not in TIME_TABLE:
             raise SoftREPAError(f'time_table is "{shown(self.time_table)}", expected one of {", ".join(TIME_TABLE)}.')
+        if self.checkpointing not in CHECKPOINTING:
+            raise SoftREPAError(
+                f'checkpointing is "{shown(self.checkpointing)}", expected one of {", ".join(TIME_TABLE)}, true, false.'
+            )
         missing = [name for name in PREVIEW if getattr(self, name) is None]
         if missing and len(missing) < len(PREVIEW):
             raise SoftREPAError(f"{', '.join(missing)} is not connected, expected all of {', '.join(PREVIEW)} or none.")
@@ -106,3 +112,5 @@ DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Traini
 """Of the training inputs."""
 KINDS = {name: type(default) for name, default in DEFAULTS.items() if default is not None}
 """Of those that are numbers and words."""
+ALSO = {"checkpointing": bool}
+"""What else one may be: files of earlier versions say true or false."""

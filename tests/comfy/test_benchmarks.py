@@ -9,9 +9,11 @@ import pytest
 import torch
 from comfyui_softrepa.softrepa.comfy.training.run import outside_inference
 from softrepa_tests.conftest import ROOT
+from softrepa_tests.sampling import relative_error
 
 from benchmarks import flowedit, gpu, sampling, training
 from benchmarks.cases import build, soft_tokens
+from benchmarks.reference import Reference
 from softrepa.comfy.training.trainable import TrainableNetwork
 from softrepa.training.trainer import TrainableTokens
 
@@ -39,29 +41,74 @@ def test_flowedit(small):
     assert list(steps.ratios) == ["two", "four"]
 
 
+def test_training(small):
+    figures = training.compared(*small, count=2, rounds=1)
+    assert list(figures) == [way.title for way in training.WAYS]
+    assert [one.at_once for one in figures.values()] == [4, 2, 4, 2, 1, 4, 4, 1]
+    assert all(one.pairs_a_second > 0 for one in figures.values())
+    assert figures[training.ONE_GRAPH.title].ratio == 1
+
+
+def test_ways_without_memory_are_left_out(small, monkeypatch):
+    """The speed of the others is then over that of the first that has some."""
+    monkeypatch.setattr(training.Reference, "one_graph", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    figures = training.compared(*small, count=2, rounds=1, ways=training.WAYS[:3])
+    assert figures.pop(training.ONE_GRAPH.title) is None
+    assert figures[training.BY_ROW.title].ratio == 1
+
+
 @pytest.mark.parametrize("way", training.WAYS, ids=lambda way: way.title)
-def test_training(small, way):
-    case, model, tokens = small
+def test_all_ways_compute_the_same_gradient(small, way):
+    case, model, start = small
     with outside_inference():
-        trained = TrainableTokens(tokens)
-        network = TrainableNetwork(model, trained.blocks, way.checkpointing)
-        figures = training.measured(case, way, network, trained, count=2, rounds=1)
-    assert figures.pairs_a_second > 0
-    assert trained.tokens.grad.isfinite().all()
-    assert figures.at_once == {None: 0, 0: 2}.get(way.micro_batch, way.micro_batch)
+        tokens, step = TrainableTokens(start), training.batch(case, 3)
+        network = TrainableNetwork(model, start.blocks)
+        reference = Reference(network)
+        reference.feed(step)
+        found = []
+        for one in (training.ALL_AT_ONCE, way):
+            tokens.zero_grad()
+            one.step({True: network, False: network}, reference, tokens, step)[0]()
+            found.append(torch.cat([parameter.grad.flatten() for parameter in tokens.parameters()]))
+    assert relative_error(found[1], found[0]) <= 1e-4
 
 
-def test_the_training_command(capsys):
-    case = next(case for case in gpu.SMALL_CASES if case.family == "sd3")
-    training.measure(case, "float32", (2,), 1, CPU)
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert [line[:30].strip() for line in lines[1:]] == [way.title for way in training.WAYS]
+def test_the_training_command():
+    done = command("--small", "--batches", "2,3", "--rounds", "1", "--only", "SD3", module="training")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("B = ")]
+    assert [line[8:38].strip() for line in lines] == 2 * [way.title for way in training.WAYS]
+    assert "out of memory" not in done.stdout
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
+def command(*arguments: str, module: str = "gpu") -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
+
+
+def test_the_variants():
+    done = command("--variants", "--small", "--part", "sd15")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for name in ("plain", "autocast to bfloat16", "ours", "channels last", "flash attention"):
+        assert any(f" {name} " in line and "gradient" in line for line in lines), name
+    # a kernel that this machine lacks is said, and does not end the rest
+    assert any("cudnn attention" in line for line in lines)
+
+
+def test_a_figure_that_fails_leaves_the_next(small, capsys):
+    def broken():
+        yield gpu.Cell("a", "training", "1/s")
+        raise ValueError("no kernel")
+
+    cells = list(gpu.or_failed(small[0], ["training", "checkpoints"], broken()))
+    assert [cell.text for cell in cells] == ["1/s", gpu.FAILED, gpu.FAILED]
+    assert "no kernel" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_what_it_would_measure(monkeypatch):

@@ -1,17 +1,21 @@
 """What a run needs of the memory, and what it does when there is none; the GPU is played."""
 
+from dataclasses import replace
+
 import comfy.model_management as memory
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.training.memory_use import AdaptivePairs, kept_bytes
+from comfyui_softrepa.softrepa.comfy.training.memory_use import MOST_ON_CPU, RAM_SHARE, AdaptivePairs, kept_bytes
 from comfyui_softrepa.softrepa.comfy.training.out_of_memory import is_out_of_memory
 from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
+from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training.loss import contrastive_loss
 from comfyui_softrepa.softrepa.training.pairs import MOST_KEPT, StepBatch, backward_through_pairs
-from softrepa_tests.golden_step import TIMESTEP, batch, golden_tokens
-from softrepa_tests.learning import train
+from softrepa_tests.golden_step import FAMILIES, TIMESTEP, batch, golden_tokens
+from softrepa_tests.learning import moved_by, same_training, train
 from softrepa_tests.sampling import relative_error
 from softrepa_tests.tiny_models import seeded
+from softrepa_tests.token_sets import tokens_for
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
@@ -108,3 +112,119 @@ def test_memory_that_ran_out_is_known_also_when_it_is_late(monkeypatch):
     discarded.clear()
     assert not is_out_of_memory(RuntimeError("shapes differ"))
     assert not discarded
+
+
+def network_of(models, family: str) -> TrainableNetwork:
+    return TrainableNetwork(models[family], golden_tokens(family).blocks)
+
+
+def step_of(family: str) -> StepBatch:
+    with torch.inference_mode(False):
+        return StepBatch.of_all(*batch(family), TIMESTEP[family])
+
+
+def gradients(pairs: AdaptivePairs, family: str, micro_batch: int):
+    tokens = golden_tokens(family)
+    with torch.inference_mode(False), torch.enable_grad():
+        rows = seeded((tokens.layers, 4, tokens.hidden_width), "rows", 0.5)
+        return pairs.gradients(rows, step_of(family), micro_batch)[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_pair_keeps_is_counted_without_keeping_it(models, family):
+    """As much as autograd holds until the backward pass of a pair, and nothing of it is there afterwards."""
+    network, tokens = network_of(models, family), golden_tokens(family)
+    network.checkpointing = False
+    held, weights = {}, {w.untyped_storage().data_ptr() for w in network.base_model.diffusion_model.parameters()}
+
+    def hold(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.inference_mode(False), torch.enable_grad():
+        rows = seeded((tokens.layers, 4, tokens.hidden_width), "rows", 0.5)
+        counted = network.saved_bytes(rows, step_of(family))
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            network.gradients(rows, replace(step_of(family), compared=torch.eye(3, dtype=torch.bool)[:1]), 1)
+    assert 0.95 * sum(held.values()) <= counted <= 1.05 * sum(held.values())
+    assert counted > 1e6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_kept_where_those_of_a_pair_fit(models, family, monkeypatch, caplog):
+    pairs = AdaptivePairs(network_of(models, family), is_auto=True)
+    kept = gradients(pairs, family, 0)
+    assert not pairs.network.checkpointing
+    assert pairs.at_once >= 9
+    monkeypatch.setattr(memory, "get_free_memory", lambda *_: pairs.pair_bytes)  # of which others get their share
+    small = AdaptivePairs(network_of(models, family), is_auto=True)
+    with caplog.at_level("INFO"):
+        computed_again = gradients(small, family, 0)
+    assert small.network.checkpointing
+    assert "activations are computed again (checkpointing)" in caplog.text
+    assert relative_error(computed_again, kept) <= 1e-4
+
+
+def test_pairs_fill_the_share_of_ram_that_they_may_have(models, monkeypatch):
+    pairs = AdaptivePairs(network_of(models, "sd3"), is_auto=True)
+    gradients(pairs, "sd3", 0)
+    one = pairs.pair_bytes
+    for fitting in (1, 4):
+        room = (fitting + 0.5) * one + 9 * 4 * 5 * 4 * 384
+        monkeypatch.setattr(memory, "get_free_memory", lambda *_, room=room: int(room / RAM_SHARE))
+        pairs.at_once = 0
+        gradients(pairs, "sd3", 0)
+        assert pairs.at_once == fitting
+    monkeypatch.setattr(memory, "get_free_memory", lambda *_: 2**50)
+    pairs.at_once = 0
+    gradients(pairs, "sd3", 0)
+    assert pairs.at_once == MOST_ON_CPU // one
+
+
+def runs_out_without_checkpointing(monkeypatch, after: int) -> list[tuple[bool, int]]:
+    """From the call number `after` on; (checkpointing, pairs at once) of each call."""
+    calls, whole = [], TrainableNetwork.gradients
+
+    def played(self, rows, step, micro_batch):
+        calls.append((self.checkpointing, micro_batch))
+        if not self.checkpointing and len(calls) > after:
+            raise torch.OutOfMemoryError("no memory")
+        return whole(self, rows, step, micro_batch)
+
+    monkeypatch.setattr(TrainableNetwork, "gradients", played)
+    return calls
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_run_goes_on_with_checkpointing_where_memory_runs_out(models, token_folder, monkeypatch, caplog, after):
+    """In the pre-flight, the first step and later: with the result of a run that had it from its start."""
+    expected = moved_by(models["sd3"], "sd3", tokens_for("sd3"), steps=4, checkpointing="on")
+    calls = runs_out_without_checkpointing(monkeypatch, after)
+    ours = moved_by(models["sd3"], "sd3", tokens_for("sd3"), steps=4, checkpointing="auto")
+    same_training(ours, expected)
+    assert [is_on for is_on, _ in calls[:after]] == [False] * after
+    assert calls[-1][0]
+    assert caplog.text.count("out of memory for one pair, going on with checkpointing") == 1
+
+
+@pytest.mark.parametrize(("given", "is_on"), [(True, True), (False, False), ("on", True), ("off", False)])
+def test_what_is_chosen_is_not_overruled(models, token_folder, monkeypatch, given, is_on):
+    monkeypatch.setattr(memory, "get_free_memory", lambda *_, **__: 10**5 if given == "off" else 10**12)
+    calls = runs_out_without_checkpointing(monkeypatch, 1000)
+    train(models, "sd3", steps=2, micro_batch=2, checkpointing=given)
+    assert {each for each, _ in calls} == {is_on}
+
+
+def test_a_run_that_must_not_checkpoint_says_so_where_it_could(models, token_folder, monkeypatch):
+    runs_out_without_checkpointing(monkeypatch, 0)
+    with pytest.raises(SoftREPAError, match="turn checkpointing on or lower the dataset's resolution"):
+        train(models, "sd3", checkpointing=False)
+
+
+def test_checkpointing_is_no_part_of_what_a_run_is(models, token_folder):
+    for steps, setting in enumerate((True, "auto", "off"), start=1):
+        options = {"resume": True, "checkpoint_every": 1, "checkpointing": setting}
+        assert train(models, "sd3", steps=steps, **options)[2] == steps
+    with pytest.raises(SoftREPAError, match='checkpointing is "perhaps", expected one of auto, on, off, true, false'):
+        train(models, "sd3", checkpointing="perhaps")

@@ -68,6 +68,7 @@ def test_tokens_of_text_width(models, token_folder, monkeypatch):
 TRAINING = {
     "contrastive": {},
     "all kept": {"checkpointing": False},
+    "recomputed": {"checkpointing": True},
     "hard negatives": {"preset": "hard negatives"},
     "agsm": {"preset": "AGSM", "hard_negatives": 1},
     "everything else": {

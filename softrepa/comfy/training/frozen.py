@@ -1,8 +1,8 @@
 """A frozen ComfyUI network inside autograd: whatever its weights are, wherever they lie, the gradients are exact."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import comfy.ops
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 import torch.nn.grad
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -42,6 +44,10 @@ def is_ordinary(tensor: Tensor) -> bool:
     return True
 
 
+ALIASES = {nn.Parameter: lambda weight: nn.Parameter(ordinary(weight), requires_grad=False), Tensor: ordinary}
+"""By the exact type of a weight or buffer; quantised ones go through autograd in their layers' way."""
+
+
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
     """Within it autograd can go through a loaded network; nothing stays on it.
@@ -50,23 +56,26 @@ def frozen(network: nn.Module) -> Iterator[None]:
     places, which cost no memory. Weights that are cast or fetched for each use are not saved at all (`fetching`). No
     model may be loaded or unloaded within: an alias holds the memory, and the values, of the time it was made.
     """
-    with ExitStack() as undo:
+    replaced: list[tuple[dict, str, Tensor]] = []
+    given: list[tuple[dict, str]] = []
+    try:
         for module in network.modules():
-            for name, weight in module._parameters.items():
-                if type(weight) is nn.Parameter and not is_ordinary(weight):
-                    undo.callback(module._parameters.__setitem__, name, weight)
-                    module._parameters[name] = nn.Parameter(ordinary(weight), requires_grad=False)
-            for name, buffer in module._buffers.items():
-                if type(buffer) is Tensor and not is_ordinary(buffer):
-                    undo.callback(module._buffers.__setitem__, name, buffer)
-                    module._buffers[name] = ordinary(buffer)
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if type(tensor) in ALIASES and not is_ordinary(tensor):
+                        replaced.append((held, name, tensor))
+                        held[name] = ALIASES[type(tensor)](tensor)
             if isinstance(module, comfy.ops.CastWeightBiasOp) and fetches(module):
                 name, forward = fetching(module)
-                if name in vars(module):  # another pack's own, which goes through autograd as it is
-                    continue
-                undo.callback(vars(module).pop, name)
-                vars(module)[name] = forward
+                if name not in vars(module):  # or it is another pack's own, which goes through autograd as it is
+                    given.append((vars(module), name))
+                    vars(module)[name] = forward
         yield
+    finally:
+        for held, name, tensor in replaced:
+            held[name] = tensor
+        for own, name in given:
+            del own[name]
 
 
 CASTING = "forward_comfy_cast_weights"
@@ -182,6 +191,25 @@ OTHERS = {
 
 REFUSALS = ("Inference tensors cannot be saved for backward", "Inference tensors do not track version counter")
 """What autograd says to what `is_ordinary` is not."""
+
+
+class SavedBytes(saved_tensors_hooks):
+    """Within it autograd keeps nothing; `bytes` counts what it would have kept, a storage once, `weights` aside."""
+
+    def __init__(self, weights: Iterable[Tensor]):
+        super().__init__(self._count, _not_kept)
+        self.bytes = 0
+        self._known = {StorageWeakRef(weight.untyped_storage()) for weight in weights}  # its address is not used again
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if (known := StorageWeakRef(storage)) not in self._known:
+            self._known.add(known)
+            self.bytes += storage.nbytes()
+
+
+def _not_kept(_):
+    raise RuntimeError("A pass that was only counted has no way back.")
 
 
 class ForeignTensors:

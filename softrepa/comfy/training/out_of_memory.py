@@ -8,12 +8,14 @@ import comfy.model_management as memory
 import torch
 
 Found = TypeVar("Found")
+SAID = ("out of memory", "can't allocate memory", "not enough memory")
+"""By the allocators of devices, and by that of RAM."""
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Of CUDA also where it comes late, from work that runs by itself, and of MPS, which has no exception for it."""
     by_core = getattr(memory, "is_oom", lambda error: isinstance(error, torch.OutOfMemoryError))
-    found = by_core(error) or "out of memory" in str(error).lower()
+    found = by_core(error) or any(text in str(error).lower() for text in SAID)
     if found and hasattr(memory, "discard_cuda_async_error"):
         memory.discard_cuda_async_error()  # or the next call would raise it again
     return found

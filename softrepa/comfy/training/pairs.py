@@ -49,7 +49,10 @@ class Captions:
     of: list[dict[str, Tensor]]
 
     def joined(self, indices: list[int], device: torch.device) -> dict[str, Tensor]:
-        return {key: torch.cat([self.of[j][key] for j in indices]).to(device) for key in self.of[0]}
+        """(P, ...) each, on `device`; a caption of several pairs is brought there once."""
+        distinct = sorted(set(indices))
+        places = [distinct.index(j) for j in indices]
+        return {key: torch.cat([self.of[j][key] for j in distinct]).to(device)[places] for key in self.of[0]}
 
     def runs(self, micro_batch: int, compared: Tensor) -> Iterator[tuple[list[int], list[int]]]:
         """The pairs of `compared` (B, J) as (image indices, caption indices).

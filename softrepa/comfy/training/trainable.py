@@ -15,7 +15,7 @@ from ...training.pairs import Rows, StepBatch
 from ..models import check_plain
 from ..tokens.call_state import KEY, CallState
 from ..tokens.patching import compute_dtype
-from .frozen import ForeignTensors, differentiable_attention, frozen
+from .frozen import ForeignTensors, SavedBytes, differentiable_attention, frozen
 from .pairs import PairNetwork
 
 
@@ -46,9 +46,19 @@ class TrainableNetwork(PairNetwork):
     def __init__(self, model: ModelPatcher, blocks: Blocks, checkpointing: bool = True):
         check_plain(model)
         super().__init__(model)
-        self.foreign, self.checkpointing = ForeignTensors(), checkpointing
+        self.model, self.foreign = model, ForeignTensors()
         self.places = self.adapter.places(blocks)
-        hooked = self.adapter.trainable(model, checkpointing, self.foreign).model_options["transformer_options"]
+        self.checkpointing = checkpointing
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are computed again in the backward pass instead of kept."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, is_on: bool) -> None:
+        self._checkpointing = is_on
+        hooked = self.adapter.trainable(self.model, is_on, self.foreign).model_options["transformer_options"]
         self.options |= {key: hooked[key] for key in ("patches", "patches_replace") if key in hooked}
 
     def attention(self):
@@ -73,6 +83,21 @@ class TrainableNetwork(PairNetwork):
             for images, texts, _, gradient in self._by_pair(rows, batch, micro_batch):
                 total += torch.einsum("p,p...->...", weights.to(gradient)[images, texts], gradient)
         return total
+
+    @with_foreign_tensors
+    def saved_bytes(self, rows: Rows, batch: StepBatch) -> int:
+        """What autograd would keep of one pair until its backward pass, of the longest caption; weights aside.
+
+        Only a forward pass runs, and it keeps nothing, so it needs no more memory than one without gradients.
+        """
+        sigma, seen, _, captions = self.prepared(batch)
+        longest = max(range(len(captions.of)), key=lambda j: captions.of[j]["c_crossattn"].shape[1])
+        network = self.base_model.diffusion_model
+        saved = SavedBytes([*network.parameters(), *network.buffers()])
+        with self.trainable(), saved:
+            leaf = rows.to(self.device).unsqueeze(0).clone().requires_grad_()
+            self.output(seen[:1], sigma, captions.joined([longest], self.device), leaf)
+        return saved.bytes
 
     def _by_pair(self, rows: Rows, batch: StepBatch, micro_batch: int):
         """(image indices, caption indices, errors, gradients by their rows) of `micro_batch` pairs at a time."""
