@@ -70,6 +70,7 @@ def check_inputs(config: dict) -> None:
     for name, value in config.items():
         kind = ALL_KINDS[name]
         fits = type(value) is kind or (kind is float and type(value) is int)
+        fits = fits or (name == "checkpointing" and type(value) is bool)
         if not fits:
             raise SoftREPAError(f"CONFIG: {name} is {shown(repr(value))}, expected a value of type {kind.__name__}.")
         if kind in (int, float) and not -MOST_NUMBER <= value <= MOST_NUMBER:  # nor is NaN, which JSON can hold

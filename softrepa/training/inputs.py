@@ -13,6 +13,7 @@ from .timesteps import SCORED
 AUTO = "auto"
 OF_THE_FAMILY = -1.0
 """A `denoising_weight` that stands for the family's."""
+CHECKPOINTING = {"auto": True, "on": True, "off": False, True: True, False: False}
 TIME_TABLE = {AUTO: None, "on": True, "off": False}
 MOST_CFG = 100
 
@@ -45,7 +46,7 @@ class TrainingInputs(Settings):
     time_table: str = AUTO
     filename_prefix: str = "trained"
     micro_batch: int = 0
-    checkpointing: bool = True
+    checkpointing: str = "auto"
     checkpoint_every: int = 500
     resume: bool = False
     init_tokens: SoftTokens | None = None
@@ -66,6 +67,8 @@ class TrainingInputs(Settings):
         _ = self.config  # refuses settings that do not fit together
         if self.time_table not in TIME_TABLE:
             raise SoftREPAError(f'time_table is "{shown(self.time_table)}", expected one of {", ".join(TIME_TABLE)}.')
+        if self.checkpointing not in CHECKPOINTING:
+            raise SoftREPAError(f'checkpointing is "{shown(self.checkpointing)}", expected auto, on or off.')
         missing = [name for name in PREVIEW if getattr(self, name) is None]
         if missing and len(missing) < len(PREVIEW):
             raise SoftREPAError(f"{', '.join(missing)} is not connected, expected all of {', '.join(PREVIEW)} or none.")

@@ -14,7 +14,7 @@ from ...errors import SoftREPAError
 from ...tokens import SoftTokens
 from ...training import state as training_state
 from ...training.identity import file_metadata, run_identity
-from ...training.inputs import TrainingInputs
+from ...training.inputs import CHECKPOINTING, TrainingInputs
 from ...training.trainer import StepRecord, Trainer
 from ..families import ModelShape
 from ..identity import model_identity
@@ -68,7 +68,7 @@ def prepare(
     config = inputs.config
     start = starting_tokens(inputs, shape, dataset.empty)
     check_fit(start, shape)
-    pairs = AdaptivePairs(TrainableNetwork(patcher, start.blocks, inputs.checkpointing))
+    pairs = AdaptivePairs(TrainableNetwork(patcher, start.blocks, CHECKPOINTING[inputs.checkpointing]))
     most_pairs = config.batch_size * (config.batch_size + config.hard_negatives)
     kept = kept_bytes(start.layers * start.count * shape.width, most_pairs)
 
