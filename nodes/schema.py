@@ -12,6 +12,7 @@ CATEGORY = "SoftREPA"
 
 Tokens = io.Custom("SOFTREPA_TOKENS")
 Dataset = io.Custom("SOFTREPA_DATASET")
+TrainingOptions = io.Custom("SOFTREPA_TRAINING_OPTIONS")
 
 ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Float.Input.__init__).parameters else {}
 """Marks an input as advanced where this ComfyUI knows the word."""

@@ -444,7 +444,7 @@ def training(model: Model) -> Workflow:
         "3": dataset(clip, vae, 10.0),
         "4": prompt("Positive prompt of the previews", clip, POSITIVE),
         "5": prompt("Negative prompt of the previews", clip, NEGATIVE),
-        "6": Node("SoftREPATrain", "Train SoftREPA Tokens", train, height=480),
+        "6": Node("SoftREPATrainTokens", "Train SoftREPA Tokens", train, height=480),
         "7": Node(
             "LossGraphNode", "Plot Loss Graph", {"loss": ["6", 1], "filename_prefix": "SoftREPA_loss"}, height=300
         ),
@@ -460,6 +460,7 @@ def training(model: Model) -> Workflow:
             "**Train SoftREPA Tokens** shows the preview prompt without and with the tokens every `preview_every` "
             "steps, above curves of loss and retrieval; both are kept in `output/softrepa_training`. Without the three "
             "preview inputs it shows the curves alone.",
+            "**Training Options**, connected to `options`, has what few people set.",
             "**resolution** 512 is the paper's. Less is much faster and needs less memory.",
             "**Cancel** keeps what is learned; `resume` goes on. The file is in `models/softrepa`, for *Load "
             "SoftREPA Tokens*.",
