@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..softrepa.comfy.training.launch import launch
-from ..softrepa.training.inputs import TrainingInputs
+from ..softrepa.training.inputs import GO_ON, TrainingInputs
 from .schema import ADVANCED, Tokens, TrainingOptions, schema, show_on_node
 from .training_inputs import training_inputs
 
@@ -26,7 +26,7 @@ OPTIONS = (
     # the optimiser
     *("optimizer", "accumulation", "warmup_steps", "gradient_clip", "ema_decay"),
     # how the run goes
-    *("checkpointing", "micro_batch", "checkpoint_every", "preview_cfg"),
+    *("checkpointing", "micro_batch", "checkpoint_every", "on_no_contrast", "preview_cfg"),
 )
 """What few people set, by subject."""
 ALL_IN_ONE = (
@@ -39,6 +39,7 @@ ALL_IN_ONE = (
 """Saved graphs hold the values of its widgets in this order."""
 ITS_CHECKPOINTING = True
 """What a prompt without it means."""
+AS_BEFORE = {"checkpointing": ITS_CHECKPOINTING, "on_no_contrast": GO_ON}
 
 
 def training_schema(inputs: list[io.Input], **more) -> io.Schema:
@@ -126,7 +127,7 @@ class TrainTokensAllInOne(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, dataset, **inputs) -> io.NodeOutput:
-        return trained(cls, model, dataset, TrainingInputs(**{"checkpointing": ITS_CHECKPOINTING} | inputs))
+        return trained(cls, model, dataset, TrainingInputs(**AS_BEFORE | inputs))
 
 
 NODES = [TrainTokens, TrainOptions, TrainTokensAllInOne]

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..softrepa.data.swaps import MOST
 from ..softrepa.training import optimizers
 from ..softrepa.training.config import OBJECTIVES, TEMPERATURE_MODES
-from ..softrepa.training.inputs import TIME_TABLE, TrainingInputs
+from ..softrepa.training.inputs import ON_NO_CONTRAST, TIME_TABLE, TrainingInputs
 from ..softrepa.training.presets import PRESETS
 from .schema import ADVANCED, Dataset, Tokens
 from .schema import widget as input_widget
@@ -31,7 +31,9 @@ def training_inputs() -> dict[str, io.Input]:
         widget("seed", "Same seed, same tokens.", min=0, max=2**63 - 1, control_after_generate=False),
         widget(
             "preset",
-            "Options that go together. paper: what all inputs have by default. hard negatives: "
+            "Options that go together. paper: what all inputs have by default. paper, relative temperature: for a "
+            "model whose errors are too large for the paper's temperature; the run says so before it starts. hard "
+            "negatives: "
             "each image is also compared with its own caption with two words swapped; the best in our study, "
             "by little. AGSM: the successor's objective, two banks of tokens. An input that a preset sets must "
             "be left as it is.",
@@ -51,8 +53,8 @@ def training_inputs() -> dict[str, io.Input]:
         ),
         widget(
             "temperature",
-            "The paper's 0.07 learns nothing where errors are large; the node says so. Then try "
-            "temperature_mode relative with temperature 1.",
+            "The paper's 0.07 learns nothing where errors are large; the run says so before it starts. Then set "
+            "temperature_mode to relative and this to 1.",
             min=0.001,
             max=100.0,
             step=0.01,
@@ -103,6 +105,13 @@ def training_inputs() -> dict[str, io.Input]:
             **ADVANCED,
         ),
         widget("micro_batch", "Pairs at once. 0 fills the memory.", min=0, max=65536, **ADVANCED),
+        widget(
+            "on_no_contrast",
+            "What to do where the temperature is so far below the model's errors that comparing captions teaches "
+            "nothing: stop before the first step and say what to set, or go on.",
+            options=list(ON_NO_CONTRAST),
+            **ADVANCED,
+        ),
         widget("checkpoint_every", "Steps between saves. 0: at the end.", min=0, max=1_000_000, **ADVANCED),
         widget("filename_prefix", "Name of the file in models/softrepa."),
         Tokens.Input("init_tokens", optional=True, tooltip="Go on from these instead of starting anew."),

@@ -14,6 +14,9 @@ AUTO = "auto"
 OF_THE_FAMILY = -1.0
 """A `denoising_weight` that stands for the family's."""
 CHECKPOINTING = {"auto": True, "on": True, "off": False, True: True, False: False}
+STOP, GO_ON = "stop", "go on"
+ON_NO_CONTRAST = (STOP, GO_ON)
+"""What a run does whose contrast teaches nothing."""
 TIME_TABLE = {AUTO: None, "on": True, "off": False}
 MOST_CFG = 100
 
@@ -48,6 +51,7 @@ class TrainingInputs(Settings):
     micro_batch: int = 0
     checkpointing: str = "auto"
     checkpoint_every: int = 500
+    on_no_contrast: str = STOP
     resume: bool = False
     init_tokens: SoftTokens | None = None
     preview_positive: Any = None
@@ -69,6 +73,10 @@ class TrainingInputs(Settings):
             raise SoftREPAError(f'time_table is "{shown(self.time_table)}", expected one of {", ".join(TIME_TABLE)}.')
         if self.checkpointing not in CHECKPOINTING:
             raise SoftREPAError(f'checkpointing is "{shown(self.checkpointing)}", expected auto, on or off.')
+        if self.on_no_contrast not in ON_NO_CONTRAST:
+            raise SoftREPAError(
+                f'on_no_contrast is "{shown(self.on_no_contrast)}", expected one of {", ".join(ON_NO_CONTRAST)}.'
+            )
         missing = [name for name in PREVIEW if getattr(self, name) is None]
         if missing and len(missing) < len(PREVIEW):
             raise SoftREPAError(f"{', '.join(missing)} is not connected, expected all of {', '.join(PREVIEW)} or none.")

@@ -65,6 +65,13 @@ def test_the_values_mean_what_they_meant(pack, values, asked):
     assert asked[0].checkpointing is True
 
 
+def test_it_goes_on_where_the_contrast_teaches_nothing(pack, asked):
+    pack[NODE].execute(None, None)
+    assert asked[0].on_no_contrast == "go on"
+    pack["SoftREPATrainTokens"].execute(None, None)
+    assert asked[1].on_no_contrast == "stop"
+
+
 @pytest.mark.parametrize("given", [{}, {"checkpointing": True}, {"checkpointing": False}])
 def test_checkpointing_is_on_unless_it_was_turned_off(pack, asked, given):
     pack[NODE].execute(None, None, **given)
