@@ -40,6 +40,20 @@ def widget(inputs, name: str, tooltip: str, **more):
     return kind.Input(name, default=default, tooltip=tooltip, **is_optional, **more)
 
 
+def tell_node(node: type[io.ComfyNode], data: dict) -> None:
+    """Sends the numbers of a run to the node's curves; nothing outside a running server."""
+    if node.hidden and node.hidden.unique_id and hasattr(PromptServer, "instance"):
+        server = PromptServer.instance
+        place = {"node": node.hidden.unique_id, "prompt": server.last_prompt_id}
+        server.send_sync("softrepa.training", data | place, server.client_id)
+
+
+def tell_of_new_tokens() -> None:
+    """Every open browser lists token files anew; nothing outside a running server."""
+    if hasattr(PromptServer, "instance"):
+        PromptServer.instance.send_sync("softrepa.new_tokens", {})
+
+
 def show_on_node(node: type[io.ComfyNode], text: str) -> None:
     """Writes a line under the node in the graph; nothing outside a running server.
 

@@ -11,7 +11,7 @@ from ..softrepa.errors import SoftREPAError, printable, shown, unwritable
 from ..softrepa.families import where
 from ..softrepa.tokens import SoftTokens
 from . import token_plot
-from .schema import ADVANCED, Tokens, schema, show_on_node
+from .schema import ADVANCED, Tokens, schema, show_on_node, tell_of_new_tokens
 
 ALIASES = ["soft tokens", "soft prompt", "repa", "prompt adherence", "text alignment", "dc_tokens"]
 
@@ -90,7 +90,7 @@ class LoadTokens(io.ComfyNode):
         return schema(
             node_id="SoftREPALoadTokens",
             display_name="Load SoftREPA Tokens",
-            search_aliases=ALIASES,
+            search_aliases=["SoftREPA", *ALIASES],
             description="Loads soft text tokens and adds them to the model, so that images follow the prompt better. "
             "Goes between the checkpoint loader and the sampler. Files live in models/softrepa.",
             inputs=[
@@ -185,6 +185,7 @@ class SaveTokens(io.ComfyNode):
         except OSError as error:
             raise unwritable(path, error) from error
         show_on_node(cls, f"Saved {path.name}")
+        tell_of_new_tokens()
         return io.NodeOutput(ui=ui.PreviewText(printable(str(path))))
 
 

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..softrepa.comfy.training.launch import launch
 from ..softrepa.training.inputs import GO_ON, TrainingInputs
-from .schema import ADVANCED, Tokens, TrainingOptions, schema, show_on_node
+from .schema import ADVANCED, Tokens, TrainingOptions, schema, show_on_node, tell_node, tell_of_new_tokens
 from .training_inputs import training_inputs
 
 DESCRIPTION = (
@@ -59,9 +59,12 @@ def training_schema(inputs: list[io.Input], **more) -> io.Schema:
     )
 
 
-def trained(node: type[io.ComfyNode], model, dataset, inputs: TrainingInputs) -> io.NodeOutput:
-    """A run from its start to the node's outputs."""
-    done = launch(model, dataset, lambda text: show_on_node(node, text), inputs)
+def trained(node: type[io.ComfyNode], model, dataset, inputs: TrainingInputs, send=None) -> io.NodeOutput:
+    """A run from its start to the node's outputs. `send` gets its numbers, to draw them."""
+    try:
+        done = launch(model, dataset, lambda text: show_on_node(node, text), inputs, send)
+    finally:
+        tell_of_new_tokens()  # a run that is stopped keeps what it learned
     losses = {"loss": [record.loss for record in done.records]}
     return io.NodeOutput(done.tokens, losses, len(done.records), str(done.path))
 
@@ -77,12 +80,13 @@ class TrainTokens(io.ComfyNode):
             [*(known[name] for name in EVERYBODYS), options],
             node_id="SoftREPATrainTokens",
             display_name="Train SoftREPA Tokens",
-            search_aliases=ALIASES,
+            search_aliases=["train", *ALIASES],
         )
 
     @classmethod
     def execute(cls, model, dataset, options=None, **inputs) -> io.NodeOutput:
-        return trained(cls, model, dataset, TrainingInputs(**inputs, **(options or {})))
+        inputs = TrainingInputs(**inputs, **(options or {}))
+        return trained(cls, model, dataset, inputs, lambda data: tell_node(cls, data))
 
 
 class TrainOptions(io.ComfyNode):
