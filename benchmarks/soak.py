@@ -53,7 +53,7 @@ NODES = {
 
 
 FEW_SET = ("temperature", "temperature_mode", "objective", "hard_negatives", "checkpoint_every")
-"""What Training Options has of the settings drawn here."""
+"""What SoftREPA Training Options has of the settings drawn here."""
 
 
 @dataclass

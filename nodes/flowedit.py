@@ -13,7 +13,7 @@ ALIASES = [
     *("inversion free", "prompt to prompt", "instruct edit"),
 ]
 ALIASES_OF_PARTS = ["flow edit in parts", "inversion free editing in parts"]
-"""None that people look for the whole by: what is found by exactly its name comes first."""
+"""None that people look for the whole by."""
 
 
 def conditioning_inputs() -> list[io.Input]:
@@ -193,7 +193,7 @@ class FlowEditGuiderNode(io.ComfyNode):
     def define_schema(cls):
         return schema(
             node_id="SoftREPAFlowEditGuider",
-            display_name="FlowEdit Guider",
+            display_name="FlowEdit Guider (for SamplerCustomAdvanced)",
             search_aliases=ALIASES_OF_PARTS,
             description="The prompts of an edit, for SamplerCustomAdvanced. Goes together with the FlowEdit "
             "Sampler (SAMPLER); the FlowEdit Sampler node with an image input does all of it in one.",

@@ -90,7 +90,7 @@ class LoadTokens(io.ComfyNode):
         return schema(
             node_id="SoftREPALoadTokens",
             display_name="Load SoftREPA Tokens",
-            search_aliases=["SoftREPA", *ALIASES],
+            search_aliases=ALIASES,
             description="Loads soft text tokens and adds them to the model, so that images follow the prompt better. "
             "Goes between the checkpoint loader and the sampler. Files live in models/softrepa.",
             inputs=[

@@ -74,13 +74,15 @@ class TrainTokens(io.ComfyNode):
     def define_schema(cls):
         known = training_inputs()
         options = TrainingOptions.Input(
-            "options", optional=True, tooltip="From Training Options: what few people set. Without it, the defaults."
+            "options",
+            optional=True,
+            tooltip="From SoftREPA Training Options: what few people set. Without it, the defaults.",
         )
         return training_schema(
             [*(known[name] for name in EVERYBODYS), options],
             node_id="SoftREPATrainTokens",
             display_name="Train SoftREPA Tokens",
-            search_aliases=["train", *ALIASES],
+            search_aliases=ALIASES,
         )
 
     @classmethod
@@ -95,7 +97,7 @@ class TrainOptions(io.ComfyNode):
         known = training_inputs()
         return schema(
             node_id="SoftREPATrainingOptions",
-            display_name="Training Options",
+            display_name="SoftREPA Training Options",  # "Training Options" would be found before the node that trains
             search_aliases=["softrepa training settings", "advanced training options", "train settings"],
             description="What few people set of Train SoftREPA Tokens, by subject: the tokens, what is compared, the "
             "optimiser, how the run goes. What you leave as it is changes nothing.",
@@ -109,7 +111,7 @@ class TrainOptions(io.ComfyNode):
 
 
 class TrainTokensAllInOne(io.ComfyNode):
-    """For graphs that were saved before Training Options; it stays as it is."""
+    """For graphs that were saved before SoftREPA Training Options; it stays as it is."""
 
     @classmethod
     def define_schema(cls):

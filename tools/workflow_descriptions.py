@@ -461,7 +461,7 @@ def training(model: Model) -> Workflow:
             "**Train SoftREPA Tokens** shows curves of loss and retrieval, and below them the preview prompt without "
             "and with the tokens every `preview_every` steps; both are kept in `output/softrepa_training`. Without the "
             "three preview inputs it shows the curves alone.",
-            "**Training Options**, connected to `options`, has what few people set.",
+            "**SoftREPA Training Options**, connected to `options`, has what few people set.",
             "**resolution** 512 is the paper's. Less is much faster and needs less memory.",
             "**Stop and keep** ends the run and keeps what is learned; `resume` goes on. The file is in "
             "`models/softrepa`, for *Load SoftREPA Tokens*.",

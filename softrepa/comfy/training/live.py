@@ -78,7 +78,7 @@ class Curve:
     def points(self) -> list[Point]:
         """With the newest step, whether it is kept or not."""
         if not self.recent or (self.kept and self.kept[-1][0] == self.recent[-1].step):
-            return self.kept
+            return list(self.kept)  # what was sent is not written to
         return [*self.kept, self.newest()]
 
     def newest(self) -> Point:

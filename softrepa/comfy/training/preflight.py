@@ -69,7 +69,7 @@ def check_gradients(parts: Parts, notice: Callable[[str, str], None], on_no_cont
         text = (
             f"temperature is {config.temperature:g}, far below this model's errors (about {errors.mean().item():.2f}), "
             f'so that comparing captions teaches nothing, expected preset "{RELATIVE}", or temperature_mode relative '
-            "with temperature 1 in Training Options, in a new run, as resume cannot change them"
+            "with temperature 1 in SoftREPA Training Options, in a new run, as resume cannot change them"
         )
         if on_no_contrast == STOP:
             raise SoftREPAError(f'{text}; or on_no_contrast "{GO_ON}".')

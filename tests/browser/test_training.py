@@ -1,0 +1,97 @@
+"""A training run as a person watches it: live curves in the node, stopped from there, its file listed at once."""
+
+from pathlib import Path
+
+import pytest
+from comfyui_softrepa.softrepa import token_files
+from comfyui_softrepa.softrepa.training.presets import RELATIVE
+from softrepa_tests.browser.test_templates import SMALL
+from softrepa_tests.conftest import ROOT
+
+from tools.frontend import read_graph
+from tools.workflow_descriptions import WORKFLOWS
+
+TEMPLATE = next(workflow.title for workflow in WORKFLOWS if workflow.name == "train_sd3")
+ALL_IN_ONE = ROOT / "tests" / "data" / "all_in_one"
+LISTED = "app.graph._nodes.find(node => node.type === 'SoftREPALoadTokens').widgets[0].options.values"
+
+
+@pytest.fixture(params=["classic", "nodes 2.0"])
+def view(frontend, request) -> str:
+    setting = "value => app.ui.settings.setSettingValueAsync('Comfy.VueNodes.Enabled', value)"
+    frontend.page.evaluate(setting, request.param != "classic")
+    yield request.param
+    frontend.page.evaluate(setting, False)  # it is kept on the server
+
+
+def wait_for_step(page, step: int) -> None:
+    page.wait_for_function("step => window.run?.step >= step", arg=step, timeout=120_000)
+
+
+def test_live_curves(frontend, server, view):
+    page, prefix = frontend.page, f"watched_{view.split()[0]}"
+    frontend.open_template(TEMPLATE)
+    frontend.add("SoftREPALoadTokens", -400, -400)
+    endless = {"steps": 100_000, "batch_size": 2, "filename_prefix": prefix, "preset": RELATIVE, "preview_every": 2}
+    frontend.set_widgets(SMALL | {"SoftREPATrainTokens": endless})
+    before = frontend.prompt()
+    page.evaluate("app.api.addEventListener('softrepa.training', event => { window.run = event.detail })")
+    frontend.start()
+    wait_for_step(page, 5)
+    curves = page.locator(".softrepa-curves")
+    loss, retrieval = curves.locator("svg").all()
+    assert loss.locator("polyline").first.get_attribute("points").count(",") >= 4
+    assert retrieval.locator("circle").count() >= 1  # held out
+    text = curves.locator("header div")
+    assert "of 100000" in text.inner_text()
+    assert "left" in text.inner_text()
+    assert "GB" in text.inner_text()
+    box = loss.bounding_box()
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + 60 / 400 * box["width"], middle)  # just right of the axis
+    page.wait_for_timeout(300)
+    assert text.inner_text().splitlines()[1].startswith("step 1: loss")
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.6 * box["width"], middle, steps=4)
+    page.mouse.up()
+    frontend.screenshot(f"live_curves_{prefix}_zoomed")
+    assert int(loss.locator("text").all_inner_texts()[-1]) < page.evaluate("window.run.step")  # where the axis ends
+    loss.dblclick()
+    page.wait_for_timeout(300)
+    frontend.screenshot(f"live_curves_{prefix}")
+    assert int(loss.locator("text").all_inner_texts()[-1]) >= 5
+    page.get_by_role("button", name="Stop and keep").click()
+    page.wait_for_function("window.seen.done", timeout=60_000)
+    assert page.evaluate("window.seen.interrupted")
+    page.wait_for_timeout(1000)
+    assert "stopped" in text.inner_text()
+    assert page.get_by_role("button", name="Stop and keep").count() == 0
+    kept = Path(server.work / "models" / "softrepa" / f"{prefix}_00001.safetensors")
+    assert 5 <= int(token_files.load(kept).metadata["steps"]) < 1000
+    assert kept.name in page.evaluate(LISTED)  # without pressing R
+    assert frontend.prompt() == before  # curves are no input
+    values = page.evaluate("app.graph._nodes.find(n => n.type === 'SoftREPATrainTokens').serialize().widgets_values")
+    assert len(values) == len([value for value in before["6"]["inputs"].values() if not isinstance(value, list)])
+
+
+def test_advice_before_the_first_step(frontend):
+    """The paper's temperature cannot work for the stand-in: the error names the preset, and with it the run goes."""
+    frontend.open_template(TEMPLATE)
+    small = SMALL["SoftREPATrainTokens"]
+    frontend.set_widgets(SMALL | {"SoftREPATrainTokens": small | {"preset": "paper"}})
+    seen = frontend.run()
+    frontend.screenshot("advice")
+    assert f'expected preset "{RELATIVE}"' in seen["error"]["exception_message"]
+    assert frontend.page.locator(".softrepa-curves header div").inner_text().startswith("step 0 of 4 · stopped")
+    frontend.errors.clear()  # the frontend says it in the console too
+    frontend.set_widgets({"SoftREPATrainTokens": {"preset": RELATIVE}})
+    assert frontend.run()["error"] is None
+
+
+def test_a_graph_of_the_node_with_all_settings_opens(frontend):
+    frontend.load(read_graph(ALL_IN_ONE / "template.json"))
+    frontend.screenshot("all_in_one")
+    assert [node for node in frontend.nodes() if not node["known"] or node["wrong"]] == []
+    inputs = {key: node["inputs"] for key, node in frontend.prompt().items()}
+    expected = {key: node["inputs"] for key, node in read_graph(ALL_IN_ONE / "prompt.json").items()}
+    assert inputs == expected
