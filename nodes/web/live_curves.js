@@ -16,6 +16,7 @@ const STYLE = `
 .softrepa-curves button { font: inherit; padding: 3px 10px; border: 1px solid var(--border-color, #555);
     border-radius: 4px; background: var(--comfy-menu-bg, #333); color: inherit; cursor: pointer; }
 .softrepa-curves svg { flex: 1; width: 100%; min-height: 0; overflow: hidden; touch-action: none; cursor: crosshair; }
+.softrepa-curves svg * { pointer-events: none; }
 .softrepa-curves svg text { font-size: 11px; fill: var(--input-text, #ddd); }
 .softrepa-curves svg .muted { fill: ${COLOURS.muted}; }
 .softrepa-curves svg line { stroke: var(--border-color, #555); }
@@ -130,6 +131,7 @@ class Curves {
         for (const panel of this.panels) this.drawPanel(panel)
     }
 
+    /** Anew at every move of the pointer, so nothing in it takes part in a click. */
     drawPanel(panel) {
         const width = panel.svg.clientWidth - MARGIN.left - MARGIN.right
         const height = panel.svg.clientHeight - MARGIN.top - MARGIN.bottom

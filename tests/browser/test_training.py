@@ -16,24 +16,49 @@ ALL_IN_ONE = ROOT / "tests" / "data" / "all_in_one"
 LISTED = "app.graph._nodes.find(node => node.type === 'SoftREPALoadTokens').widgets[0].options.values"
 
 
-@pytest.fixture(params=["classic", "nodes 2.0"])
-def view(frontend, request) -> str:
-    setting = "value => app.ui.settings.setSettingValueAsync('Comfy.VueNodes.Enabled', value)"
-    frontend.page.evaluate(setting, request.param != "classic")
-    yield request.param
-    frontend.page.evaluate(setting, False)  # it is kept on the server
+SET_VIEW = "is_new => app.ui.settings.setSettingValueAsync('Comfy.VueNodes.Enabled', is_new)"
+
+
+@pytest.fixture
+def as_before(frontend, server):
+    """Nothing runs on, and the view, which is kept on the server, is the usual one."""
+    yield
+    server.interrupt()
+    frontend.page.evaluate(SET_VIEW, False)
+
+
+def axis_end(panel) -> int:
+    """The last step in sight."""
+    return int(panel.locator("text").last.text_content())
+
+
+def disconnect_previews(page) -> None:
+    """They take longer than the steps."""
+    page.evaluate(
+        """() => {
+            const node = app.graph._nodes.find(node => node.type === 'SoftREPATrainTokens')
+            for (const name of ['preview_positive', 'preview_negative', 'vae']) {
+                node.disconnectInput(node.inputs.findIndex(input => input.name === name))
+            }
+        }"""
+    )
 
 
 def wait_for_step(page, step: int) -> None:
     page.wait_for_function("step => window.run?.step >= step", arg=step, timeout=120_000)
 
 
+@pytest.mark.usefixtures("as_before")
+@pytest.mark.parametrize("view", ["classic", "nodes_2"])
 def test_live_curves(frontend, server, view):
-    page, prefix = frontend.page, f"watched_{view.split()[0]}"
+    page, prefix = frontend.page, f"watched_{view}"
     frontend.open_template(TEMPLATE)
+    page.evaluate(SET_VIEW, view != "classic")
+    frontend.settle()
     frontend.add("SoftREPALoadTokens", -400, -400)
-    endless = {"steps": 100_000, "batch_size": 2, "filename_prefix": prefix, "preset": RELATIVE, "preview_every": 2}
+    endless = {"steps": 100_000, "batch_size": 2, "filename_prefix": prefix, "preset": RELATIVE, "preview_every": 3}
     frontend.set_widgets(SMALL | {"SoftREPATrainTokens": endless})
+    disconnect_previews(page)
     before = frontend.prompt()
     page.evaluate("app.api.addEventListener('softrepa.training', event => { window.run = event.detail })")
     frontend.start()
@@ -55,11 +80,11 @@ def test_live_curves(frontend, server, view):
     page.mouse.move(box["x"] + 0.6 * box["width"], middle, steps=4)
     page.mouse.up()
     frontend.screenshot(f"live_curves_{prefix}_zoomed")
-    assert int(loss.locator("text").all_inner_texts()[-1]) < page.evaluate("window.run.step")  # where the axis ends
+    assert axis_end(loss) < page.evaluate("window.run.step")
     loss.dblclick()
     page.wait_for_timeout(300)
     frontend.screenshot(f"live_curves_{prefix}")
-    assert int(loss.locator("text").all_inner_texts()[-1]) >= 5
+    assert axis_end(loss) >= 5
     page.get_by_role("button", name="Stop and keep").click()
     page.wait_for_function("window.seen.done", timeout=60_000)
     assert page.evaluate("window.seen.interrupted")
