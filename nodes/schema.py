@@ -2,11 +2,15 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
+import folder_paths
 from comfy_api.latest import io
 from server import PromptServer
 
-from ..softrepa.errors import printable
+from ..softrepa.charts import DARK, LIGHT, Theme
+from ..softrepa.errors import SoftREPAError, printable
+from ..softrepa.files import parse_json, read_bounded
 
 CATEGORY = "SoftREPA"
 
@@ -17,6 +21,10 @@ TrainingOptions = io.Custom("SOFTREPA_TRAINING_OPTIONS")
 ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Float.Input.__init__).parameters else {}
 """Marks an input as advanced where this ComfyUI knows the word."""
 
+SETTINGS = Path("default", "comfy.settings.json")
+"""Of the user, where a ComfyUI has one."""
+MOST_SETTINGS = 1 << 22
+
 _SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
 
@@ -24,6 +32,16 @@ def schema(**fields) -> io.Schema:
     """An `io.Schema` in the pack's category; `search_aliases` is dropped where this ComfyUI does not know it."""
     optional = {"search_aliases"} - _SCHEMA_FIELDS
     return io.Schema(category=CATEGORY, **{key: value for key, value in fields.items() if key not in optional})
+
+
+def users_theme() -> Theme:
+    """Of pictures, as this user's ComfyUI looks; dark where nobody chose, as ComfyUI is by itself."""
+    try:
+        settings = parse_json(read_bounded(Path(folder_paths.get_user_directory()) / SETTINGS, MOST_SETTINGS))
+    except (OSError, SoftREPAError):
+        return DARK
+    is_light = isinstance(settings, dict) and settings.get("Comfy.ColorPalette") == "light"
+    return LIGHT if is_light else DARK
 
 
 WIDGETS = {int: io.Int, float: io.Float, bool: io.Boolean, str: io.String}

@@ -11,7 +11,7 @@ from ..softrepa.errors import SoftREPAError, printable, shown, unwritable
 from ..softrepa.families import where
 from ..softrepa.tokens import SoftTokens
 from . import token_plot
-from .schema import ADVANCED, Tokens, schema, show_on_node, tell_of_new_tokens
+from .schema import ADVANCED, Tokens, schema, show_on_node, tell_of_new_tokens, users_theme
 
 ALIASES = ["soft tokens", "soft prompt", "repa", "prompt adherence", "text alignment", "dc_tokens"]
 
@@ -207,7 +207,7 @@ class PreviewTokens(io.ComfyNode):
 
     @classmethod
     def execute(cls, tokens) -> io.NodeOutput:
-        plot = token_plot.draw(tokens)
+        plot = token_plot.draw(tokens, users_theme())
         return io.NodeOutput(plot, "\n".join(token_files.summary(tokens)), ui=ui.PreviewImage(plot, cls=cls))
 
 

@@ -492,7 +492,7 @@ def scoring(model: Model) -> Workflow:
             "timesteps": "100,300,500,700,900",
             "seed": 0,
         }
-        return Node("SoftREPAScore", title, inputs, height=840)
+        return Node("SoftREPAScore", title, inputs, height=260)
 
     nodes = {
         "1": checkpoint(model),
