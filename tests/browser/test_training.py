@@ -100,16 +100,26 @@ def test_live_curves(frontend, server, view):
 
 
 def test_advice_before_the_first_step(frontend):
-    """The paper's temperature cannot work for the stand-in: the error names the preset, and with it the run goes."""
+    """A temperature that cannot work stops the run; with the settings that the error names it goes."""
     frontend.open_template(TEMPLATE)
-    small = SMALL["SoftREPATrainTokens"]
-    frontend.set_widgets(SMALL | {"SoftREPATrainTokens": small | {"preset": "paper"}})
+    disconnect_previews(frontend.page)
+    frontend.set_widgets(SMALL | {"SoftREPATrainTokens": {"steps": 2, "batch_size": 2}})
+    frontend.page.evaluate(
+        """() => {
+            const options = LiteGraph.createNode('SoftREPATrainingOptions')
+            options.pos = [500, 500]
+            app.graph.add(options)
+            const train = app.graph._nodes.find(node => node.type === 'SoftREPATrainTokens')
+            options.connect(0, train, train.inputs.findIndex(input => input.name === 'options'))
+        }"""
+    )
+    frontend.set_widgets({"SoftREPATrainingOptions": {"temperature": 0.001}})
     seen = frontend.run()
     frontend.screenshot("advice")
-    assert f'expected preset "{RELATIVE}"' in seen["error"]["exception_message"]
-    assert frontend.page.locator(".softrepa-curves header div").inner_text().startswith("step 0 of 4 · stopped")
+    assert "temperature_mode relative with temperature 1 in" in seen["error"]["exception_message"]
+    assert frontend.page.locator(".softrepa-curves header div").inner_text().startswith("step 0 of 2 · stopped")
     frontend.errors.clear()  # the frontend says it in the console too
-    frontend.set_widgets({"SoftREPATrainTokens": {"preset": RELATIVE}})
+    frontend.set_widgets({"SoftREPATrainingOptions": {"temperature": 1.0, "temperature_mode": "relative"}})
     assert frontend.run()["error"] is None
 
 

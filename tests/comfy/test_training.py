@@ -313,6 +313,7 @@ def test_held_out_figures_outlive_a_resume(models, comfy_folders, token_folder):
         ({"checkpoint_every": -1}, "checkpoint_every is -1, expected 0 or more"),
         ({"preview_every": 0}, "preview_every is 0, expected 1 or more"),
         ({"denoising_weight": -3.0}, "denoising_weight is -3, expected 0 or more, or -1"),
+        ({"on_no_contrast": "maybe"}, 'on_no_contrast is "maybe", expected one of stop, go on'),
     ],
 )
 def test_numbers_that_no_widget_would_allow(models, token_folder, options, message):
