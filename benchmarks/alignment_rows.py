@@ -17,7 +17,7 @@ EVERYTHING, GUIDANCE, COUNTING = "everything", "guidance", "counting"
 TESTS = {EVERYTHING: PROMPTS, GUIDANCE: 80, COUNTING: 160}
 """Prompts of each category. Each test has its own; the first has held-out pictures besides, the last one category."""
 REFERENCE = {"batch_size": 4, "learning_rate": 1e-3}
-FAST = {"micro_batch": 64, "checkpointing": False, "checkpoint_every": 250}
+FAST = {"micro_batch": 64, "checkpointing": False, "checkpoint_every": 250, "on_no_contrast": "go on"}
 VERSION = 1
 """Raised with any other change that decides a result: the world, the small world's file, the pack's own training."""
 

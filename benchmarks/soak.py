@@ -47,7 +47,13 @@ NODES = {
     "SoftREPAScore",
     "SoftREPASmallWorld",
     "SoftREPATrain",
+    "SoftREPATrainTokens",
+    "SoftREPATrainingOptions",
 }
+
+
+FEW_SET = ("temperature", "temperature_mode", "objective", "hard_negatives", "checkpoint_every")
+"""What SoftREPA Training Options has of the settings drawn here."""
 
 
 @dataclass
@@ -189,7 +195,11 @@ def learn(graph: Graph) -> None:
     fixed = {"folder": FOLDER, "clip": graph.clip, "vae": graph.vae, "resolution": 64}
     data = [graph.add("SoftREPADataset", **fixed), 0] if "resume" in options else None
     data = data or graph.dataset(must_have_text="hard_negatives" in options)
-    trained = graph.add("SoftREPATrain", model=graph.model, dataset=data, **options)
+    kind = graph.rng.choice(("SoftREPATrain", "SoftREPATrainTokens"))
+    if kind == "SoftREPATrainTokens":
+        rest = {name: options.pop(name) for name in FEW_SET if name in options}
+        options["options"] = [graph.add("SoftREPATrainingOptions", **rest), 0]
+    trained = graph.add(kind, model=graph.model, dataset=data, **options)
     model = graph.add("SoftREPAApplyTokens", model=graph.model, tokens=[trained, 0])
     graph.add("SoftREPAPreviewTokens", tokens=[trained, 0])
     graph.add("SoftREPAScore", model=[model, 0], dataset=data, batch_size=2, batches=1, timesteps="500")

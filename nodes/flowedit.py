@@ -8,7 +8,12 @@ from ..softrepa.comfy.editing.checks import check_counts
 from ..softrepa.comfy.editing.flowedit import FlowEditGuider, FlowEditSampler, edit_latent, edit_sigmas
 from .schema import ADVANCED, schema
 
-ALIASES = ["flow edit", "image editing", "edit photo", "img2img", "inversion free", "prompt to prompt", "instruct edit"]
+ALIASES = [
+    *("FlowEdit", "flow edit", "edit photo", "edit image", "image editing", "img2img"),
+    *("inversion free", "prompt to prompt", "instruct edit"),
+]
+ALIASES_OF_PARTS = ["flow edit in parts", "inversion free editing in parts"]
+"""None that people look for the whole by."""
 
 
 def conditioning_inputs() -> list[io.Input]:
@@ -188,8 +193,8 @@ class FlowEditGuiderNode(io.ComfyNode):
     def define_schema(cls):
         return schema(
             node_id="SoftREPAFlowEditGuider",
-            display_name="FlowEdit Guider",
-            search_aliases=ALIASES,
+            display_name="FlowEdit Guider (for SamplerCustomAdvanced)",
+            search_aliases=ALIASES_OF_PARTS,
             description="The prompts of an edit, for SamplerCustomAdvanced. Goes together with the FlowEdit "
             "Sampler (SAMPLER); the FlowEdit Sampler node with an image input does all of it in one.",
             inputs=[*model_inputs(), *guidance_inputs(), target_model_input()],
@@ -220,7 +225,7 @@ class FlowEditSamplerNode(io.ComfyNode):
         return schema(
             node_id="SoftREPAFlowEditSampler",
             display_name="FlowEdit Sampler (for SamplerCustomAdvanced)",
-            search_aliases=ALIASES,
+            search_aliases=ALIASES_OF_PARTS,
             description="The editing algorithm, for SamplerCustomAdvanced. Goes together with the FlowEdit Guider. "
             "The sigmas given are the ones that run: cut the beginning off with SplitSigmas.",
             inputs=loop_inputs(),

@@ -2,19 +2,28 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
+import folder_paths
 from comfy_api.latest import io
 from server import PromptServer
 
-from ..softrepa.errors import printable
+from ..softrepa.charts import DARK, LIGHT, Theme
+from ..softrepa.errors import SoftREPAError, printable
+from ..softrepa.files import parse_json, read_bounded
 
 CATEGORY = "SoftREPA"
 
 Tokens = io.Custom("SOFTREPA_TOKENS")
 Dataset = io.Custom("SOFTREPA_DATASET")
+TrainingOptions = io.Custom("SOFTREPA_TRAINING_OPTIONS")
 
 ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Float.Input.__init__).parameters else {}
 """Marks an input as advanced where this ComfyUI knows the word."""
+
+SETTINGS = Path("default", "comfy.settings.json")
+"""Of the user, where a ComfyUI has one."""
+MOST_SETTINGS = 1 << 22
 
 _SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
@@ -23,6 +32,16 @@ def schema(**fields) -> io.Schema:
     """An `io.Schema` in the pack's category; `search_aliases` is dropped where this ComfyUI does not know it."""
     optional = {"search_aliases"} - _SCHEMA_FIELDS
     return io.Schema(category=CATEGORY, **{key: value for key, value in fields.items() if key not in optional})
+
+
+def users_theme() -> Theme:
+    """Of pictures, as this user's ComfyUI looks; dark where nobody chose, as ComfyUI is by itself."""
+    try:
+        settings = parse_json(read_bounded(Path(folder_paths.get_user_directory()) / SETTINGS, MOST_SETTINGS))
+    except (OSError, SoftREPAError):
+        return DARK
+    is_light = isinstance(settings, dict) and settings.get("Comfy.ColorPalette") == "light"
+    return LIGHT if is_light else DARK
 
 
 WIDGETS = {int: io.Int, float: io.Float, bool: io.Boolean, str: io.String}
@@ -37,6 +56,20 @@ def widget(inputs, name: str, tooltip: str, **more):
     kind = io.Combo if "options" in more else WIDGETS[type(default)]
     is_optional = {} if name in inputs.REQUIRED else {"optional": True}
     return kind.Input(name, default=default, tooltip=tooltip, **is_optional, **more)
+
+
+def tell_node(node: type[io.ComfyNode], data: dict) -> None:
+    """Sends the numbers of a run to the node's curves; nothing outside a running server."""
+    if node.hidden and node.hidden.unique_id and hasattr(PromptServer, "instance"):
+        server = PromptServer.instance
+        place = {"node": node.hidden.unique_id, "prompt": server.last_prompt_id}
+        server.send_sync("softrepa.training", data | place, server.client_id)
+
+
+def tell_of_new_tokens() -> None:
+    """Every open browser lists token files anew; nothing outside a running server."""
+    if hasattr(PromptServer, "instance"):
+        PromptServer.instance.send_sync("softrepa.new_tokens", {})
 
 
 def show_on_node(node: type[io.ComfyNode], text: str) -> None:

@@ -10,7 +10,7 @@ from ..softrepa import charts
 from ..softrepa.comfy.training.score import HeldOut, Score, score
 from ..softrepa.training.inputs import ScoreInputs
 from ..softrepa.training.timesteps import parse_timesteps
-from .schema import ADVANCED, Dataset, schema, show_on_node
+from .schema import ADVANCED, Dataset, schema, show_on_node, users_theme
 from .schema import widget as input_widget
 
 widget = partial(input_widget, ScoreInputs)
@@ -72,16 +72,16 @@ class AlignmentScore(io.ComfyNode):
             f"accuracy {measured.accuracy:.1%} (chance {measured.chance:.1%}), loss {measured.loss:.4f}, "
             f"of {images} images",
         )
-        plot = charts.as_image(score_plot(measured))
+        plot = charts.as_image(score_plot(measured, users_theme()))
         return io.NodeOutput(measured.accuracy, measured.loss, plot, ui=ui.PreviewImage(plot, cls=cls))
 
 
-def score_plot(measured: Score):
+def score_plot(measured: Score, theme: charts.Theme):
     """Accuracy, loss and information by timestep, with 95% intervals of the mean over images."""
     titles = {
         "retrieved": "Retrieval accuracy",
         "losses": "Contrastive loss",
-        "information": "Mutual information, nats (unweighted estimate)",
+        "information": "Information, nats (unweighted)",
     }
     panels = []
     for name, title in titles.items():
@@ -92,7 +92,7 @@ def score_plot(measured: Score):
         level = ("chance", measured.chance) if is_share else None
         low, high = (0.0, 1.0) if is_share else (None, None)
         panels.append(charts.Chart(title, "timestep", (line,), level, low, high))
-    return charts.draw(panels)
+    return charts.draw(panels, theme)
 
 
 NODES = [AlignmentScore]

@@ -11,7 +11,7 @@ from ..softrepa.errors import SoftREPAError, printable, shown, unwritable
 from ..softrepa.families import where
 from ..softrepa.tokens import SoftTokens
 from . import token_plot
-from .schema import ADVANCED, Tokens, schema, show_on_node
+from .schema import ADVANCED, Tokens, schema, show_on_node, tell_of_new_tokens, users_theme
 
 ALIASES = ["soft tokens", "soft prompt", "repa", "prompt adherence", "text alignment", "dc_tokens"]
 
@@ -185,6 +185,7 @@ class SaveTokens(io.ComfyNode):
         except OSError as error:
             raise unwritable(path, error) from error
         show_on_node(cls, f"Saved {path.name}")
+        tell_of_new_tokens()
         return io.NodeOutput(ui=ui.PreviewText(printable(str(path))))
 
 
@@ -206,7 +207,7 @@ class PreviewTokens(io.ComfyNode):
 
     @classmethod
     def execute(cls, tokens) -> io.NodeOutput:
-        plot = token_plot.draw(tokens)
+        plot = token_plot.draw(tokens, users_theme())
         return io.NodeOutput(plot, "\n".join(token_files.summary(tokens)), ui=ui.PreviewImage(plot, cls=cls))
 
 

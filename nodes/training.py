@@ -1,167 +1,139 @@
 """Train soft tokens on the user's own images."""
 
-from functools import partial
-
 from comfy_api.latest import io
 
 from ..softrepa.comfy.training.launch import launch
-from ..softrepa.data.swaps import MOST
-from ..softrepa.training import optimizers
-from ..softrepa.training.config import OBJECTIVES, TEMPERATURE_MODES
-from ..softrepa.training.inputs import TIME_TABLE, TrainingInputs
-from ..softrepa.training.presets import PRESETS
-from .schema import ADVANCED, Dataset, Tokens, schema, show_on_node
-from .schema import widget as input_widget
+from ..softrepa.training.inputs import GO_ON, TrainingInputs
+from .schema import ADVANCED, Tokens, TrainingOptions, schema, show_on_node, tell_node, tell_of_new_tokens
+from .training_inputs import training_inputs
 
-widget = partial(input_widget, TrainingInputs)
+DESCRIPTION = (
+    "Learns soft tokens from images and captions: every image of a batch is scored against every caption by the "
+    "model's own denoising error. The model itself stays as it is."
+)
+ALIASES = ["train soft tokens", "prompt alignment training", "fine-tune prompt adherence"]
+EVERYBODYS = (
+    *("model", "dataset", "steps", "batch_size", "learning_rate", "seed", "preset", "filename_prefix", "resume"),
+    *("preview_every", "preview_positive", "preview_negative", "vae"),
+)
+"""What the training node itself has."""
+OPTIONS = (
+    # the tokens
+    *("n_tokens", "blocks", "time_table", "init_tokens"),
+    # what is compared
+    *("objective", "temperature_mode", "temperature", "logit_scale", "symmetric", "denoising_weight"),
+    *("negatives", "hard_negatives", "caption_dropout"),
+    # the optimiser
+    *("optimizer", "accumulation", "warmup_steps", "gradient_clip", "ema_decay"),
+    # how the run goes
+    *("checkpointing", "micro_batch", "checkpoint_every", "on_no_contrast", "preview_cfg"),
+)
+"""What few people set, by subject."""
+ALL_IN_ONE = (
+    *("model", "dataset", "steps", "batch_size", "learning_rate", "seed", "preset", "n_tokens", "blocks", "time_table"),
+    *("temperature", "temperature_mode", "objective", "symmetric", "hard_negatives", "logit_scale", "denoising_weight"),
+    *("micro_batch", "checkpoint_every", "filename_prefix", "init_tokens", "optimizer", "accumulation", "warmup_steps"),
+    *("gradient_clip", "ema_decay", "caption_dropout", "checkpointing", "preview_positive", "preview_negative", "vae"),
+    *("preview_every", "preview_cfg", "resume"),
+)
+"""Saved graphs hold the values of its widgets in this order."""
+ITS_CHECKPOINTING = True
+"""What a prompt without it means."""
+AS_BEFORE = {"checkpointing": ITS_CHECKPOINTING, "on_no_contrast": GO_ON}
+
+
+def training_schema(inputs: list[io.Input], **more) -> io.Schema:
+    """Of a node that trains."""
+    return schema(
+        description=DESCRIPTION,
+        inputs=inputs,
+        outputs=[
+            Tokens.Output(display_name="tokens", tooltip="For Apply SoftREPA Tokens in this graph."),
+            io.Custom("LOSS_MAP").Output(display_name="loss", tooltip="For Plot Loss Graph."),
+            io.Int.Output(display_name="steps", tooltip="Updates done."),
+            io.String.Output(display_name="path", tooltip="The file that was written."),
+        ],
+        hidden=[io.Hidden.unique_id],
+        is_output_node=True,
+        **more,
+    )
+
+
+def trained(node: type[io.ComfyNode], model, dataset, inputs: TrainingInputs, send=None) -> io.NodeOutput:
+    """A run from its start to the node's outputs. `send` gets its numbers, to draw them."""
+    try:
+        done = launch(model, dataset, lambda text: show_on_node(node, text), inputs, send)
+    finally:
+        tell_of_new_tokens()  # a run that is stopped keeps what it learned
+    losses = {"loss": [record.loss for record in done.records]}
+    return io.NodeOutput(done.tokens, losses, len(done.records), str(done.path))
 
 
 class TrainTokens(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
-            node_id="SoftREPATrain",
+        known = training_inputs()
+        options = TrainingOptions.Input(
+            "options",
+            optional=True,
+            tooltip="From SoftREPA Training Options: what few people set. Without it, the defaults.",
+        )
+        return training_schema(
+            [*(known[name] for name in EVERYBODYS), options],
+            node_id="SoftREPATrainTokens",
             display_name="Train SoftREPA Tokens",
-            search_aliases=["train soft tokens", "prompt alignment training", "fine-tune prompt adherence"],
-            description="Learns soft tokens from images and captions: every image of a batch is scored against every "
-            "caption by the model's own denoising error. The model itself stays as it is.",
-            inputs=[
-                io.Model.Input("model", tooltip="The plain model to train for, without soft tokens."),
-                Dataset.Input("dataset", tooltip="From Caption-Image Folder, made with this model's CLIP and VAE."),
-                widget("steps", "Updates. The paper runs 26k to 30k.", min=1, max=1_000_000),
-                widget(
-                    "batch_size",
-                    "Images a step, each against every caption: 4 are 16 pairs. Memory does not grow with it.",
-                    min=2,
-                    max=256,
-                ),
-                widget("learning_rate", "The paper's: 0.001.", min=0.0, max=1.0, step=1e-5, round=False),
-                widget("seed", "Same seed, same tokens.", min=0, max=2**63 - 1, control_after_generate=False),
-                widget(
-                    "preset",
-                    "Inputs that go together. paper: what the inputs below have by default. hard negatives: "
-                    "each image is also compared with its own caption with two words swapped; the best in our study, "
-                    "by little. AGSM: the successor's objective, two banks of tokens. An input that a preset sets must "
-                    "be left as it is.",
-                    options=list(PRESETS),
-                ),
-                widget("n_tokens", "Tokens a block. 0: 4, as published (paper: 8 for SD1.5, SDXL).", min=0, max=64),
-                widget(
-                    "blocks",
-                    "SD1.5, SDXL: a list of down, mid, up. SD3: how many first blocks. auto: as the published "
-                    "tokens, down for SD1.5 (paper: down,mid), down,mid for SDXL, 5 for SD3.",
-                ),
-                widget(
-                    "time_table",
-                    "Tokens that change with the timestep. auto: on for SD1.5 and SD3, off for SDXL.",
-                    options=list(TIME_TABLE),
-                    **ADVANCED,
-                ),
-                widget(
-                    "temperature",
-                    "The paper's 0.07 learns nothing where errors are large; the node says so. Then try "
-                    "temperature_mode relative with temperature 1.",
-                    min=0.001,
-                    max=100.0,
-                    step=0.01,
-                ),
-                widget(
-                    "temperature_mode",
-                    "fixed: the paper's. relative: temperature times the mean error of each batch, so that "
-                    "every timestep teaches something; give temperature 1.",
-                    options=list(TEMPERATURE_MODES),
-                    **ADVANCED,
-                ),
-                widget(
-                    "objective",
-                    "contrastive: the paper's. agsm: its successor's score matching with two banks, about "
-                    "one and a half times the work. denoising: no contrast at all, to see what the contrast adds.",
-                    options=list(OBJECTIVES),
-                    **ADVANCED,
-                ),
-                widget("symmetric", "Also compares each caption with all images of the batch.", **ADVANCED),
-                widget(
-                    "hard_negatives",
-                    "Captions with two words swapped that each image is compared with as well. 0: none, as the paper.",
-                    min=0,
-                    max=MOST,
-                    **ADVANCED,
-                ),
-                widget("logit_scale", "Scale of the logits.", min=0.01, max=100.0, step=0.1, **ADVANCED),
-                widget(
-                    "denoising_weight",
-                    "Weight of the plain denoising loss. -1: the paper's, 10 for SD1.5 and SDXL, 0 for SD3.",
-                    min=-1.0,
-                    max=1000.0,
-                    step=0.1,
-                    **ADVANCED,
-                ),
-                widget("micro_batch", "Pairs at once. 0 fills the memory.", min=0, max=65536, **ADVANCED),
-                widget("checkpoint_every", "Steps between saves. 0: at the end.", min=0, max=1_000_000, **ADVANCED),
-                widget("filename_prefix", "Name of the file in models/softrepa."),
-                Tokens.Input("init_tokens", optional=True, tooltip="Go on from these instead of starting anew."),
-                widget(
-                    "optimizer",
-                    "The paper's is AdamW. Prodigy and Lion need the packages prodigyopt and lion-pytorch; "
-                    "give Prodigy a learning_rate of 1.",
-                    options=optimizers.available(),
-                    **ADVANCED,
-                ),
-                widget("accumulation", "Batches averaged for one update.", min=1, max=1024, **ADVANCED),
-                widget("warmup_steps", "Steps in which the rate rises from 0.", min=0, max=100_000, **ADVANCED),
-                widget("gradient_clip", "Largest gradient norm. 0: none.", min=0.0, max=1e6, **ADVANCED),
-                widget("ema_decay", "Saves a running average. 0: off.", min=0.0, max=0.99999, step=0.0001, **ADVANCED),
-                widget(
-                    "caption_dropout",
-                    "Chance that one caption of a batch is left empty.",
-                    min=0.0,
-                    max=0.99,
-                    step=0.01,
-                    **ADVANCED,
-                ),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=True,
-                    optional=True,
-                    tooltip="Computes activations again instead of keeping them: slower, far less memory.",
-                    **ADVANCED,
-                ),
-                io.Conditioning.Input(
-                    "preview_positive",
-                    optional=True,
-                    tooltip="A prompt to draw while training, without and with the tokens.",
-                ),
-                io.Conditioning.Input("preview_negative", optional=True, tooltip="Its negative prompt."),
-                io.Vae.Input("vae", optional=True, tooltip="Decodes the previews."),
-                widget(
-                    "preview_every",
-                    "Steps between previews, and between measurements on the dataset's validation images.",
-                    min=1,
-                    max=1_000_000,
-                    **ADVANCED,
-                ),
-                widget("preview_cfg", "Guidance of the previews.", min=1.0, max=100.0, step=0.5, **ADVANCED),
-                widget(
-                    "resume",
-                    "Go on from the newest checkpoint with this filename_prefix, as if the run had never "
-                    "stopped. Refuses one with other settings; without any, starts anew.",
-                ),
-            ],
-            outputs=[
-                Tokens.Output(display_name="tokens", tooltip="For Apply SoftREPA Tokens in this graph."),
-                io.Custom("LOSS_MAP").Output(display_name="loss", tooltip="For Plot Loss Graph."),
-                io.Int.Output(display_name="steps", tooltip="Updates done."),
-                io.String.Output(display_name="path", tooltip="The file that was written."),
-            ],
-            hidden=[io.Hidden.unique_id],
-            is_output_node=True,
+            search_aliases=ALIASES,
+        )
+
+    @classmethod
+    def execute(cls, model, dataset, options=None, **inputs) -> io.NodeOutput:
+        inputs = TrainingInputs(**inputs, **(options or {}))
+        return trained(cls, model, dataset, inputs, lambda data: tell_node(cls, data))
+
+
+class TrainOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        known = training_inputs()
+        return schema(
+            node_id="SoftREPATrainingOptions",
+            display_name="SoftREPA Training Options",  # "Training Options" would be found before the node that trains
+            search_aliases=["softrepa training settings", "advanced training options", "train settings"],
+            description="What few people set of Train SoftREPA Tokens, by subject: the tokens, what is compared, the "
+            "optimiser, how the run goes. What you leave as it is changes nothing.",
+            inputs=[known[name] for name in OPTIONS],
+            outputs=[TrainingOptions.Output(display_name="options", tooltip="For Train SoftREPA Tokens.")],
+        )
+
+    @classmethod
+    def execute(cls, **inputs) -> io.NodeOutput:
+        return io.NodeOutput(inputs)
+
+
+class TrainTokensAllInOne(io.ComfyNode):
+    """For graphs that were saved before SoftREPA Training Options; it stays as it is."""
+
+    @classmethod
+    def define_schema(cls):
+        known = training_inputs()
+        known["checkpointing"] = io.Boolean.Input(
+            "checkpointing",
+            default=ITS_CHECKPOINTING,
+            optional=True,
+            tooltip="Computes activations again instead of keeping them: slower, far less memory.",
+            **ADVANCED,
+        )
+        return training_schema(
+            [known[name] for name in ALL_IN_ONE],
+            node_id="SoftREPATrain",
+            display_name="Train SoftREPA Tokens (all in one)",
+            search_aliases=ALIASES,
+            is_deprecated=True,
         )
 
     @classmethod
     def execute(cls, model, dataset, **inputs) -> io.NodeOutput:
-        trained = launch(model, dataset, lambda text: show_on_node(cls, text), TrainingInputs(**inputs))
-        losses = {"loss": [record.loss for record in trained.records]}
-        return io.NodeOutput(trained.tokens, losses, len(trained.records), str(trained.path))
+        return trained(cls, model, dataset, TrainingInputs(**AS_BEFORE | inputs))
 
 
-NODES = [TrainTokens]
+NODES = [TrainTokens, TrainOptions, TrainTokensAllInOne]

@@ -8,10 +8,30 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-INK, PAPER, MUTED, GRID = (32, 32, 36), (250, 250, 248), (110, 110, 118), (226, 226, 224)
-COLOURS = ((49, 104, 142), (214, 96, 40), (53, 150, 90))
-WIDTH, HEIGHT = 420, 250
-LEFT, TOP, RIGHT, BOTTOM = 64, 40, 20, 44
+Colour = tuple[int, int, int]
+WIDTH, HEIGHT = 400, 260
+LEFT, TOP, RIGHT, BOTTOM = 116, 62, 24, 92
+TITLE, TEXT = 34, 30
+"""Sizes of type, to be read where a node shows the picture at a third of its size."""
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture."""
+
+    ink: Colour
+    paper: Colour
+    muted: Colour
+    grid: Colour
+    lines: tuple[Colour, ...]
+
+
+LIGHT = Theme(
+    (32, 32, 36), (250, 250, 248), (110, 110, 118), (226, 226, 224), ((49, 104, 142), (214, 96, 40), (53, 150, 90))
+)
+DARK = Theme(
+    (232, 232, 236), (32, 32, 36), (164, 164, 172), (66, 66, 72), ((94, 170, 222), (240, 140, 84), (110, 200, 140))
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +65,12 @@ class Chart:
         return replace(self, lines=tuple(line for line in self.lines if any(map(math.isfinite, line.ys))))
 
 
-def draw(charts: Sequence[Chart]) -> Image.Image:
-    """The panels below each other: a node is narrow."""
+def draw(charts: Sequence[Chart], theme: Theme = LIGHT) -> Image.Image:
+    """The panels side by side."""
     panel = (LEFT + WIDTH + RIGHT, TOP + HEIGHT + BOTTOM)
-    image = Image.new("RGB", (panel[0], panel[1] * len(charts)), PAPER)
+    image = Image.new("RGB", (panel[0] * len(charts), panel[1]), theme.paper)
     for index, chart in enumerate(charts):
-        _panel(ImageDraw.Draw(image), LEFT, index * panel[1] + TOP, chart)
+        _panel(ImageDraw.Draw(image), index * panel[0] + LEFT, TOP, chart, theme)
     return image
 
 
@@ -67,8 +87,8 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
 
 
-def _panel(pen: ImageDraw.ImageDraw, left: int, top: int, chart: Chart) -> None:
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+def _panel(pen: ImageDraw.ImageDraw, left: int, top: int, chart: Chart, theme: Theme) -> None:
+    font, small = ImageFont.load_default(TITLE), ImageFont.load_default(TEXT)
     xs = [x for line in chart.lines for x in line.xs]
     ys = [y for line in chart.lines for y in line.reach()]
     ys += [chart.level[1]] if chart.level else []
@@ -81,29 +101,30 @@ def _panel(pen: ImageDraw.ImageDraw, left: int, top: int, chart: Chart) -> None:
         height = (min(max(y, low), high) - low) / (high - low)
         return left + (x - first) / (last - first) * WIDTH, top + (1 - height) * HEIGHT
 
-    pen.text((left, top - 30), chart.title, INK, font)
-    for share in (0, 0.25, 0.5, 0.75, 1):
+    pen.text((left - LEFT + 16, top - TOP + 8), chart.title, theme.ink, font)
+    for share in (0, 0.5, 1):
         y = top + (1 - share) * HEIGHT
-        pen.line((left, y, left + WIDTH, y), GRID)
-        pen.text((left - 6, y), f"{low + share * (high - low):.4g}", MUTED, small, anchor="rm")
-    pen.text((left, top + HEIGHT + 6), f"{first:g}", MUTED, small)
-    pen.text((left + WIDTH, top + HEIGHT + 6), f"{last:g}", MUTED, small, anchor="ra")
-    pen.text((left + WIDTH / 2, top + HEIGHT + 6), chart.across, MUTED, small, anchor="ma")
+        pen.line((left, y, left + WIDTH, y), theme.grid, 2)
+        pen.text((left - 10, y), f"{low + share * (high - low):.3g}", theme.muted, small, anchor="rm")
+    below = top + HEIGHT + 8
+    pen.text((left, below), f"{first:g}", theme.muted, small)
+    pen.text((left + WIDTH, below), f"{last:g}", theme.muted, small, anchor="ra")
+    pen.text((left + WIDTH / 2, below), chart.across, theme.muted, small, anchor="ma")
     if chart.level:
         name, value = chart.level
         y = at(first, value)[1]
         for dash in range(left, left + WIDTH, 10):
-            pen.line((dash, y, dash + 5, y), MUTED)
-        pen.text((left + WIDTH - 4, y - 2), name, MUTED, small, anchor="rs")
+            pen.line((dash, y, dash + 5, y), theme.muted, 2)
+        pen.text((left + WIDTH - 4, y - 4), name, theme.muted, small, anchor="rs")
     for index, line in enumerate(chart.lines):
-        colour = COLOURS[index % len(COLOURS)]
+        colour = theme.lines[index % len(theme.lines)]
         points = [at(x, y) for x, y in zip(line.xs, line.ys, strict=True)]
         for x, y, half in zip(line.xs, line.ys, line.band or (), strict=False):
-            pen.line((at(x, y - half), at(x, y + half)), colour, 2)
+            pen.line((at(x, y - half), at(x, y + half)), colour, 4)
         if len(points) > 1:
-            pen.line(points, colour, 2, joint="curve")
+            pen.line(points, colour, 4, joint="curve")
         if len(points) <= 20:
             for x, y in points:
-                pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+                pen.ellipse((x - 6, y - 6, x + 6, y + 6), colour)
         if len(chart.lines) > 1:
-            pen.text((left + 8 + 110 * index, top + HEIGHT + 24), line.name, colour, small)
+            pen.text((left + 200 * index, below + TEXT + 10), line.name, colour, small)

@@ -1,7 +1,7 @@
 """Training on the tiny models, on a dataset that lies in memory."""
 
 import torch
-from comfyui_softrepa.nodes.training import TrainTokens
+from comfyui_softrepa.nodes.training import EVERYBODYS, TrainTokens
 from comfyui_softrepa.softrepa.data.batches import Example
 from comfyui_softrepa.softrepa.data.dataset import Dataset
 from comfyui_softrepa.softrepa.tokens import SoftTokens
@@ -39,9 +39,11 @@ def dataset(family: str, images: int = 6) -> Dataset:
 
 
 def train(models, family: str, **options) -> tuple:
-    """The outputs of the training node: tokens, losses, steps, path."""
-    options = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "seed": 0} | options
-    return TrainTokens.execute(models[family], options.pop("dataset", None) or dataset(family), **options).args
+    """The outputs of the training node: tokens, losses, steps, path. Errors of random networks are large."""
+    options = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "seed": 0, "dataset": dataset(family)} | options
+    options.setdefault("on_no_contrast", "go on")
+    everybodys = {name: options.pop(name) for name in EVERYBODYS if name in options}
+    return TrainTokens.execute(models[family], options=options, **everybodys).args
 
 
 def moved_by(model, family: str, start: SoftTokens, **options) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -42,7 +42,7 @@ PICTURES = {
     "flowedit_sd3": Picture("Save Image", help_page="SoftREPAFlowEdit"),
     "flowedit_sdxl": Picture("Save Image", {"Target": "a red circle and a purple triangle"}),
     "flowedit_sd3_mask": Picture("Save Image", {"Target": "a green circle and a green square"}),
-    "train_sd3": Picture("curves.png", help_page="SoftREPATrain"),
+    "train_sd3": Picture("curves.png", help_page="SoftREPATrainTokens"),
     "score_sd3": Picture("Score with tokens", help_page="SoftREPAScore"),
     "convert_tokens": Picture("Preview SoftREPA Tokens", help_page="SoftREPAPreviewTokens"),
 }
@@ -56,6 +56,7 @@ NODES = (
     "SoftREPAFlowEditGuider",
     "SoftREPAFlowEditSampler",
     "SoftREPASaveTokens",
+    "SoftREPATrainingOptions",
 )
 
 
@@ -76,7 +77,7 @@ def on_the_small_world(graph: dict, picture: Picture) -> dict:
         "KSampler": {"steps": 20, "cfg": 2.0, "scheduler": "simple"},
         "SoftREPAFlowEdit": {"steps": 20, "n_max": 16, "source_cfg": 1.5, "target_cfg": 4.0, "scheduler": "normal"},
         "SoftREPADataset": {"folder": FOLDER, "resolution": 96},
-        "SoftREPATrain": {"steps": 300, "preview_every": 60, "filename_prefix": "thumbnail"},
+        "SoftREPATrainTokens": {"steps": 300, "preview_every": 60, "filename_prefix": "thumbnail"},
         "SoftREPAScore": {"batch_size": 4, "batches": 24, "timesteps": "500,700,800,900,950"},
     }
     prompts = {"Source": SOURCE, "Target": TARGET, "previews": SOURCE} | picture.prompts

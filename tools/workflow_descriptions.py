@@ -9,8 +9,9 @@ DRAWING = "a child's drawing of a girl in a pink dress on a green hill"
 REDRAWN = "a child's drawing of a girl in a red dress on a green hill"
 HUGGING_FACE = "https://huggingface.co"
 README = "the pack's README"
-# room below a node's widgets, in pixels: a line of text, a live preview
+# room below a node's widgets, in pixels: a line of text, a live preview, a training run's curves
 LINE, PREVIEW = 60, 220
+LIVE_CURVES = 420
 
 
 @dataclass(frozen=True)
@@ -444,7 +445,7 @@ def training(model: Model) -> Workflow:
         "3": dataset(clip, vae, 10.0),
         "4": prompt("Positive prompt of the previews", clip, POSITIVE),
         "5": prompt("Negative prompt of the previews", clip, NEGATIVE),
-        "6": Node("SoftREPATrain", "Train SoftREPA Tokens", train, height=480),
+        "6": Node("SoftREPATrainTokens", "Train SoftREPA Tokens", train, height=LIVE_CURVES + PREVIEW + 2 * LINE),
         "7": Node(
             "LossGraphNode", "Plot Loss Graph", {"loss": ["6", 1], "filename_prefix": "SoftREPA_loss"}, height=300
         ),
@@ -457,14 +458,15 @@ def training(model: Model) -> Workflow:
             f"## Train {model.title} tokens",
             FOLDER_ADVICE,
             checkpoint_advice(model),
-            "**Train SoftREPA Tokens** shows the preview prompt without and with the tokens every `preview_every` "
-            "steps, above curves of loss and retrieval; both are kept in `output/softrepa_training`. Without the three "
-            "preview inputs it shows the curves alone.",
+            "**Train SoftREPA Tokens** shows curves of loss and retrieval, and below them the preview prompt without "
+            "and with the tokens every `preview_every` steps; both are kept in `output/softrepa_training`. Without the "
+            "three preview inputs it shows the curves alone.",
+            "**SoftREPA Training Options**, connected to `options`, has what few people set.",
             "**resolution** 512 is the paper's. Less is much faster and needs less memory.",
-            "**Cancel** keeps what is learned; `resume` goes on. The file is in `models/softrepa`, for *Load "
-            "SoftREPA Tokens*.",
-            "A tenth of the pictures (`validation_percent`) is not trained on, and measured instead: see the text "
-            "under the node.",
+            "**Stop and keep** ends the run and keeps what is learned; `resume` goes on. The file is in "
+            "`models/softrepa`, for *Load SoftREPA Tokens*.",
+            "A tenth of the pictures (`validation_percent`) is not trained on, and measured instead: see *held out* in "
+            "the curves.",
             model.advice,
         ),
         nodes=nodes,
@@ -490,7 +492,7 @@ def scoring(model: Model) -> Workflow:
             "timesteps": "100,300,500,700,900",
             "seed": 0,
         }
-        return Node("SoftREPAScore", title, inputs, height=840)
+        return Node("SoftREPAScore", title, inputs, height=260)
 
     nodes = {
         "1": checkpoint(model),

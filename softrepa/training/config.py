@@ -59,6 +59,7 @@ class Settings:
     temperature_mode: str = "fixed"
     symmetric: bool = False
     hard_negatives: int = 0
+    negatives: int = 0
     agsm_temperature: float = agsm.TEMPERATURE
     positive_guidance: float = agsm.POSITIVE_GUIDANCE
     negative_guidance: float = agsm.NEGATIVE_GUIDANCE
@@ -74,7 +75,7 @@ class TrainingConfig(Settings):
         for name, known in (("objective", OBJECTIVES), ("temperature_mode", TEMPERATURE_MODES)):
             if getattr(self, name) not in known:
                 raise SoftREPAError(f'{name} is "{shown(getattr(self, name))}", expected one of {", ".join(known)}.')
-        least = {"steps": 1, "batch_size": 2, "accumulation": 1, "warmup_steps": 0, "hard_negatives": 0}
+        least = {"steps": 1, "batch_size": 2, "accumulation": 1, "warmup_steps": 0, "hard_negatives": 0, "negatives": 0}
         least |= {"schedule_steps": 1, "restart_after": 1}
         names = {name: at_least(low) for name, low in least.items()}
         guidance = ("positive_guidance", "negative_guidance")

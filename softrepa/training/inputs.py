@@ -13,6 +13,9 @@ from .timesteps import SCORED
 AUTO = "auto"
 OF_THE_FAMILY = -1.0
 """A `denoising_weight` that stands for the family's."""
+STOP, GO_ON = "stop", "go on"
+ON_NO_CONTRAST = (STOP, GO_ON)
+"""What a run does whose contrast teaches nothing."""
 TIME_TABLE = {AUTO: None, "on": True, "off": False}
 CHECKPOINTING = TIME_TABLE | {True: True, False: False}
 """Whether activations are computed again instead of kept; None where measuring decides."""
@@ -49,6 +52,7 @@ class TrainingInputs(Settings):
     micro_batch: int = 0
     checkpointing: str | bool = AUTO
     checkpoint_every: int = 500
+    on_no_contrast: str = STOP
     resume: bool = False
     init_tokens: SoftTokens | None = None
     preview_positive: Any = None

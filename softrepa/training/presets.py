@@ -3,12 +3,15 @@
 from ..errors import SoftREPAError, shown
 from .config import TrainingConfig
 
+RELATIVE = "paper, relative temperature"
 PRESETS: dict[str, dict] = {
     "paper": {},
+    RELATIVE: {"temperature_mode": "relative", "temperature": 1.0},
     "hard negatives": {"hard_negatives": 1},
     "AGSM": {"objective": "agsm"},
 }
-"""The paper's is what every input has by default. Of the others `benchmarks/alignment.py` says what they give."""
+"""The paper's is what every input has by default; the second is for models whose errors are too large for its
+temperature. What each gives, `benchmarks/alignment.py` says."""
 
 
 def with_preset(preset: str, given: dict) -> dict:

@@ -3,7 +3,7 @@
 from itertools import combinations
 
 import pytest
-from comfyui_softrepa.softrepa import token_files
+from comfyui_softrepa.softrepa.training.presets import RELATIVE
 from softrepa_tests.conftest import ROOT
 
 from tools.frontend import read_graph
@@ -19,7 +19,7 @@ SMALL = {
     "SoftREPADataset": {"resolution": 64},
     "SoftREPAFlowEdit": {"steps": 4, "n_max": 3},
     "SoftREPAScore": {"batch_size": 2, "batches": 1, "timesteps": "500,900"},
-    "SoftREPATrain": {"steps": 4, "batch_size": 2, "preview_every": 2, "temperature": 2.0},
+    "SoftREPATrainTokens": {"steps": 4, "batch_size": 2, "preview_every": 2, "preset": RELATIVE},
 }
 WIDTH_OF_PICTURE = """card => {
     while (!card.querySelector('img')) card = card.parentElement
@@ -95,19 +95,19 @@ def test_runs(frontend, workflow):
     frontend.screenshot(f"run_{workflow.name}")
     assert seen["error"] is None
     nodes = frontend.nodes()
-    assert overlaps(nodes) == []  # with previews and texts
+    assert overlaps(nodes) == []  # with previews, texts and curves
     shown = {node["title"]: node["images"] for node in nodes}
     for title in RUN[workflow.name]:
         assert shown[title] >= 1, title
     by_class = {node["id"]: node["type"] for node in nodes}
     progressed = {by_class[key] for key in seen["progress"]}
     previewed = {by_class[key] for key in seen["previews"]}
-    for class_type in ("KSampler", "SoftREPAFlowEdit", "SoftREPATrain"):
+    for class_type in ("KSampler", "SoftREPAFlowEdit", "SoftREPATrainTokens"):
         if class_type in by_class.values():
             assert class_type in progressed
             assert class_type in previewed
     if workflow.name == "train_sd3":
-        (text,) = (text for key, text in seen["texts"].items() if by_class[key] == "SoftREPATrain")
+        (text,) = (text for key, text in seen["texts"].items() if by_class[key] == "SoftREPATrainTokens")
         assert "step 4/4" in text
 
 
@@ -122,34 +122,3 @@ def test_an_error_is_shown_on_its_node(frontend):
     frontend.page.get_by_text(sentence[:60]).first.wait_for()
     frontend.screenshot("error")
     frontend.errors.clear()  # the frontend says it in the console too
-
-
-def test_curves_and_cancel(frontend, server):
-    """Without preview inputs the node shows curves; cancelled, it keeps what it learned and the next run is normal."""
-    frontend.open_template(next(w.title for w in WORKFLOWS if w.name == "train_sd3"))
-    frontend.page.evaluate(
-        """() => {
-            const node = app.graph._nodes.find(node => node.type === 'SoftREPATrain')
-            for (const name of ['preview_positive', 'preview_negative', 'vae']) {
-                node.disconnectInput(node.inputs.findIndex(input => input.name === name))
-            }
-        }"""
-    )
-    endless = {"steps": 100_000, "batch_size": 2, "filename_prefix": "cancelled", "temperature": 2.0}
-    frontend.set_widgets(SMALL | {"SoftREPATrain": endless})
-    frontend.start()
-    frontend.page.wait_for_function(
-        "Object.values(window.seen.progress).some(([value, max]) => max > 9999 && value > 3)"
-    )
-    frontend.page.get_by_role("button", name="Cancel current run").first.click()
-    frontend.page.wait_for_function("window.seen.done")
-    frontend.screenshot("cancelled")
-    seen = frontend.page.evaluate("window.seen")
-    assert seen["interrupted"]
-    (train,) = (node for node in frontend.nodes() if node["type"] == "SoftREPATrain")
-    assert seen["previews"][train["id"]] > 1000
-    tokens = token_files.load(server.work / "models" / "softrepa" / "cancelled_00001.safetensors")
-    assert 3 <= int(tokens.metadata["steps"]) < 1000
-    frontend.set_widgets({"SoftREPATrain": {"steps": 2, "filename_prefix": "after"}})
-    assert frontend.run()["error"] is None
-    frontend.screenshot("curves")

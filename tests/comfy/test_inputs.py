@@ -10,28 +10,33 @@ from comfyui_softrepa.softrepa.training.inputs import DEFAULTS, KINDS, NOT_IN_TH
 
 IO_TYPES = {int: {"INT"}, float: {"FLOAT"}, bool: {"BOOLEAN"}, str: {"STRING", "COMBO"}}
 OTHER_KIND = {int: 1.5, float: "1", bool: 1, str: 1}
-CONNECTED = {"model", "dataset", "folder", "clip", "vae"}
+CONNECTED = {"model", "dataset", "options", "folder", "clip", "vae"}
 """What comes from elsewhere; the training node's `vae` is for its previews."""
 WITHOUT_A_WIDGET = {
     *("weight_decay", "minimum_learning_rate", "schedule_steps", "restart_after"),
     *("agsm_temperature", "positive_guidance", "negative_guidance", "teacher_decay"),
 }
 """Constants of the papers, which the command line takes."""
-NODES = {"SoftREPATrain": TrainingInputs, "SoftREPADataset": DatasetInputs, "SoftREPAScore": ScoreInputs}
+TRAINING = ("SoftREPATrainTokens", "SoftREPATrainingOptions")
+NODES = {TRAINING: TrainingInputs, ("SoftREPADataset",): DatasetInputs, ("SoftREPAScore",): ScoreInputs}
 
 
-def inputs_of(pack, name: str) -> dict:
-    return {entry.id: entry for entry in pack[name].GET_SCHEMA().inputs}
+def inputs_of(pack, names: tuple[str, ...]) -> dict:
+    """Of these nodes together; none has an input of another."""
+    entries = [entry for name in names for entry in pack[name].GET_SCHEMA().inputs]
+    found = {entry.id: entry for entry in entries}
+    assert len(found) == len(entries)
+    return found
 
 
-@pytest.mark.parametrize("name", NODES)
+@pytest.mark.parametrize("name", NODES, ids=" and ".join)
 def test_every_field_is_an_input_of_its_node(pack, name):
     shown, known = set(inputs_of(pack, name)), {field.name for field in fields(NODES[name])}
     assert shown - known <= CONNECTED
-    assert known - shown == (WITHOUT_A_WIDGET if name == "SoftREPATrain" else set())
+    assert known - shown == (WITHOUT_A_WIDGET if name == TRAINING else set())
 
 
-@pytest.mark.parametrize("name", NODES)
+@pytest.mark.parametrize("name", NODES, ids=" and ".join)
 def test_defaults_and_kinds_are_the_lists(pack, name):
     entries = inputs_of(pack, name)
     for field in fields(NODES[name]):
@@ -49,10 +54,8 @@ def test_defaults_and_kinds_are_the_lists(pack, name):
 
 
 def test_the_command_line_takes_what_the_nodes_take(pack):
-    taken = {entry for name in ("SoftREPATrain", "SoftREPADataset") for entry in inputs_of(pack, name)} - {
-        *CONNECTED,
-        "folder",
-    }
+    taken = inputs_of(pack, TRAINING).keys() | inputs_of(pack, ("SoftREPADataset",)).keys()
+    taken -= CONNECTED
     assert taken - ALL_KINDS.keys() == {"preview_positive", "preview_negative"}  # preview_prompt makes both
     check_inputs({name: DEFAULTS[name] for name in KINDS})
     for name, kind in KINDS.items():

@@ -1,6 +1,7 @@
 """The training run on the tiny models: what it learns, leaves and refuses."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training import state as training_state
 from comfyui_softrepa.softrepa.training.pairs import StepBatch
+from comfyui_softrepa.softrepa.training.presets import RELATIVE
 from comfyui_softrepa.softrepa.training.trainer import Trainer
 from PIL import Image
 from softrepa_tests import tiny_models
@@ -170,12 +172,35 @@ def test_previews_that_cannot_work_are_refused_early(models, token_folder):
         train(models, "sd3", **previews)
 
 
-def test_a_dead_contrast_is_said(models, token_folder, caplog):
-    train(models, "sd3", steps=1)
-    assert "Nothing will be learned from the contrast; try temperature_mode relative with temperature 1" in caplog.text
+TEACHES_NOTHING = r"temperature is 0\.07, far below this model's errors \(about \d\.\d\d\), so that comparing captions"
+
+
+def test_a_dead_contrast_stops_before_the_first_step(models, token_folder):
+    with pytest.raises(SoftREPAError, match=TEACHES_NOTHING) as caught:
+        train(models, "sd3", on_no_contrast="stop")
+    for advice in (f'preset "{RELATIVE}"', "temperature_mode relative with temperature 1", "a new run", '"go on"'):
+        assert advice in str(caught.value)
+    assert not list(token_folder.rglob("*.safetensors"))
+
+
+def test_the_advice_works(models, token_folder):
+    """Both of it; and a run that was told to go on cannot be gone on with by it."""
+    losses = [
+        train(models, "sd3", steps=2, on_no_contrast="stop", **advice)[1]["loss"]
+        for advice in ({"preset": RELATIVE}, {"temperature_mode": "relative", "temperature": 1.0})
+    ]
+    assert losses[0] == losses[1]
+    train(models, "sd3", steps=1, filename_prefix="told")
+    with pytest.raises(SoftREPAError, match="resume: .* is of another run"):
+        train(models, "sd3", steps=2, filename_prefix="told", resume=True, preset=RELATIVE)
+
+
+def test_a_dead_contrast_is_said_where_it_goes_on(models, token_folder, caplog):
+    train(models, "sd3", steps=1, on_no_contrast="go on")
+    assert re.search(TEACHES_NOTHING, caplog.text)
     caplog.clear()
-    train(models, "sd3", steps=1, temperature=2.0)
-    assert "Nothing will be learned" not in caplog.text
+    train(models, "sd3", steps=1, temperature=2.0, on_no_contrast="stop")
+    assert "teaches nothing" not in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
@@ -288,6 +313,7 @@ def test_held_out_figures_outlive_a_resume(models, comfy_folders, token_folder):
         ({"checkpoint_every": -1}, "checkpoint_every is -1, expected 0 or more"),
         ({"preview_every": 0}, "preview_every is 0, expected 1 or more"),
         ({"denoising_weight": -3.0}, "denoising_weight is -3, expected 0 or more, or -1"),
+        ({"on_no_contrast": "maybe"}, 'on_no_contrast is "maybe", expected one of stop, go on'),
     ],
 )
 def test_numbers_that_no_widget_would_allow(models, token_folder, options, message):
@@ -304,7 +330,7 @@ def test_what_matters_stays_readable(models, token_folder, monkeypatch):
     train(models, "sd3", dataset=data, steps=3, temperature=0.07, preview_every=1, seed=large)
     *notices, progress = said[-1].splitlines()
     assert progress.startswith("step 3/3")
-    assert any("hardly depends on the errors" in line for line in notices)
+    assert any(re.match(TEACHES_NOTHING, line) for line in notices)
     assert any(line.startswith("step 3, held out: loss") for line in notices)
     assert not any("could not be" in line for line in notices)
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from comfyui_softrepa.nodes.training import OPTIONS
 from comfyui_softrepa.softrepa import token_files
 from PIL import Image
 from softrepa_tests.conftest import ROOT
@@ -15,6 +16,7 @@ from tools.environment import steady_threads
 from tools.server import ComfyServer, PromptError, PromptInterrupted, ServerError, has_accelerator
 from tools.standins import stand_in
 
+TRAIN = "SoftREPATrainTokens"
 CAPTIONS = ("a red square", "a blue circle", "two cats", "a house by the sea", "an empty street", "green hills")
 
 
@@ -44,10 +46,12 @@ def node(class_type: str, **inputs) -> dict:
 
 def graph(**training) -> dict:
     train = {"steps": 2, "batch_size": 2, "learning_rate": 0.001, "seed": 0, "temperature": 2.0} | training
+    rest = {name: train.pop(name) for name in OPTIONS if name in train}
     return {
         "load": node("CheckpointLoaderSimple", ckpt_name="standin_sd3.safetensors"),
         "data": node("SoftREPADataset", folder="my pictures", clip=["load", 1], vae=["load", 2], resolution=64),
-        "train": node("SoftREPATrain", model=["load", 0], dataset=["data", 0], **train),
+        "options": node("SoftREPATrainingOptions", **rest),
+        "train": node(TRAIN, model=["load", 0], dataset=["data", 0], options=["options", 0], **train),
         "apply": node("SoftREPAApplyTokens", model=["load", 0], tokens=["train", 0]),
         "text": node("CLIPTextEncode", text="two cats", clip=["load", 1]),
         "empty": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
@@ -85,6 +89,19 @@ def test_a_folder_becomes_tokens_and_a_picture(server):
     assert path.name in options
 
 
+def test_a_prompt_of_the_node_with_all_settings_still_runs(server):
+    prompt = json.loads((ROOT / "tests" / "data" / "all_in_one" / "prompt.json").read_text(encoding="utf-8"))
+    del prompt["7"], prompt["8"]
+    prompt["1"]["inputs"]["ckpt_name"] = "standin_sd3.safetensors"
+    prompt["3"]["inputs"] |= {"folder": "my pictures", "resolution": 64}
+    prompt["6"]["inputs"] |= {"steps": 1}
+    server.run(prompt, timeout=600)
+    asked = json.loads(trained(server, "my_sd3_tokens").metadata["inputs"])
+    expected = {name: value for name, value in prompt["6"]["inputs"].items() if name in asked}
+    assert {name: asked[name] for name in expected} == expected
+    assert len(expected) > 20
+
+
 def test_a_refusal_is_shown_on_the_node(server):
     with pytest.raises(PromptError, match="expected at least batch_size, 20") as caught:
         server.run(graph(batch_size=20), timeout=600)
@@ -93,7 +110,7 @@ def test_a_refusal_is_shown_on_the_node(server):
 
 def only_training(**training) -> dict:
     """Without the picture and the plot: core's plot divides by zero where all losses are equal."""
-    return {name: part for name, part in graph(**training).items() if name in ("load", "data", "train")}
+    return {name: part for name, part in graph(**training).items() if name in ("load", "data", "options", "train")}
 
 
 def command_line(server, *arguments) -> str:
@@ -108,7 +125,8 @@ def command_line(server, *arguments) -> str:
 
 
 def config(server, **training) -> dict:
-    inputs = graph(**training)["train"]["inputs"]
+    parts = graph(**training)
+    inputs = parts["train"]["inputs"] | parts["options"]["inputs"]
     inputs = {name: value for name, value in inputs.items() if not isinstance(value, list)}
     return inputs | {"checkpoint": "standin_sd3.safetensors", "folder": "my pictures", "resolution": 64}
 

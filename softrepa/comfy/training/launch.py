@@ -10,6 +10,7 @@ from ...errors import SoftREPAError
 from ...training.inputs import TrainingInputs
 from .. import folders
 from ..families import model_shape
+from .live import Live
 from .reports import Curves, LogFile, Measured, Samples
 from .run import Trained, train
 from .score import HeldOut
@@ -19,8 +20,17 @@ VALIDATION_BATCHES = 16
 PREVIEW_STEPS = 20
 
 
-def launch(model, dataset: Dataset, say: Callable[[str], None], inputs: TrainingInputs) -> Trained:
-    """Trains, with everybody who looks at it; what others may write is claimed until it ends. Raises SoftREPAError."""
+def launch(
+    model,
+    dataset: Dataset,
+    say: Callable[[str], None],
+    inputs: TrainingInputs,
+    send: Callable[[dict], None] | None = None,
+) -> Trained:
+    """Trains, with everybody who looks at it; what others may write is claimed until it ends. Raises SoftREPAError.
+
+    send: gets the run's numbers, to draw them; without it the curves are a picture in the node.
+    """
     held_out = None
     if dataset.validation:
         config = inputs.config
@@ -28,7 +38,7 @@ def launch(model, dataset: Dataset, say: Callable[[str], None], inputs: Training
     if inputs.has_preview:
         check_preview(model, inputs)
     with ExitStack() as held:
-        reports = partial(reports_of, inputs, dataset, held_out)
+        reports = partial(reports_of, inputs, dataset, held_out, send)
         return train(model, dataset, inputs, run_files(inputs, held), reports, say)
 
 
@@ -48,7 +58,13 @@ def run_files(inputs: TrainingInputs, held: ExitStack) -> list[RunFiles]:
     return [RunFiles(path, folders.state_path(path), not earlier, every, partial(claim, path)) for path in paths]
 
 
-def reports_of(inputs: TrainingInputs, dataset: Dataset, held_out: HeldOut | None, files: RunFiles) -> list[Report]:
+def reports_of(
+    inputs: TrainingInputs,
+    dataset: Dataset,
+    held_out: HeldOut | None,
+    send: Callable[[dict], None] | None,
+    files: RunFiles,
+) -> list[Report]:
     """Who looks at a run, in the order in which they do."""
     logs = folders.log_folder(files.tokens)
     found: list[Report] = [] if held_out is None else [Measured(held_out, inputs.preview_every)]
@@ -57,7 +73,9 @@ def reports_of(inputs: TrainingInputs, dataset: Dataset, held_out: HeldOut | Non
         size = dataset.encodings.latent(dataset.train[0]).shape
         prompts = (inputs.preview_positive, inputs.preview_negative)
         found.append(Samples(*prompts, inputs.vae, size, inputs.preview_cfg, PREVIEW_STEPS, inputs.preview_every, logs))
-    return [*found, Curves(logs / "curves.png")]
+    if send is not None:
+        found.append(Live(send))
+    return [*found, Curves(logs / "curves.png", is_shown=send is None)]
 
 
 def check_preview(model, inputs: TrainingInputs) -> None:

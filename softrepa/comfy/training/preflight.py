@@ -10,8 +10,10 @@ from comfy.model_patcher import ModelPatcher
 from ...data.dataset import Dataset
 from ...errors import SoftREPAError
 from ...training.config import TrainingConfig
+from ...training.inputs import GO_ON, STOP
 from ...training.loss import denoising_loss
 from ...training.pairs import StepBatch
+from ...training.presets import RELATIVE
 from ..data.checks import check_encodings
 from ..families import ModelShape, model_shape
 from ..models import check_plain
@@ -38,8 +40,11 @@ def check_dataset(dataset: Dataset, model: ModelPatcher, config: TrainingConfig)
         )
 
 
-def check_gradients(parts: Parts, notice: Callable[[str, str], None]) -> None:
-    """On two images and captions: a pair fits, every soft block feels its tokens, and the loss the errors."""
+def check_gradients(parts: Parts, notice: Callable[[str, str], None], on_no_contrast: str) -> None:
+    """On two images and captions: a pair fits, every soft block feels its tokens, and the loss the errors.
+
+    Where the loss does not, `on_no_contrast` decides. Raises SoftREPAError.
+    """
     trainer, pairs, dataset = parts.trainer, parts.pairs, parts.dataset
     position = dataset.state()  # what the run draws must not depend on this
     latents, conds, wrong = trainer.next_batch(trainer.config.batch_size)
@@ -62,9 +67,11 @@ def check_gradients(parts: Parts, notice: Callable[[str, str], None]) -> None:
     slope = torch.autograd.grad(contrast, errors)[0].abs().max().item()
     if slope < VANISHING:
         text = (
-            f"The contrastive loss hardly depends on the errors (about {errors.mean().item():.2f}) at temperature "
-            f"{config.temperature}: slope {slope:.0e}. Nothing will be learned from the contrast; try temperature_mode "
-            "relative with temperature 1."
+            f"temperature is {config.temperature:g}, far below this model's errors (about {errors.mean().item():.2f}), "
+            f'so that comparing captions teaches nothing, expected preset "{RELATIVE}", or temperature_mode relative '
+            "with temperature 1 in SoftREPA Training Options, in a new run, as resume cannot change them"
         )
+        if on_no_contrast == STOP:
+            raise SoftREPAError(f'{text}; or on_no_contrast "{GO_ON}".')
         logging.warning("SoftREPA: %s", text)
         notice("contrast", text)

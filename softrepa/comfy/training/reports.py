@@ -100,26 +100,34 @@ def is_papers_loss(config: TrainingConfig) -> bool:
 
 
 class Curves(Report):
-    """Loss and retrieval, below the newest sample pictures, every few seconds; a file at every checkpoint."""
+    """Loss and retrieval, below the newest sample pictures, every few seconds; a file at every checkpoint.
 
-    def __init__(self, path: Path, seconds: float = 5.0):
-        self.path, self.seconds, self.drawn = path, seconds, 0.0
+    Where they are not `is_shown`, the sample pictures are alone.
+    """
+
+    def __init__(self, path: Path, is_shown: bool = True, seconds: float = 5.0):
+        self.path, self.is_shown, self.seconds, self.drawn = path, is_shown, seconds, 0.0
         self.sample: Image.Image | None = None
 
     def after(self, record: StepRecord, session: Session) -> None:
         now, is_new = time.monotonic(), session.sample is not self.sample
-        if is_new or now - self.drawn >= self.seconds:
+        if is_new or (self.is_shown and now - self.drawn >= self.seconds):
             self.drawn, self.sample = now, session.sample
-            session.show(below(session.sample, curves(session)))
+            self._show(session)
         if session.files.every and record.step % session.files.every == 0:
             self._save(curves(session))
 
     def ended(self, session: Session) -> None:
         if not session.records:
             return
-        picture = curves(session)
-        self._save(picture)
-        session.show(below(session.sample, picture))
+        self._save(curves(session))
+        self._show(session)
+
+    def _show(self, session: Session) -> None:
+        if self.is_shown:
+            session.show(below(session.sample, curves(session)))
+        elif session.sample is not None:
+            session.show(session.sample)
 
     def _save(self, picture: Image.Image) -> None:
         write_atomically(self.path, lambda temporary: picture.save(temporary, "PNG"))

@@ -58,7 +58,7 @@ def train(
     patcher = static_clone(model)
     with outside_inference(), cleaned_up(patcher):
         parts = prepare(patcher, shape, dataset, inputs, model_identity(model))
-        return run(resume(parts, candidates, say), inputs.micro_batch, reports)
+        return run(resume(parts, candidates, say), inputs, reports)
 
 
 def prepare(
@@ -101,12 +101,12 @@ def resume(parts: Parts, candidates: Sequence[RunFiles], say: Callable[[str], No
     return session
 
 
-def run(session: Session, micro_batch: int, reports: Callable[[RunFiles], Sequence[Report]]) -> Trained:
+def run(session: Session, inputs: TrainingInputs, reports: Callable[[RunFiles], Sequence[Report]]) -> Trained:
     """The steps that are left. What was learned is written however they end."""
     watching = reports(session.files)
     try:
-        check_gradients(session.parts, session.notice)
-        session.run(micro_batch, watching)
+        check_gradients(session.parts, session.notice, inputs.on_no_contrast)
+        session.run(inputs.micro_batch, watching)
     finally:
         session.finish(watching)
     return Trained(session.tokens(), session.files.tokens, session.records)
