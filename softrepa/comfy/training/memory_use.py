@@ -43,14 +43,14 @@ class AdaptivePairs:
     def weighted_gradient(self, rows, batch, weights, micro_batch):
         return self._fitted(self.network.weighted_gradient, (rows,), batch, (weights,), micro_batch)
 
-    def regression(self, aims, banks, teacher, batch, micro_batch):
-        return self._fitted(partial(regression, self.network), (aims, banks, teacher), batch, (), micro_batch)
+    def regression(self, aims, banks, teacher, batch, weights, micro_batch):
+        return self._fitted(partial(regression, self.network), (aims, banks, teacher), batch, (weights,), micro_batch)
 
     def _fitted(self, call, before, batch: StepBatch, behind, micro_batch):
         if not self.at_once:
             rows = before[-1]  # of AGSM both banks', of which a pair needs one
             self.at_once = micro_batch or self.fitting(rows if rows.ndim == 3 else rows[0], batch)
-        size = min(self.at_once, batch.pairs)
+        size = max(1, min(self.at_once, batch.pairs))
         found, fitted = halving(lambda size: call(*before, batch, *behind, size), size)
         if fitted < size:
             self.at_once = fitted
