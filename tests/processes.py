@@ -1,4 +1,4 @@
-"""Several processes of one training run, as torchrun starts them: copies of this one that know nothing of each other."""
+"""Several processes of one training run, as torchrun starts them: copies of this one."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ def free_port() -> int:
 
 
 def together(count: int, work: Callable, *args) -> list:
-    """`work(ranks, *args)` in `count` processes: what each returned, or the exception that ended it, or None if killed."""
+    """`work(ranks, *args)` in `count` processes: what each returned, what ended it, or None of one that was killed."""
     context, port, running = multiprocessing.get_context("fork"), free_port(), []
     torch.set_num_threads(1)  # a forked process must not wait for threads that it does not have
     for index in range(count):

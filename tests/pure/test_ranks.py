@@ -22,7 +22,13 @@ WAYS = {
     "paper": {"batch_size": 4, "denoising_weight": 0.5},
     "relative": {"batch_size": 3, "temperature_mode": "relative", "symmetric": True},
     "denoising": {"batch_size": 5, "objective": "denoising", "temperature": 0.07, "optimizer": "SGD"},
-    "accumulation": {"batch_size": 3, "accumulation": 3, "ema_decay": 0.9, "gradient_clip": 0.1, "caption_dropout": 0.5},
+    "accumulation": {
+        "batch_size": 3,
+        "accumulation": 3,
+        "ema_decay": 0.9,
+        "gradient_clip": 0.1,
+        "caption_dropout": 0.5,
+    },
     "AGSM": {"batch_size": 3, "objective": "agsm", "temperature": 0.07, "teacher_decay": 0.9},
 }
 

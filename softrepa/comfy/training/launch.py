@@ -8,19 +8,25 @@ from pathlib import Path
 from ...data.dataset import Dataset
 from ...errors import SoftREPAError
 from ...training.inputs import TrainingInputs
+from ...training.ranks import ALONE, Ranks
 from .. import folders
 from ..families import model_shape
 from .reports import Curves, LogFile, Measured, Samples
 from .run import Trained, train
 from .score import HeldOut
-from .session import Report, RunFiles
+from .session import ELSEWHERE, Report, RunFiles
 
 VALIDATION_BATCHES = 16
 PREVIEW_STEPS = 20
 
 
-def launch(model, dataset: Dataset, say: Callable[[str], None], inputs: TrainingInputs) -> Trained:
-    """Trains, with everybody who looks at it; what others may write is claimed until it ends. Raises SoftREPAError."""
+def launch(
+    model, dataset: Dataset, say: Callable[[str], None], inputs: TrainingInputs, ranks: Ranks = ALONE
+) -> Trained:
+    """Trains, with everybody who looks at it; what others may write is claimed until it ends. Raises SoftREPAError.
+
+    Of several processes, `ranks`, only the first one writes.
+    """
     held_out = None
     if dataset.validation:
         config = inputs.config
@@ -29,7 +35,8 @@ def launch(model, dataset: Dataset, say: Callable[[str], None], inputs: Training
         check_preview(model, inputs)
     with ExitStack() as held:
         reports = partial(reports_of, inputs, dataset, held_out)
-        return train(model, dataset, inputs, run_files(inputs, held), reports, say)
+        files = run_files(inputs, held) if ranks.is_first else [ELSEWHERE]
+        return train(model, dataset, inputs, files, reports, say, ranks)
 
 
 def run_files(inputs: TrainingInputs, held: ExitStack) -> list[RunFiles]:
@@ -50,8 +57,10 @@ def run_files(inputs: TrainingInputs, held: ExitStack) -> list[RunFiles]:
 
 def reports_of(inputs: TrainingInputs, dataset: Dataset, held_out: HeldOut | None, files: RunFiles) -> list[Report]:
     """Who looks at a run, in the order in which they do."""
-    logs = folders.log_folder(files.tokens)
     found: list[Report] = [] if held_out is None else [Measured(held_out, inputs.preview_every)]
+    if files is ELSEWHERE:
+        return found
+    logs = folders.log_folder(files.tokens)
     found.append(LogFile(logs / "steps.csv"))
     if inputs.has_preview:
         size = dataset.encodings.latent(dataset.train[0]).shape

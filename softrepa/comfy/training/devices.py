@@ -1,0 +1,31 @@
+"""More than one device: whether the processes of a run agree, and what is said where some devices have nothing to do."""
+
+from pathlib import Path
+
+import torch
+
+from ...errors import SoftREPAError
+from ...training.ranks import Ranks
+from ...training.state import differences
+
+PACK = Path(__file__).absolute().parents[3]
+
+
+def check_alike(ranks: Ranks, identity: dict[str, object]) -> None:
+    """That all processes train the same on the same. Raises SoftREPAError, naming what differs."""
+    if changes := differences(ranks.told(identity), identity):
+        raise SoftREPAError(
+            f"Process {ranks.index + 1} of {ranks.count} has another run than the first ({'; '.join(changes)}), "
+            "expected the same model, images, captions and kind of device for each."
+        )
+
+
+def idle_devices(tokens: Path) -> str:
+    """The command that goes on with the run that writes `tokens` on all GPUs, where there are several."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        return ""
+    return (
+        f"This run uses one of {count} GPUs. Stopped, it goes on with all of them from a terminal in {PACK}: python -m "
+        f'torch.distributed.run --nproc-per-node={count} -m softrepa train "{tokens}" --checkpoint NAME --resume'
+    )
