@@ -1,4 +1,4 @@
-"""More than one device: whether the processes of a run agree, and what is said where some devices have nothing to do."""
+"""More than one device: whether the processes of a run agree, and what is said where some devices are idle."""
 
 from pathlib import Path
 
@@ -26,6 +26,7 @@ def idle_devices(tokens: Path) -> str:
     if count < 2:
         return ""
     return (
-        f"This run uses one of {count} GPUs. Stopped, it goes on with all of them from a terminal in {PACK}: python -m "
-        f'torch.distributed.run --nproc-per-node={count} -m softrepa train "{tokens}" --checkpoint NAME --resume'
+        f"This run uses one of {count} GPUs. Stopped, it goes on with all of them by this in a terminal in {PACK}: "
+        f'python -m torch.distributed.run --standalone --nproc-per-node={count} -m softrepa train "{tokens}" '
+        "--checkpoint NAME --resume"
     )

@@ -115,7 +115,8 @@ def run(session: Session, micro_batch: int, reports: Callable[[RunFiles], Sequen
     """The steps that are left. What was learned is written however they end."""
     watching = reports(session.files)
     try:
-        if session.trainer.ranks.count == 1 and (idle := idle_devices(session.files.tokens)):
+        is_alone, is_of_a_folder = session.trainer.ranks.count == 1, "folder" in session.dataset.settings
+        if is_alone and is_of_a_folder and (idle := idle_devices(session.files.tokens)):
             session.notice("devices", idle)
         check_gradients(session.parts, session.notice)
         session.run(micro_batch, watching)
