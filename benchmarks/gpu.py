@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from tools import environment
 
-from . import cases
+from . import cases, variants
 from .cases import Case, build, machine, sd3, sd15, sdxl, soft_tokens, unet
 
 PARTS: dict[str, float] = {"sd15": 90, "sdxl": 160, "sd3": 200}
@@ -206,22 +206,40 @@ def run_all(chosen: tuple[Case, ...], command: Callable[[str], list[str]], parts
     return int(bool(troubles))
 
 
+def run_variants(part: str | None, is_small: bool, device, again: list[str]) -> None:
+    """Prints a line a variant as it is known; each part is a process of its own, which time may end."""
+    chosen = variants.SMALL_CASES if is_small else variants.CASES
+    if part:
+        for line in variants.lines(part, chosen, device):
+            print(line, flush=True)
+        return
+    print(f"{machine()}\n{variants.LEGEND}", flush=True)
+    for name, seconds in variants.PARTS.items():
+        try:
+            subprocess.run([*again, "--part", name], timeout=UNLIMITED if is_small else seconds, check=False)
+        except subprocess.TimeoutExpired:
+            print(f"{name} was not done in {seconds} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="small models, on a CPU too")
-    parser.add_argument("--part", choices=PARTS, help="only this family, its figures a line each in JSON")
+    parser.add_argument("--part", help="only this family, its figures a line each in JSON; with --variants plain text")
+    parser.add_argument("--variants", action="store_true", help="only what could make a training step faster")
     environment.add_arguments(parser)
     arguments = parser.parse_args()
     device = cases.enter("benchmarks.gpu", arguments)
     chosen = SMALL_CASES if arguments.small else CASES
-    if device.type != "cuda" and not arguments.small:
+    again = [sys.executable, "-m", "benchmarks.gpu", *(["--small"] if arguments.small else [])]
+    if arguments.variants:
+        run_variants(arguments.part, arguments.small, device, [*again, "--variants"])
+    elif device.type != "cuda" and not arguments.small:
         print(listing())
     elif arguments.part:
         own = [case for case in chosen if case.family == arguments.part]
         rounds, seconds = (1, UNLIMITED) if arguments.small else (ROUNDS, PARTS[arguments.part] - START_UP)
         run_part(own, device, rounds, seconds)
     else:
-        again = [sys.executable, "-m", "benchmarks.gpu", *(["--small"] if arguments.small else [])]
         parts = dict.fromkeys(PARTS, UNLIMITED) if arguments.small else PARTS
         sys.exit(run_all(chosen, lambda family: [*again, "--part", family], parts))
 

@@ -16,15 +16,16 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from tools import environment
 
 from . import cases
 from .cases import Case, build, machine, random_text, sd3, sd15, sdxl, soft_tokens
+from .reference import DENOISING_WEIGHT, TEMPERATURE
 
 BATCHES = (4, 8, 16)
 TIMESTEP = 500
-TEMPERATURE = 2.0
 GIGABYTE = 1e9
 
 
@@ -142,7 +143,8 @@ def our_step(pairs, tokens, step, micro_batch: int) -> None:
 
     tokens.zero_grad()
     rows = tokens.rows(TIMESTEP)
-    backward_through_pairs(rows, pairs, step, micro_batch, lambda errors: contrastive_loss(errors, TEMPERATURE))
+    loss = partial(contrastive_loss, temperature=TEMPERATURE, denoising_weight=DENOISING_WEIGHT)
+    backward_through_pairs(rows, pairs, step, micro_batch, loss)
 
 
 @dataclass(frozen=True)

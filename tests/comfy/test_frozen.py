@@ -41,6 +41,21 @@ def test_weights_fetched_into_buffers_that_later_layers_use(models, family, chec
     assert relative_error(found, expected) <= 1e-4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_were_moved_outside_of_inference_mode(models, family):
+    """As a model that training itself brings to a card: they bear no mark any more, and autograd refuses them still."""
+    model = tiny_models.build(family)
+    with torch.inference_mode(False):
+        model.model._apply(torch.clone)
+    weight = next(model.model.diffusion_model.parameters())
+    assert not weight.is_inference()
+    with pytest.raises(RuntimeError, match="version counter"):
+        weight._version  # noqa: B018
+    errors, expected = gradients(models[family], family)
+    seen, found = gradients(model, family)
+    assert torch.equal(seen, errors) and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_fetched_weights_are_not_kept(models, family, monkeypatch):
     """What autograd saves for the backward pass has the shape of no weight."""

@@ -21,10 +21,25 @@ from ..tokens.attention import OVERRIDE, PROBE_HEADS, are_close, name_of, probe
 
 def ordinary(tensor: Tensor) -> Tensor:
     """`tensor`, or an alias of it without its inference mark."""
-    if not tensor.is_inference():
+    if is_ordinary(tensor):
         return tensor
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Whether autograd can save it.
+
+    A parameter that was made in inference mode and moved to another device outside of it bears no mark any more, but
+    still counts no versions.
+    """
+    if tensor.is_inference():
+        return False
+    try:
+        tensor._version  # noqa: B018
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextmanager
@@ -38,11 +53,11 @@ def frozen(network: nn.Module) -> Iterator[None]:
     with ExitStack() as undo:
         for module in network.modules():
             for name, weight in module._parameters.items():
-                if type(weight) is nn.Parameter and weight.is_inference():
+                if type(weight) is nn.Parameter and not is_ordinary(weight):
                     undo.callback(module._parameters.__setitem__, name, weight)
                     module._parameters[name] = nn.Parameter(ordinary(weight), requires_grad=False)
             for name, buffer in module._buffers.items():
-                if type(buffer) is Tensor and buffer.is_inference():
+                if type(buffer) is Tensor and not is_ordinary(buffer):
                     undo.callback(module._buffers.__setitem__, name, buffer)
                     module._buffers[name] = ordinary(buffer)
             if isinstance(module, comfy.ops.CastWeightBiasOp) and fetches(module):
@@ -165,6 +180,10 @@ OTHERS = {
 }
 
 
+REFUSALS = ("Inference tensors cannot be saved for backward", "Inference tensors do not track version counter")
+"""What autograd says to what `is_ordinary` is not."""
+
+
 class ForeignTensors:
     """Inference tensors that other nodes hold and their patches bring into the network.
 
@@ -180,7 +199,7 @@ class ForeignTensors:
 
     def explain(self, error: RuntimeError) -> bool:
         """Whether `error` says so for the first time: then it is worth another try."""
-        is_first = not self.are_met and "Inference tensors cannot be saved for backward" in str(error)
+        is_first = not self.are_met and any(text in str(error) for text in REFUSALS)
         self.are_met |= is_first
         return is_first
 
