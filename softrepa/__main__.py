@@ -11,6 +11,9 @@ from pathlib import Path
 from .errors import SoftREPAError, printable, shown, unwritable
 from .families import FAMILIES
 
+if __name__ == "__main__" and sys.argv[1:2] in (["train"], ["score"]) and os.environ.get("RANK", "0") == "0":
+    print("starting PyTorch and ComfyUI", file=sys.stderr, flush=True)  # which take seconds
+
 try:
     from . import configuration, token_files
     from .comfy import startup

@@ -7,9 +7,11 @@ are; numbers are added in float64, which forgets where one share ended and the n
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from ..errors import SoftREPAError, shown
 
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others: they may encode captions, or draw a preview. One that dies is noticed."""
-GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process that it starts."""
 
 
@@ -70,6 +72,10 @@ class Ranks:
     def meet(self) -> None:
         """Waits for all the others."""
 
+    def around(self, folder: Path) -> tuple[int, int]:
+        """This process's place among those that see the same `folder`, and their number: all, or a machine's."""
+        return 0, 1
+
 
 ALONE = Ranks()
 
@@ -105,6 +111,20 @@ class Group(Ranks):
 
     def meet(self) -> None:
         self._exchange(lambda: None)
+
+    def around(self, folder: Path) -> tuple[int, int]:
+        sign = folder / f".{self.told(uuid.uuid4().hex)}"
+        if self.is_first:
+            with suppress(OSError):  # then nobody sees it
+                folder.mkdir(parents=True, exist_ok=True)
+                sign.touch()
+        self.meet()
+        seen = self.summed(torch.tensor(float(sign.exists())))
+        if self.is_first:
+            sign.unlink(missing_ok=True)
+        if seen == self.count:
+            return self.index, self.count
+        return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
 
     def leave(self, error: BaseException) -> bool:
         """Tells the others why this process stops; False where it was they who stopped it."""

@@ -9,7 +9,7 @@ import comfy.model_management as memory
 import pytest
 import torch
 from comfyui_softrepa.softrepa import token_files
-from comfyui_softrepa.softrepa.comfy import startup
+from comfyui_softrepa.softrepa.comfy import headless, startup
 from comfyui_softrepa.softrepa.comfy.training import devices
 from comfyui_softrepa.softrepa.comfy.training.launch import launch
 from comfyui_softrepa.softrepa.comfy.training.reports import Measured, Samples
@@ -209,8 +209,20 @@ def test_other_images_than_the_first_ones_are_refused(models, token_folder):
     found = failing(
         models, 2, lambda patch, ranks: None, lambda ranks: dataset("sd15", wrong="big " * ranks.index), temperature=2.0
     )
-    assert "Process 2 of 2 has another run than the first (dataset was" in str(found[0])
+    assert "Process 2 of 2 is not like the first (dataset was" in str(found[0])
     assert not list(token_folder.glob("*.safetensors"))
+
+
+@forks
+def test_a_process_without_a_device_of_its_own_is_refused():
+    """More processes than GPUs: the rest would compute on the CPU."""
+
+    def work(ranks):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "get_torch_device", lambda: torch.device("cpu" if ranks.index else "cuda"))
+            headless.common({}, ranks)
+
+    assert "Process 2 of 2 is not like the first (device was cuda, is cpu)" in str(together(2, work)[0])
 
 
 def test_each_process_has_its_own_device(monkeypatch):

@@ -91,7 +91,9 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(place):
     """Trained by one process, and where its file is."""
-    out, _ = place.run(1, "train", place.config("whole"))
+    out, said = place.run(1, "train", place.config("whole"))
+    assert "reading and encoding 12/12, 0:00:00 left" in said
+    assert "step 1/6, loss" in said
     return place.tokens("whole"), Path(out.strip())
 
 
@@ -107,6 +109,7 @@ def test_two_processes_train_what_one_does_and_one_of_them_speaks(place, whole):
     assert [Path(line).name for line in out.splitlines()] == ["two_00001.safetensors"]
     assert said.count(f"step {STEPS}/{STEPS}") == 1
     assert said.count("6 images, 6 captions") == 1
+    assert said.startswith("starting PyTorch and ComfyUI\nloading ")
     logs = place.base / "output" / "softrepa_training" / "two_00001"
     assert len((logs / "steps.csv").read_text().splitlines()) == STEPS + 1
 
@@ -152,8 +155,10 @@ def test_stopped_and_killed_and_gone_on_with_by_other_numbers(place, whole, monk
 
 def test_scores(place, whole):
     options = ("--batch-size", "3", "--batches", "1", "--timesteps", "300,700", "--tokens", whole[1])
-    one, several = (place.run(count, "score", place.config("score"), *options)[0] for count in (1, 2))
-    assert json.loads(one) == json.loads(several)
+    one, several = (json.loads(place.run(count, "score", place.config("score"), *options)[0]) for count in (1, 2))
+    assert several["images"] == one["images"] == 3
+    assert several["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert several["by_timestep"]["information"] == pytest.approx(one["by_timestep"]["information"], rel=1e-5)
 
 
 def test_what_all_find_is_said_once(place):

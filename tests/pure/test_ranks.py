@@ -203,6 +203,20 @@ def test_told_and_met():
         assert found == {"position": {"seed": 0}, "name": "ä\n"}
 
 
+def test_who_shares_a_folder(tmp_path):
+    def work(ranks):
+        own = tmp_path / str(ranks.index)
+        own.mkdir()
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # three machines
+        found = ranks.around(tmp_path / "shared"), ranks.around(own)
+        os.environ["LOCAL_RANK"] = str(ranks.index)
+        return found
+
+    assert together(3, work) == [((index, 3), (0, 1)) for index in range(3)]
+    assert list((tmp_path / "shared").iterdir()) == []
+    assert ALONE.around(tmp_path) == (0, 1)
+
+
 def test_without_torchrun_there_is_one(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with module.joined() as ranks:

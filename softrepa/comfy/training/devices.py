@@ -12,10 +12,10 @@ PACK = Path(__file__).absolute().parents[3]
 
 
 def check_alike(ranks: Ranks, identity: dict[str, object]) -> None:
-    """That all processes train the same on the same. Raises SoftREPAError, naming what differs."""
+    """That all processes do the same on the same. Raises SoftREPAError, naming what differs."""
     if changes := differences(ranks.told(identity), identity):
         raise SoftREPAError(
-            f"Process {ranks.index + 1} of {ranks.count} has another run than the first ({'; '.join(changes)}), "
+            f"Process {ranks.index + 1} of {ranks.count} is not like the first ({'; '.join(changes)}), "
             "expected the same model, images, captions and kind of device for each."
         )
 

@@ -100,7 +100,7 @@ def prepare(
 
 def resume(parts: Parts, candidates: Sequence[RunFiles], say: Callable[[str], None]) -> Session:
     """A session in new files, or where the newest run with the same settings stopped. Raises SoftREPAError."""
-    check_alike(parts.trainer.ranks, parts.identity | {"device": parts.model.load_device.type})
+    check_alike(parts.trainer.ranks, parts.identity)
     if candidates[0].is_new:
         session = Session(parts, candidates[0], say)
     else:
