@@ -11,10 +11,14 @@ from pathlib import Path
 from .errors import SoftREPAError, printable, shown, unwritable
 from .families import FAMILIES
 
+if __name__ == "__main__" and sys.argv[1:2] in (["train"], ["score"]) and os.environ.get("RANK", "0") == "0":
+    print("starting PyTorch and ComfyUI", file=sys.stderr, flush=True)  # which take seconds
+
 try:
     from . import configuration, token_files
     from .comfy import startup
     from .training.inputs import ScoreInputs
+    from .training.ranks import joined
 except ModuleNotFoundError as missing:
     if missing.name not in ("torch", "safetensors"):
         raise
@@ -68,7 +72,9 @@ def train(args) -> None:
     startup.start(comfyui, args.comfyui_options)
     from .comfy import headless  # it can be imported now
 
-    print(printable(str(headless.train(config))))
+    path = headless.train(config, args.ranks)
+    if args.ranks.is_first:
+        print(printable(str(path)))
 
 
 def score(args) -> None:
@@ -79,7 +85,9 @@ def score(args) -> None:
     from .comfy import headless  # it can be imported now
 
     asked = ScoreInputs(**{field.name: getattr(args, field.name) for field in fields(ScoreInputs)})
-    print(json.dumps(headless.score(config, args.tokens, asked), indent=1))
+    found = headless.score(config, args.tokens, asked, args.ranks)
+    if args.ranks.is_first:
+        print(json.dumps(found, indent=1))
 
 
 def with_options(config: dict, args) -> dict:
@@ -135,7 +143,8 @@ def main() -> int:
     args = parser().parse_args(words[:end])
     args.comfyui_options = words[end + 1 :]
     try:
-        args.run(args)
+        with joined() as args.ranks:
+            args.run(args)
     except SoftREPAError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

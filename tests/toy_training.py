@@ -19,7 +19,7 @@ class ToyPairs:
 
     def gradients(self, rows, batch, micro_batch):
         self.seen.append((batch.t, batch.noise.sum().item(), [cond["name"] for cond in batch.conds]))
-        errors = torch.zeros(batch.compared.shape)
+        errors = torch.zeros(batch.compared.shape, dtype=rows.dtype)
         gradients = []
         for i, x in enumerate(batch.latents):
             for j, cond in enumerate(batch.conds):
@@ -29,20 +29,23 @@ class ToyPairs:
                 error = (x.flatten()[:WIDTH] - cond["cross_attn"] - leaf.mean(dim=(0, 1))).square().mean()
                 gradients += torch.autograd.grad(error, leaf)
                 errors[i, j] = error.detach()
-        return errors, torch.stack(gradients)
+        return errors, torch.stack(gradients) if gradients else rows.new_zeros(0, *rows.shape)
 
     def errors(self, rows, batch, micro_batch):
         return self.gradients(rows, batch, micro_batch)[0]
 
     def weighted_gradient(self, rows, batch, weights, micro_batch):
         gradients = self.gradients(rows, batch, micro_batch)[1]
-        return torch.einsum("p,p...->...", weights[batch.compared], gradients)
+        return torch.einsum("p,p...->...", weights[batch.compared].to(gradients), gradients)
 
-    def regression(self, aims, banks, teacher, batch, micro_batch):
-        """The first bank is pulled to 1, the second to -1."""
+    def regression(self, aims, banks, teacher, batch, weights, micro_batch):
+        """Each pair pulls its bank, the first to 1, the second to -1."""
         self.teachers = [*getattr(self, "teachers", []), teacher.clone()]
         distance = banks - torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
-        return distance.square().mean(), torch.zeros(batch.compared.shape), 2 * distance / distance.numel()
+        own = (weights * batch.compared).double()
+        counted = torch.stack([own.diagonal().sum(), own.sum() - own.diagonal().sum()]).view(2, 1, 1, 1).to(banks)
+        loss = (counted * distance.square()).mean()
+        return loss, torch.zeros(batch.compared.shape), counted * 2 * distance / distance.numel()
 
 
 def batches(seed: int = 0):

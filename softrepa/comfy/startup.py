@@ -10,6 +10,9 @@ from pathlib import Path
 from ..errors import SoftREPAError, shown
 from ..files import is_file, is_folder
 
+NO_DEVICE = ("", "-1")
+"""What CUDA_VISIBLE_DEVICES is set to where the CPU shall compute."""
+
 
 def comfyui_folder(given: str | None) -> Path:
     """The installation: as given, as COMFYUI_PATH says, or the one whose custom_nodes holds this pack."""
@@ -31,6 +34,7 @@ def start(comfyui: Path, options: list[str]) -> None:
         from comfy.cli_args import args
     finally:
         sys.argv = own
+    args.cuda_device = device_of_process(args.cuda_device)
     choose_devices(args)
     import torch
 
@@ -56,6 +60,28 @@ def start(comfyui: Path, options: list[str]) -> None:
     from . import folders
 
     folders.register()
+
+
+def device_of_process(named: str | int | None) -> str | int | None:
+    """`named`, the list of --cuda-device; of several processes on a machine each has one device of it.
+
+    Without a list, of the devices that are visible.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
+        return named
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if named is None else str(named)
+    index = int(os.environ["LOCAL_RANK"])
+    if visible is None:
+        return str(index)
+    if visible in NO_DEVICE:
+        return named
+    devices = visible.split(",")
+    if index >= len(devices):
+        raise SoftREPAError(
+            f'{os.environ["LOCAL_WORLD_SIZE"]} processes are started for the devices "{shown(visible)}", expected one '
+            "for each at most."
+        )
+    return devices[index]
 
 
 def choose_devices(args) -> None:

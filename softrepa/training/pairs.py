@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import Cond
+from .ranks import ALONE, Ranks
 
 Rows = Tensor
 """The rows of all layers at one timestep, (L, m, hidden width)."""
@@ -52,11 +53,18 @@ class StepBatch:
                 masks[-1] |= alone
             else:
                 masks.append(alone)
-        return [replace(self, compared=mask) for mask in masks]
+        return [self.only(mask) for mask in masks]
+
+    def only(self, compared: Tensor) -> "StepBatch":
+        """The same images and captions, and of the pairs these."""
+        return replace(self, compared=compared)
 
 
 class Pairs(Protocol):
-    """The frozen model on image-caption pairs, `micro_batch` of them at once (`softrepa/comfy/training/pairs.py`)."""
+    """The frozen model on image-caption pairs, `micro_batch` of them at once (`softrepa/comfy/training/pairs.py`).
+
+    Of a batch in which no pair is compared everything is 0.
+    """
 
     def errors(self, rows: Rows, batch: StepBatch, micro_batch: int) -> Tensor:
         """(B, J) without gradients; 0 where pairs are not compared."""
@@ -68,9 +76,12 @@ class Pairs(Protocol):
         """Sum of the pairs' gradients times `weights` (B, J), (L, m, hidden width)."""
 
     def regression(
-        self, aims: Aims, banks: Tensor, teacher: Tensor, batch: StepBatch, micro_batch: int
+        self, aims: Aims, banks: Tensor, teacher: Tensor, batch: StepBatch, weights: Tensor, micro_batch: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of AGSM, errors (B, J), and the loss's gradient by `banks` (2, L, m, hidden width)."""
+        """The loss of AGSM, in which each pair counts `weights` (B, J), errors (B, J), and the loss's gradient.
+
+        The gradient is by `banks` (2, L, m, hidden width). Of an image all pairs are compared, or none.
+        """
 
     def embed(self, rows: Tensor) -> Tensor: ...
 
@@ -83,6 +94,8 @@ def backward_through_pairs(
     objective: Callable[[Tensor], Tensor],
     is_by_row: bool = True,
     most_kept: int = MOST_KEPT,
+    *,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """Adds d loss / d parameters to the parameters behind `rows`; returns the loss and the errors (B, J).
 
@@ -90,22 +103,33 @@ def backward_through_pairs(
     backward a pair are enough, for W is known when the errors are. Where the loss is a mean over images of what their
     own rows of E give (`is_by_row`), that is after each row, so gradients of some rows are kept at a time. Where it is
     not, or a row has more of them than `most_kept` bytes, the errors are computed first, without gradients.
+
+    Of several processes each computes its share of the pairs; all of them know W, and sum the gradients.
     """
     fixed = rows.detach()
     most = most_kept // (4 * fixed.numel())
     parts = batch.parts(most)
     if (is_by_row or len(parts) == 1) and all(part.pairs <= most for part in parts):
-        errors, gradient = torch.zeros(batch.compared.shape), torch.zeros_like(fixed)
+        errors, gradient = torch.zeros(batch.compared.shape), torch.zeros(fixed.shape, dtype=torch.float64)
         for part in parts:
-            found, gradients = pairs.gradients(fixed, part, micro_batch)
-            errors = errors.to(found) + found
-            weights = loss_weights(errors, objective)[part.compared.to(errors.device)]
-            gradient += torch.einsum("p,p...->...", weights.to(gradients), gradients).to(gradient)
+            own = part.only(ranks.pairs(part.compared))
+            found, gradients = pairs.gradients(fixed, own, micro_batch)
+            errors = errors.to(found.dtype) + ranks.summed(found.detach())
+            gradient += weighted_sum(loss_weights(errors, objective)[own.compared], gradients)
     else:
-        errors = pairs.errors(fixed, batch, micro_batch)
-        gradient = pairs.weighted_gradient(fixed, batch, loss_weights(errors, objective), micro_batch)
-    rows.backward(gradient.to(rows.device))
-    return objective(errors.detach()), errors.detach()
+        own = batch.only(ranks.pairs(batch.compared))
+        errors = ranks.summed(pairs.errors(fixed, own, micro_batch).detach())
+        gradient = pairs.weighted_gradient(fixed, own, loss_weights(errors, objective), micro_batch)
+    rows.backward(ranks.summed(gradient).to(rows))
+    return objective(errors), errors
+
+
+def weighted_sum(weights: Tensor, gradients: Tensor) -> Tensor:
+    """sum_p w_p g_p of (P,) and (P, ...), in float64 and so on the CPU: a device may not have it."""
+    total = torch.zeros(gradients.shape[1:], dtype=torch.float64)
+    for weight, gradient in zip(weights.tolist(), gradients.detach().cpu(), strict=True):
+        total.add_(gradient, alpha=weight)
+    return total
 
 
 def loss_weights(errors: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from . import agsm, loss, optimizers
 from .config import TrainingConfig
 from .noising import draw_timestep
 from .pairs import Pairs, Rows, StepBatch, backward_through_pairs
+from .ranks import ALONE, Ranks
 
 
 class TrainableTokens(nn.Module):
@@ -70,13 +71,23 @@ class Trainer:
     """The loop's body: one step at a time, deterministic for a seed.
 
     `next_batch(batch_size)` gives latents (B, C, H, W) as the network sees them, B conds, and B lists of conds of wrong
-    captions; `empty` is the cond of "".
+    captions; `empty` is the cond of "". Of several processes, `ranks`, all draw the same and each computes a share; the
+    first one updates, and every step begins with what it has.
     """
 
-    def __init__(self, config: TrainingConfig, start: SoftTokens, pairs: Pairs, next_batch, empty: Cond | None = None):
+    def __init__(
+        self,
+        config: TrainingConfig,
+        start: SoftTokens,
+        pairs: Pairs,
+        next_batch,
+        empty: Cond | None = None,
+        ranks: Ranks = ALONE,
+    ):
         if config.denoising_weight is None and config.objective == "contrastive":
             config = replace(config, denoising_weight=start.family.recipe.denoising_weight)
         self.config, self.pairs, self.next_batch, self.empty = config, pairs, next_batch, empty
+        self.ranks = ranks
         self.tokens = TrainableTokens(start)
         self.teacher = copy.deepcopy(self.tokens).requires_grad_(False) if config.objective == "agsm" else None
         self.average = {key: value.detach().clone() for key, value in self.tokens.named_parameters()}
@@ -93,20 +104,33 @@ class Trainer:
         """
         before = self.generator.get_state()
         try:
+            self.give_out()
             records = [self._accumulate(micro_batch) for _ in range(self.config.accumulation)]
             norm = self._average_gradients(len(records))
         except BaseException:
             self.generator.set_state(before)
             self.optimizer.zero_grad()
             raise
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate_at(self.step_index)
-        self.optimizer.step()
+        if self.ranks.is_first:
+            self._update()
         self.optimizer.zero_grad()
-        self._update_averages()
         self.step_index += 1
         t, value, accuracy, error = (sum(column) / len(records) for column in zip(*records, strict=True))
         return StepRecord(self.step_index, int(t), value, accuracy, error, norm)
+
+    def give_out(self) -> None:
+        """What the first of several processes has learned, to all of them."""
+        teacher = [] if self.teacher is None else list(self.teacher.parameters())
+        drawn = self.generator.get_state()
+        average = self.average.values() if self.config.ema_decay else ()
+        self.ranks.give_out([*self.tokens.parameters(), *average, *teacher, drawn])
+        self.generator.set_state(drawn)
+
+    def _update(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate_at(self.step_index)
+        self.optimizer.step()
+        self._update_averages()
 
     def finished(self, name: str, metadata: dict[str, str]) -> SoftTokens:
         """The tokens as they are now; their running average where `ema_decay` is set."""
@@ -175,6 +199,7 @@ class Trainer:
             lambda errors: self.objective(errors, batch.compared),
             # these look at the whole batch: at its mean error, and at its columns
             is_by_row=config.temperature_mode != "relative" and not config.symmetric,
+            ranks=self.ranks,
         )
 
     def _match_scores(self, batch: StepBatch, micro_batch: int) -> tuple[Tensor, Tensor]:
@@ -187,8 +212,11 @@ class Trainer:
             positive=config.positive_guidance,
             negative=config.negative_guidance,
         )
-        value, errors, gradient = self.pairs.regression(aims, banks.detach(), teacher.detach(), batch, micro_batch)
-        banks.backward(gradient.to(banks.device))
+        own, weights = batch.only(self.ranks.images(batch.compared)), agsm.pair_weights(batch.compared)
+        fixed = (banks.detach(), teacher.detach())
+        found = self.pairs.regression(aims, *fixed, own, weights, micro_batch)
+        value, errors, gradient = (self.ranks.summed(part) for part in found)
+        banks.backward(gradient.to(banks))
         return value, errors
 
     @torch.no_grad()

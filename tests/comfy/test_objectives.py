@@ -135,9 +135,10 @@ def test_alignment_guided_score_matching(models, family, micro_batch):
             ours.banks(by_hand.t).detach(),
             slow,
             StepBatch(*with_wrong_captions(family), by_hand.t, comparison(WRONG)),
+            agsm.pair_weights(comparison(WRONG)),
             micro_batch,
         )
-        ours.banks(by_hand.t).backward(gradient)
+        ours.banks(by_hand.t).backward(gradient.float())
         own = torch.stack([by_hand.error(i, i, banks[0]) for i in range(3)])
     assert abs(value - loss) <= 1e-5 * loss.abs()
     assert relative_error(errors.diagonal(), own) <= 1e-5

@@ -23,7 +23,8 @@ EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=str)
 LINK = re.compile(r"\]\(\s*([^)\s]+)\s*\)")
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
-COMMAND = re.compile(r"python3? -m ([\w.]+)(.*)")
+COMMAND = re.compile(r"python3? -m (?:torch\.distributed\.run .*?-m )?([\w.]+)(.*)")
+"""Also what torchrun starts several times, whose own options are PyTorch's."""
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 OUR_PATH = re.compile(r"(?:benchmarks|docs|nodes|softrepa|tests|tools|workflows)/[\w./-]*")
 HANDS_ITS_OPTIONS_ON = {"tests.run"}  # to pytest

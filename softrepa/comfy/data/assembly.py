@@ -24,8 +24,18 @@ CACHE_FOLDER = "softrepa_cache"
 GIGABYTE = 10**9
 
 
-def dataset_of_folder(root: Path, name: str, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, inputs: DatasetInputs) -> Dataset:
-    """Reads and encodes the folder; what the cache has no room for is encoded whenever it is drawn."""
+def dataset_of_folder(
+    root: Path,
+    name: str,
+    clip: comfy.sd.CLIP,
+    vae: comfy.sd.VAE,
+    inputs: DatasetInputs,
+    share: tuple[int, int] = (0, 1),
+) -> Dataset:
+    """Reads and encodes the folder; what the cache has no room for is encoded whenever it is drawn.
+
+    share: (place, number) of the processes that do so at the same time, with one cache.
+    """
     check_resolution(inputs.resolution, vae)
     settings = {"folder": name} | asdict(inputs)
     del settings["cache_gb"]  # it decides nothing
@@ -42,6 +52,7 @@ def dataset_of_folder(root: Path, name: str, clip: comfy.sd.CLIP, vae: comfy.sd.
         how = (inputs.resolution, inputs.bucketing, inputs.validation_percent)
         images = read_folder(root, name, *how, index, tick, inputs.caption_lines)
         encodings = FolderEncodings(images, clip, vae, cache)
+        encodings.share = share
         dataset = Dataset(name, images.train, images.validation, encodings, images.notes)  # refuses before any encoding
         dataset.settings = settings
         images.notes.append(encodings.fill())

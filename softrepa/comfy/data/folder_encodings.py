@@ -25,6 +25,8 @@ class FolderEncodings:
     def __init__(self, images: ImageFolder, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, cache: Cache):
         self.images, self.clip, self.vae, self.cache = images, clip, vae, cache
         self.clip_name, self.vae_name = clip_identity(clip), vae_identity(vae)
+        self.share = (0, 1)
+        """(place, number) of the processes that fill the cache together."""
         self._empty: Cond | None = None
 
     @property

@@ -8,13 +8,14 @@ from pathlib import Path
 from ...data.dataset import Dataset
 from ...errors import SoftREPAError
 from ...training.inputs import TrainingInputs
+from ...training.ranks import ALONE, Ranks
 from .. import folders
 from ..families import model_shape
 from .live import Live
 from .reports import Curves, LogFile, Measured, Samples
 from .run import Trained, train
 from .score import HeldOut
-from .session import Report, RunFiles
+from .session import ELSEWHERE, Report, RunFiles
 
 VALIDATION_BATCHES = 16
 PREVIEW_STEPS = 20
@@ -26,10 +27,12 @@ def launch(
     say: Callable[[str], None],
     inputs: TrainingInputs,
     send: Callable[[dict], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Trains, with everybody who looks at it; what others may write is claimed until it ends. Raises SoftREPAError.
 
-    send: gets the run's numbers, to draw them; without it the curves are a picture in the node.
+    send: gets the run's numbers, to draw them; without it the curves are a picture in the node. Of several processes,
+    `ranks`, only the first one writes.
     """
     held_out = None
     if dataset.validation:
@@ -39,7 +42,8 @@ def launch(
         check_preview(model, inputs)
     with ExitStack() as held:
         reports = partial(reports_of, inputs, dataset, held_out, send)
-        return train(model, dataset, inputs, run_files(inputs, held), reports, say)
+        files = run_files(inputs, held) if ranks.is_first else [ELSEWHERE]
+        return train(model, dataset, inputs, files, reports, say, ranks)
 
 
 def run_files(inputs: TrainingInputs, held: ExitStack) -> list[RunFiles]:
@@ -66,8 +70,10 @@ def reports_of(
     files: RunFiles,
 ) -> list[Report]:
     """Who looks at a run, in the order in which they do."""
-    logs = folders.log_folder(files.tokens)
     found: list[Report] = [] if held_out is None else [Measured(held_out, inputs.preview_every)]
+    if files is ELSEWHERE:
+        return found
+    logs = folders.log_folder(files.tokens)
     found.append(LogFile(logs / "steps.csv"))
     if inputs.has_preview:
         size = dataset.encodings.latent(dataset.train[0]).shape

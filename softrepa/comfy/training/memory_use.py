@@ -58,15 +58,15 @@ class AdaptivePairs:
     def weighted_gradient(self, rows, batch, weights, micro_batch):
         return self._fitted(self.network.weighted_gradient, (rows,), batch, (weights,), micro_batch)
 
-    def regression(self, aims, banks, teacher, batch, micro_batch):
-        return self._fitted(partial(regression, self.network), (aims, banks, teacher), batch, (), micro_batch)
+    def regression(self, aims, banks, teacher, batch, weights, micro_batch):
+        return self._fitted(partial(regression, self.network), (aims, banks, teacher), batch, (weights,), micro_batch)
 
     def _fitted(self, call, before, batch: StepBatch, behind, micro_batch):
         rows = before[-1] if before[-1].ndim == 3 else before[-1][0]  # of AGSM both banks', of which a pair needs one
         if not self.at_once:
             self._decide(rows, batch)
             self.at_once = micro_batch or self.fitting(rows, batch)
-        size = min(self.at_once, batch.pairs)
+        size = max(1, min(self.at_once, batch.pairs))
         try:
             found, fitted = halving(lambda size: call(*before, batch, *behind, size), size)
         except RuntimeError as error:

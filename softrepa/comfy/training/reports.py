@@ -78,6 +78,8 @@ class LogFile(Report):
 class Measured(Report):
     """Loss and retrieval on batches that are not trained on, with the same noise each time."""
 
+    is_shared = True
+
     def __init__(self, batches: HeldOut, every: int):
         self.batches, self.every = batches, every
 
@@ -85,9 +87,17 @@ class Measured(Report):
         config = session.trainer.config
         if record.step % self.every and record.step != config.steps:
             return
+        session.trainer.give_out()
         model = apply_tokens(session.model, session.tokens())
         temperature = config.temperature if is_papers_loss(config) else TEMPERATURE
-        measured = score(model, self.batches, seed=config.seed, temperature=temperature, logit_scale=config.logit_scale)
+        measured = score(
+            model,
+            self.batches,
+            seed=config.seed,
+            temperature=temperature,
+            logit_scale=config.logit_scale,
+            ranks=session.trainer.ranks,
+        )
         session.held_out.append((record.step, measured.accuracy, measured.loss))
         session.notice(
             "held out", f"step {record.step}, held out: loss {measured.loss:.4f}, retrieval {measured.accuracy:.0%}"

@@ -15,10 +15,12 @@ from ...tokens import SoftTokens
 from ...training import state as training_state
 from ...training.identity import file_metadata, run_identity
 from ...training.inputs import CHECKPOINTING, TrainingInputs
+from ...training.ranks import ALONE, Ranks
 from ...training.trainer import StepRecord, Trainer
 from ..families import ModelShape
 from ..identity import model_identity
 from ..models import check_fit
+from .devices import check_alike, idle_devices
 from .memory_use import AdaptivePairs, kept_bytes, largest_latent, load
 from .preflight import check_dataset, check_gradients, checked_model
 from .session import Parts, Report, RunFiles, Session
@@ -42,11 +44,13 @@ def train(
     candidates: Sequence[RunFiles],
     reports: Callable[[RunFiles], Sequence[Report]] = lambda files: (),
     say: Callable[[str], None] = lambda text: None,
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Learns tokens and writes them: every `checkpoint_every` steps, at the end, and when interrupted.
 
     dataset: see `softrepa.data.dataset`; latents are VAE latents, `process_latent_in` is done here. `candidates` are
-    the files of a new run, or of those that may be gone on with, newest first. Raises SoftREPAError.
+    the files of a new run, or of those that may be gone on with, newest first. `ranks` are the processes that train
+    together. Raises SoftREPAError.
     """
     shape = checked_model(model)
     check_dataset(dataset, model, inputs.config)
@@ -57,12 +61,17 @@ def train(
         say(encoded)
     patcher = static_clone(model)
     with outside_inference(), cleaned_up(patcher):
-        parts = prepare(patcher, shape, dataset, inputs, model_identity(model))
+        parts = prepare(patcher, shape, dataset, inputs, model_identity(model), ranks)
         return run(resume(parts, candidates, say), inputs, reports)
 
 
 def prepare(
-    patcher: ModelPatcher, shape: ModelShape, dataset: Dataset, inputs: TrainingInputs, trained_on: str
+    patcher: ModelPatcher,
+    shape: ModelShape,
+    dataset: Dataset,
+    inputs: TrainingInputs,
+    trained_on: str,
+    ranks: Ranks = ALONE,
 ) -> Parts:
     """Loads the model and makes the trainer on it. `trained_on` is the model's identity."""
     config = inputs.config
@@ -85,7 +94,7 @@ def prepare(
         make_room()  # encoding on the fly may have pushed it out
         return patcher.model.process_latent_in(batch.latents.clone()), batch.conds, batch.wrong
 
-    trainer = Trainer(config, start, pairs, next_batch, dataset.empty)
+    trainer = Trainer(config, start, pairs, next_batch, dataset.empty, ranks)
     identity = run_identity(trainer.config, start, inputs.init_tokens is not None, dataset, trained_on)
     metadata = file_metadata(inputs, trainer.config, dataset, trained_on)
     return Parts(trainer, pairs, dataset, patcher, identity, metadata)
@@ -93,11 +102,14 @@ def prepare(
 
 def resume(parts: Parts, candidates: Sequence[RunFiles], say: Callable[[str], None]) -> Session:
     """A session in new files, or where the newest run with the same settings stopped. Raises SoftREPAError."""
+    check_alike(parts.trainer.ranks, parts.identity)
     if candidates[0].is_new:
-        return Session(parts, candidates[0], say)
-    files, saved = same_run(candidates, parts.identity)
-    session = Session(parts, files, say)
-    session.go_on_from(saved)
+        session = Session(parts, candidates[0], say)
+    else:
+        files, saved = same_run(candidates, parts.identity)
+        session = Session(parts, files, say)
+        session.go_on_from(saved)
+    session.join()
     return session
 
 
@@ -105,6 +117,9 @@ def run(session: Session, inputs: TrainingInputs, reports: Callable[[RunFiles], 
     """The steps that are left. What was learned is written however they end."""
     watching = reports(session.files)
     try:
+        is_alone, is_of_a_folder = session.trainer.ranks.count == 1, "folder" in session.dataset.settings
+        if is_alone and is_of_a_folder and (idle := idle_devices(session.files.tokens)):
+            session.notice("devices", idle)
         check_gradients(session.parts, session.notice, inputs.on_no_contrast)
         session.run(inputs.micro_batch, watching)
     finally:

@@ -14,6 +14,7 @@ from ...data.dataset import Batch, Dataset
 from ...errors import SoftREPAError
 from ...training import loss
 from ...training.pairs import StepBatch
+from ...training.ranks import ALONE, Ranks
 from ...training.timesteps import SCORED, parse_timesteps
 from ..data.checks import check_encodings
 from .memory_use import load
@@ -90,10 +91,12 @@ def score(
     logit_scale: float = loss.LOGIT_SCALE,
     micro_batch: int = 0,
     tick: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = ALONE,
 ) -> Score:
     """Of a MODEL as it is, with the tokens that it carries. Latents of the batches are the VAE's own.
 
-    `micro_batch` pairs run at once; 0 is one caption's. The result does not depend on it. `tick` is told how far it is.
+    `micro_batch` pairs run at once; 0 is one caption's. The result does not depend on it, nor on how many processes,
+    `ranks`, divide the pairs. `tick` is told how far it is.
     Raises SoftREPAError for a dataset that another model encoded.
     """
     if isinstance(batches, HeldOut):
@@ -114,9 +117,10 @@ def score(
                 memory.throw_exception_if_processing_interrupted()
                 step = StepBatch.of_all(latents, _noise(latents, seed, index, t), batch.conds, t)
                 size = micro_batch or len(latents)
-                errors, fitted = halving(partial(network.errors, None, step), size)
+                own = step.only(ranks.pairs(step.compared))
+                errors, fitted = halving(partial(network.errors, None, own), size)
                 micro_batch = micro_batch if fitted == size else fitted
-                errors = errors.cpu()
+                errors = ranks.summed(errors)
                 column["retrieved"].append(loss.retrieved(errors))
                 column["losses"].append(loss.contrast(errors, temperature, logit_scale))
                 column["information"].append(loss.information(errors, latents[0].numel()))

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +38,10 @@ class RunFiles:
     claim: Callable[[], str] = lambda: ""
 
 
+ELSEWHERE = RunFiles(Path("tokens.safetensors"), Path(), every=0)
+"""Of a process that computes for a run which another one writes."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """What a run is made of, loaded and checked.
@@ -55,6 +59,9 @@ class Parts:
 
 class Report:
     """Somebody who looks at a run after each step, and once when it ends, however it does."""
+
+    is_shared = False
+    """Whether the processes of a run do it together: then one that fails there has to stop."""
 
     def after(self, record: StepRecord, session: "Session") -> None: ...
 
@@ -93,6 +100,20 @@ class Session:
         self.records, self.held_out, self.position = list(saved.records), list(saved.held_out), saved.position
         self.written = self._measure()
 
+    def join(self) -> None:
+        """Where the first process of the run stands, all of them do."""
+        known = {
+            "records": [astuple(record) for record in self.records],
+            "held_out": self.held_out,
+            "position": self.position,
+        }
+        known = self.trainer.ranks.told(known)
+        self.records = [StepRecord(*record) for record in known["records"]]
+        self.held_out = [tuple(measured) for measured in known["held_out"]]
+        self.position = known["position"]
+        self.dataset.restore(self.position)
+        self.trainer.step_index = len(self.records)
+
     def notice(self, subject: str, text: str) -> None:
         """A line that stays until there is a newer one of its subject."""
         self.notices[subject] = text
@@ -127,9 +148,16 @@ class Session:
             if is_due:  # before the reports, which may take minutes
                 self._try(self.write, "saved")
             for report in reports:
-                self._try(partial(report.after, record, self), f"reported by {type(report).__name__}")
+                self._look(report, record)
             if is_due:  # with what they measured
                 self._try(self.write, "saved")
+
+    def _look(self, report: Report, record: StepRecord) -> None:
+        look = partial(report.after, record, self)
+        if report.is_shared and self.trainer.ranks.count > 1:
+            look()  # the others wait within it
+        else:
+            self._try(look, f"reported by {type(report).__name__}")
 
     def _try(self, action: Callable[[], None], done: str) -> None:
         """A run of hours can outlive a full disk, a log that another program holds, a preview without memory."""
@@ -172,6 +200,8 @@ class Session:
 
     def write(self) -> None:
         """The state first: what is in the token file can always be gone on from."""
+        if self.files is ELSEWHERE:
+            return
         if self._measure() == self.written and (self.files.tokens.exists() or not self.records):
             return
         tokens = self.tokens()  # refuses what is not finite, before a good state is replaced

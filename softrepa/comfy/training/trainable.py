@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import SoftREPAError
 from ...families import Blocks
 from ...training.noising import pair_error
-from ...training.pairs import Rows, StepBatch
+from ...training.pairs import Rows, StepBatch, weighted_sum
 from ..models import check_plain
 from ..tokens.call_state import KEY, CallState
 from ..tokens.patching import compute_dtype
@@ -78,10 +78,10 @@ class TrainableNetwork(PairNetwork):
 
     @with_foreign_tensors
     def weighted_gradient(self, rows: Rows, batch: StepBatch, weights: Tensor, micro_batch: int) -> Tensor:
-        total = torch.zeros(rows.shape, device=self.device)
+        total = torch.zeros(rows.shape, dtype=torch.float64)
         with self.trainable():
             for images, texts, _, gradient in self._by_pair(rows, batch, micro_batch):
-                total += torch.einsum("p,p...->...", weights.to(gradient)[images, texts], gradient)
+                total += weighted_sum(weights[images, texts], gradient)
         return total
 
     @with_foreign_tensors
