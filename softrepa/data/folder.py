@@ -142,10 +142,6 @@ class ImageFolder:
             self.index.set(example.name, mark, replace(file, digest=digest))
         return data
 
-    def unusable(self, example: Example) -> UnusableImageError:
-        """For an image that has turned out to be so."""
-        return self._unusable(example, self.index.files[example.name][1].problem)
-
     def _unusable(self, example: Example, reason: str) -> UnusableImageError:
         self.is_outdated = True
         return UnusableImageError(

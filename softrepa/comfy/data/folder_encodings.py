@@ -89,12 +89,13 @@ class FolderEncodings:
         bar = comfy.utils.ProgressBar(len(new_images) + len(new_texts))
         try:
             for example, latent in self.encoded_images(self._with_room(new_images)):
-                bar.update(1)
                 self.keep(self.image_key(example), latent)
+                bar.update(1)  # an interrupt shows here
             room = max(0, self.cache.room() // self._shortest_text)
             for caption, text in self.encoded_captions(new_texts[:room]):
+                has_room = self.keep(texts[caption], text)
                 bar.update(1)
-                if not self.keep(texts[caption], text):
+                if not has_room:
                     break
         finally:
             self.finish()
@@ -283,36 +284,36 @@ class Stretch:
 
     def latent(self, example: Example) -> Tensor:
         """(C, h, w) float32. Raises UnusableImageError."""
-        entry = self._latent(example)
+        entry = self.latents.get(example.name) or self.encodings.stored_latent(example)
         if entry is None:
-            self.encode([example], [])
-            entry = self._latent(example)
-        if entry is None:
-            raise self.encodings.images.unusable(example)
+            pixels = self.encodings.images.pixels(example)
+            (latent,) = encode_images(self.encodings.vae, [pixels], [example.name])
+            entry = self._keep_latent(example, {"latent": latent})
         return entry["latent"].float()
 
     def cond(self, caption: str) -> Cond:
-        entry = self._text(caption)
+        entry = self.texts.get(caption) or self.encodings.stored_text(caption)
         if entry is None:
-            self.encode([], [caption])
-            entry = self._text(caption)
-        assert entry is not None
+            ((_, text),) = self.encodings.encoded_captions([caption])
+            entry = self._keep_text(caption, text)
         return text_of(entry)
-
-    def _latent(self, example: Example) -> Entry | None:
-        return self.latents.get(example.name) or self.encodings.stored_latent(example)
-
-    def _text(self, caption: str) -> Entry | None:
-        return self.texts.get(caption) or self.encodings.stored_text(caption)
 
     def encode(self, images: list[Example], captions: list[str]) -> None:
         """Into the cache or, where that has no room, into memory."""
         for caption, text in self.encodings.encoded_captions(captions):
-            if not self.encodings.keep(self.encodings.text_key(caption), text):
-                self.texts[caption] = text
+            self._keep_text(caption, text)
         for example, latent in self.encodings.encoded_images(images):
-            if not self.encodings.keep(self.encodings.image_key(example), latent):
-                self.latents[example.name] = latent
+            self._keep_latent(example, latent)
+
+    def _keep_text(self, caption: str, entry: Entry) -> Entry:
+        if not self.encodings.keep(self.encodings.text_key(caption), entry):
+            self.texts[caption] = entry
+        return entry
+
+    def _keep_latent(self, example: Example, entry: Entry) -> Entry:
+        if not self.encodings.keep(self.encodings.image_key(example), entry):
+            self.latents[example.name] = entry
+        return entry
 
 
 def megabytes(count: int) -> str:
