@@ -175,7 +175,7 @@ class Cache:
         except Exception:  # whatever the reader raises on what others wrote: it holds nothing
             return {}
         folder = path.parent.relative_to(self.folder).as_posix()
-        return {posixpath.join(folder, name): Place(path, *place) for name, place in places.items()}
+        return {posixpath.normpath(f"{folder}/{name}"): Place(path, *place) for name, place in places.items()}
 
     def _write_shard(self, folder: str) -> None:
         shard = self._waiting.pop(folder)

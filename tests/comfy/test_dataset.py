@@ -372,10 +372,10 @@ def test_an_interrupted_run_is_taken_up(encoders, photos, encoded, tmp_path, mon
     encode = encoders[1].encode
 
     def interrupting(pixels):
-        made.append(pixels)
+        made.append(encode(pixels))
         if len(made) == 2:
             comfy.model_management.interrupt_current_processing(True)
-        return encode(pixels)
+        return made[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(encoders[1], "encode", interrupting)
