@@ -24,8 +24,8 @@ class CaptionImageFolder(io.ComfyNode):
             node_id="SoftREPADataset",
             display_name="Caption-Image Folder",
             search_aliases=ALIASES,
-            description="Reads a folder of images with captions and encodes both for training. What is encoded is kept "
-            "on disk, so that the next run starts at once.",
+            description="Reads a folder of images with captions and encodes both for training, a large one while it is "
+            "trained on. What is encoded is kept on disk, so that the next run starts at once.",
             inputs=[
                 io.Combo.Input(
                     "folder",

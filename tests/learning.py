@@ -2,6 +2,7 @@
 
 import torch
 from comfyui_softrepa.nodes.training import EVERYBODYS, TrainTokens
+from comfyui_softrepa.softrepa.data.ahead import AtHand
 from comfyui_softrepa.softrepa.data.batches import Example
 from comfyui_softrepa.softrepa.data.dataset import Dataset
 from comfyui_softrepa.softrepa.tokens import SoftTokens
@@ -9,7 +10,7 @@ from softrepa_tests.sampling import relative_error
 from softrepa_tests.tiny_models import CHANNELS, POOLED, WIDTH, seeded
 
 
-class InMemory:
+class InMemory(AtHand):
     """Seeded latents and text encodings for a family."""
 
     identity = "seeded"

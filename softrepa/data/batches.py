@@ -128,6 +128,10 @@ class Sampler:
         self.index += 1
         return self._batches[self.index - 1]
 
+    def __len__(self) -> int:
+        """Batches of this pass."""
+        return len(self._batches)
+
     def state(self) -> dict[str, int]:
         return {"seed": self.seed, "epoch": self.epoch, "index": self.index, "batch_size": self.batch_size}
 

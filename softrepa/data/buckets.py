@@ -1,6 +1,7 @@
 """Training sizes of about one area, and which image gets which."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from .batches import Example, by_size, variety
@@ -26,8 +27,10 @@ def bucket_sizes(resolution: int) -> list[Size]:
     return sorted(sizes)
 
 
-def nearest(size: Size, sizes: list[Size]) -> Size:
+def nearest(size: Size, sizes: Sequence[Size]) -> Size:
     """The one of `sizes` whose shape is most like that of `size`; of equals the largest."""
+    if len(sizes) == 1:
+        return sizes[0]
     return min(sizes, key=lambda other: (round(_distance(size, other), 6), -other[0] * other[1]))
 
 

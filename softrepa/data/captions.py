@@ -274,6 +274,10 @@ class _Wanted(NamedTuple):
     is_apart: bool
 
 
+def _normal(row: _Wanted) -> _Wanted:
+    return row._replace(reference=composed(row.reference.replace("\\", "/")).removeprefix("./"))
+
+
 class _Lookup:
     """Finds the image a row means: the file of that name, relative to the table.
 
@@ -307,15 +311,16 @@ class _Lookup:
 
     def find_all(self, rows: list[_Wanted]) -> list[str | None]:
         """The image of each row, or None."""
-        rows = [row._replace(reference=composed(row.reference.replace("\\", "/")).removeprefix("./")) for row in rows]
-        exact = [self._exactly(row) for row in rows]
-        taken = self.captioned.union(filter(None, exact))
-        in_place = {row.table for row, image in zip(rows, exact, strict=True) if image}
-        guesses = {row: self._guess(row) for row in set(rows) if row.table not in in_place}
+        meant = {row: _normal(row) for row in dict.fromkeys(rows)}  # an image may have many rows
+        exact = {row: self._exactly(row) for row in dict.fromkeys(meant.values())}
+        taken = self.captioned.union(filter(None, exact.values()))
+        in_place = {row.table for row, image in exact.items() if image}
+        guesses = {row: self._guess(row) for row in exact if row.table not in in_place}
         claims = Counter(guesses.values())
         certain = {row: image for row, image in guesses.items() if image not in taken and claims[image] == 1}
-        found = [image or certain.get(row) for row, image in zip(rows, exact, strict=True)]
-        return [image and image.removeprefix(f"{self.top}/") for image in found]
+        found = {row: image or certain.get(row) for row, image in exact.items()}
+        below = {row: image and image.removeprefix(f"{self.top}/") for row, image in found.items()}
+        return [below[meant[row]] for row in rows]
 
     def _below_top(self, name: str) -> str:
         return posixpath.normpath(f"{self.top}/{name}")

@@ -5,17 +5,22 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain, islice
 from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from ..errors import SoftREPAError, shown
-from .batches import Drawn, Example, Sampler, by_size, compatible_batches, variety
+from .ahead import UP_FRONT, Ahead, Needed, Stretch
+from .batches import Drawn, Example, Members, Sampler, by_size, compatible_batches, variety
 from .swaps import sense, swaps
 
+TRIES = 20
+"""Images that are drawn for a caption that is wrong for a batch."""
 SHOWN, LONGEST = 3, 80
 """Examples named in a line of the summary, and characters of each."""
 
@@ -56,13 +61,17 @@ class Encodings(Protocol):
         Raises SoftREPAError where there is no text.
         """
 
+    def ahead(self, plan: Iterable[Needed]) -> Stretch:
+        """Encodes what the next batches need, of as many of them as have room."""
+
 
 @dataclass(frozen=True)
 class Batch:
     """B images and the caption of each: different images, different captions, one size.
 
     latents: (B, C, h, w) float32 on the CPU, as the VAE encodes them; keys: the images' names; wrong: for each image
-    captions that are wrong by two swapped words, where they were asked for and there are any.
+    captions that are wrong by two swapped words, where they were asked for and there are any; further: captions of
+    other images that are wrong for all of these, where they were asked for.
     """
 
     latents: Tensor
@@ -70,6 +79,21 @@ class Batch:
     conds: list[Cond]
     keys: list[str]
     wrong: list[list[Cond]] = field(default_factory=list)
+    further: list[Cond] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A batch before it is encoded: `wrong` captions of each image, `further` ones that are wrong for all."""
+
+    drawn: list[Drawn]
+    wrong: list[list[str]]
+    further: list[str]
+
+    @property
+    def needed(self) -> Needed:
+        captions = [*(caption for _, caption in self.drawn), *chain(*self.wrong), *self.further]
+        return Needed([example for example, _ in self.drawn], captions)
 
 
 class Dataset:
@@ -86,6 +110,7 @@ class Dataset:
         if validation:
             self._check("validation", validation)
         self._sampler = Sampler(train, seed=0)
+        self._ahead = Ahead()
 
     def __len__(self) -> int:
         """Training images."""
@@ -100,7 +125,7 @@ class Dataset:
         """The encoding of the empty caption."""
         return self.encodings.empty
 
-    @property
+    @cached_property
     def different_captions(self) -> int:
         """No batch can be larger: different images and different captions of one size."""
         return max(variety(group) for group in by_size(self.train).values())
@@ -108,15 +133,18 @@ class Dataset:
     @property
     def summary(self) -> str:
         """What a person should know before training, in lines."""
-        counted = _counted(self.train, self.validation)
-        return "\n".join([*counted, *_repeated(self.train + self.validation), *self.notes])
+        return "\n".join([*self._counted, *_repeated(self.train + self.validation), *self.notes])
+
+    @cached_property
+    def _counted(self) -> list[str]:
+        return _counted(self.train, self.validation)
 
     @property
     def description(self) -> str:
         """A line for the metadata of what is trained: no paths, no file names, no captions."""
-        return f"{self.name}: {'; '.join(_counted(self.train, self.validation))}; fingerprint {self.fingerprint}"
+        return f"{self.name}: {'; '.join(self._counted)}; fingerprint {self.fingerprint}"
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with any image, caption, size, repeats, their order, or the division into training and validation."""
         parts = [
@@ -128,38 +156,42 @@ class Dataset:
     def started(self, seed: int) -> "Dataset":
         """The same data, drawn from the start by `seed`; the position of this one does not move."""
         view = copy.copy(self)
-        view._sampler = Sampler(self.train, seed)
+        view._sampler, view._ahead = Sampler(self.train, seed), Ahead()
         return view
 
-    def batch(self, batch_size: int, hard_negatives: int = 0) -> Batch:
+    def batch(self, batch_size: int, hard_negatives: int = 0, negatives: int = 0, left: int = 1) -> Batch:
         """The next training batch; smaller only where a bucket has fewer than `batch_size` images and captions.
 
-        With up to `hard_negatives` wrong captions for each image.
+        With up to `hard_negatives` wrong captions for each image. Where an image is to be compared with more wrong
+        captions, `negatives`, than the batch has, further ones are drawn, up to as many as there are. `left` batches,
+        with this one, are still to be drawn at most: some of them are encoded together.
         """
-        if not 2 <= batch_size <= self.different_captions:
-            raise SoftREPAError(
-                f"batch_size is {batch_size}, expected 2 to {self.different_captions}: {self.label} has no more "
-                "different images and captions of one size."
-            )
-        drawn = self._sampler.next(batch_size)
-        return self._encoded(drawn, self._wrong(drawn, hard_negatives) if hard_negatives else None)
+        self._check_batch_size(batch_size)
+        asked = (batch_size, hard_negatives, negatives)
+        plan = self._plan(self._sampler, *asked)
+        following = copy.copy(self._sampler)
+        further = (self._plan(following, *asked).needed for _ in range(left - 1))
+        return self._encoded(plan, self._ahead.at(plan.needed, self.encodings.ahead, further))
 
-    def one_epoch(self, batch_size: int) -> Iterator[Batch]:
-        """Batches as `batch` gives them from the start, each image once whatever its repeats."""
-        view = copy.copy(self)
-        view._sampler = Sampler([replace(one, repeats=1) for one in self.train], self.state()["seed"])
-        yield view.batch(batch_size)
-        epoch = view.state()["epoch"]
-        drawn = view._sampler.next(batch_size)
-        while view.state()["epoch"] == epoch:
-            yield self._encoded(drawn)
-            drawn = view._sampler.next(batch_size)
+    def one_epoch(self, batch_size: int, most: int | None = None) -> Iterator[Batch]:
+        """Batches as `batch` gives them from the start, `most` at most, each image once whatever its repeats."""
+        self._check_batch_size(batch_size)
+        once = [replace(one, repeats=1) if one.repeats > 1 else one for one in self.train]
+        sampler = Sampler(once, self.state()["seed"])
+        drawn = [sampler.next(batch_size)]
+        while sampler.index < len(sampler) and len(drawn) != most:
+            drawn.append(sampler.next(batch_size))
+        yield from self._all_encoded(drawn)
 
     def prepare_hard_negatives(self) -> str:
-        """Encodes every wrong caption that training can draw; says in a line how many there are.
+        """Encodes every wrong caption that training can draw, unless they are many; says in a line what was done.
 
         Raises SoftREPAError where there are none.
         """
+        if sum(len(one.captions) for one in self.train) > UP_FRONT:
+            self.encodings.prepare([])
+            if any(wrong_captions(one, caption) for one in self.train for caption in one.captions):
+                return "hard negatives are made and encoded while training, a stretch of steps ahead"
         made = {caption: wrong_captions(one, caption) for one in self.train for caption in one.captions}
         captions = sorted({wrong for found in made.values() for wrong in found})
         prepared = self.encodings.prepare(captions)
@@ -178,30 +210,53 @@ class Dataset:
         """Goes on drawing as if from `state`, on the same images."""
         self._sampler.restore(state)
 
-    def validation_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Every validation image once, always in the same batches; each image has its first caption.
+    def validation_batches(self, batch_size: int, most: int | None = None) -> Iterator[Batch]:
+        """Every validation image once, always in the same batches, `most` at most; each has its first caption.
 
         The last batches may be smaller, down to two; who finds no partner is left out.
         """
-        for bucket in by_size(self.validation).values():
-            for drawn in compatible_batches([(example, example.captions[0]) for example in bucket], batch_size):
-                if len(drawn) > 1:
-                    yield self._encoded(drawn)
-
-    def _wrong(self, drawn: list[Drawn], count: int) -> list[list[Cond]]:
-        rng = random.Random(repr(self.state()))  # a run that is gone on with draws the same
-        found = [wrong_captions(*one) for one in drawn]
-        chosen = [rng.sample(captions, min(count, len(captions))) for captions in found]
-        return [[self.encodings.cond(caption) for caption in captions] for captions in chosen]
-
-    def _encoded(self, drawn: list[Drawn], wrong: list[list[Cond]] | None = None) -> Batch:
-        return Batch(
-            latents=torch.stack([self.encodings.latent(example) for example, _ in drawn]).float(),
-            captions=[caption for _, caption in drawn],
-            conds=[self.encodings.cond(caption) for _, caption in drawn],
-            keys=[example.name for example, _ in drawn],
-            wrong=wrong or [[] for _ in drawn],
+        batches = (
+            drawn
+            for bucket in by_size(self.validation).values()
+            for drawn in compatible_batches([(example, example.captions[0]) for example in bucket], batch_size)
+            if len(drawn) > 1
         )
+        yield from self._all_encoded(list(islice(batches, most)))
+
+    def _all_encoded(self, batches: list[list[Drawn]]) -> Iterator[Batch]:
+        ahead, plans = Ahead(), [Plan(drawn, [[] for _ in drawn], []) for drawn in batches]
+        for place, plan in enumerate(plans):
+            following = (one.needed for one in plans[place + 1 :])
+            yield self._encoded(plan, ahead.at(plan.needed, self.encodings.ahead, following))
+
+    def _plan(self, sampler: Sampler, batch_size: int, hard_negatives: int, negatives: int) -> Plan:
+        """Moves `sampler` on by a batch. Where it stands then decides the rest: a run that is gone on with draws the
+        same.
+        """
+        drawn = sampler.next(batch_size)
+        rng = random.Random(repr(sampler.state()))
+        found = [wrong_captions(*one) if hard_negatives else [] for one in drawn]
+        wrong = [rng.sample(captions, min(hard_negatives, len(captions))) for captions in found]
+        more = max(0, negatives - len(drawn) + 1)
+        return Plan(drawn, wrong, further_captions(self.train, drawn, more, rng))
+
+    def _encoded(self, plan: Plan, stretch: Stretch) -> Batch:
+        drawn = plan.drawn
+        return Batch(
+            latents=torch.stack([stretch.latent(example) for example, _ in drawn]).float(),
+            captions=[caption for _, caption in drawn],
+            conds=[stretch.cond(caption) for _, caption in drawn],
+            keys=[example.name for example, _ in drawn],
+            wrong=[[stretch.cond(caption) for caption in captions] for captions in plan.wrong],
+            further=[stretch.cond(caption) for caption in plan.further],
+        )
+
+    def _check_batch_size(self, batch_size: int) -> None:
+        if not 2 <= batch_size <= self.different_captions:
+            raise SoftREPAError(
+                f"batch_size is {batch_size}, expected 2 to {self.different_captions}: {self.label} has no more "
+                "different images and captions of one size."
+            )
 
     def _check(self, part: str, examples: list[Example]) -> None:
         images = len({one.image for one in examples})
@@ -218,6 +273,26 @@ def wrong_captions(example: Example, caption: str) -> list[str]:
     """Swaps of `caption` that say what none of the image's own captions says."""
     right = {sense(own) for own in example.captions}
     return [one for one in swaps(caption) if sense(one) not in right]
+
+
+def further_captions(examples: list[Example], drawn: list[Drawn], count: int, rng: random.Random) -> list[str]:
+    """`count` captions of other images, no two equal, that are wrong for all of a batch; fewer where there are no more.
+
+    They are drawn at random; where that finds too few, all images are gone through.
+    """
+    members = Members()
+    found: list[str] = []
+    for one in drawn:
+        members.accept(*one)
+    places = (rng.randrange(len(examples)) for _ in range(TRIES * count))
+    for place in chain(places, range(len(examples))):
+        if len(found) >= count:
+            break
+        example = examples[place]
+        caption = rng.choice(example.captions)
+        if members.accept(example, caption):
+            found.append(caption)
+    return found
 
 
 def divide(examples: list[Example], validation_percent: float) -> tuple[list[Example], list[Example]]:

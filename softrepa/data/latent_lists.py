@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..errors import SoftREPAError
 from ..numbers import check_finite
+from .ahead import AtHand
 from .batches import Example, by_size, variety
 from .dataset import Cond, Dataset
 
@@ -13,7 +14,7 @@ PIXELS = 8
 """Pixels a latent cell stands for in SD1.5, SDXL and SD3, to name sizes in pixels."""
 
 
-class GivenEncodings:
+class GivenEncodings(AtHand):
     """Latents (C, h, w) by image name and conds by caption, all in memory."""
 
     identity = "given"

@@ -8,7 +8,7 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -88,7 +88,10 @@ Source = WholeFile | Part | Cell
 
 def stamp(source: Source) -> list:
     """What changes with a file that is written, replaced or exchanged, without reading it; and the place inside it."""
-    return [*file_stamp(source.path.stat()), *astuple(source)[1:]]
+    facts = file_stamp(source.path.stat())
+    if isinstance(source, WholeFile):
+        return facts
+    return facts + [getattr(source, one.name) for one in fields(source)[1:]]
 
 
 def file_stamp(facts: os.stat_result) -> list[int]:

@@ -22,6 +22,7 @@ USED_BY = {
     "logit_scale": ("contrastive",),
     "symmetric": ("contrastive",),
     "hard_negatives": ("contrastive", "agsm"),
+    "negatives": ("contrastive", "agsm"),
     "agsm_temperature": ("agsm",),
     "positive_guidance": ("agsm",),
     "negative_guidance": ("agsm",),
@@ -36,6 +37,8 @@ class Settings:
 
     What is neither the paper's nor AGSM's: `temperature_mode` and `symmetric` (`loss.contrastive_loss`), and
     `hard_negatives`, up to how many captions wrong by two swapped words each image is compared with as well.
+    `negatives`: how many captions of other images each image is compared with; 0 are all the others of its batch. More
+    than those are drawn from the dataset.
     """
 
     steps: int = 2000
@@ -93,6 +96,11 @@ class TrainingConfig(Settings):
                 f"temperature is {self.temperature}, expected about 1 with temperature_mode relative: it is a multiple "
                 "of the batch's mean error."
             )
+        if self.negatives and self.symmetric:
+            raise SoftREPAError(
+                f"symmetric is True, expected False with negatives {self.negatives}: no caption would be compared with "
+                "all images."
+            )
         for name, objectives in USED_BY.items():
             default = type(self).__dataclass_fields__[name].default
             if self.objective not in objectives and getattr(self, name) != default:
@@ -101,6 +109,11 @@ class TrainingConfig(Settings):
                     f"{name} is {getattr(self, name)}, expected {wanted} with objective {self.objective}, which does "
                     "not use it."
                 )
+
+    @property
+    def wrong_captions(self) -> int:
+        """How many each image is compared with, at most."""
+        return (self.negatives or self.batch_size - 1) + self.hard_negatives
 
     def learning_rate_at(self, step: int) -> float:
         """Cosine annealing with warm restarts, moved on every `schedule_steps` iterations, after a linear warm-up."""

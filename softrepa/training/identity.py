@@ -33,6 +33,8 @@ def run_identity(
     """
     settings = asdict(config)
     del settings["steps"]
+    if not settings["negatives"]:
+        del settings["negatives"]  # checkpoints know it only where it is used
     return settings | {
         "model": model,
         "dataset": dataset.fingerprint,

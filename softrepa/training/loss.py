@@ -40,19 +40,27 @@ def contrastive_loss(
     relative: bool = False,
     symmetric: bool = False,
     compared: Tensor | None = None,
+    shared: int | None = None,
 ) -> Tensor:
     """mean_i cross_entropy(l_i, i) + lambda mean_i e_ii; the rest is not the paper's.
 
-    relative: tau is `temperature` times the batch's mean error in the batch, a constant to the gradient. A batch has
-    one timestep, so that is a tau(t): exp(-e / tau) then dies out at none.
+    relative: tau is `temperature` times the mean error of what is compared among the first `shared` captions, those of
+    the batch where it is not given; a constant to the gradient. A batch has one timestep, so that is a tau(t):
+    exp(-e / tau) then dies out at none.
     symmetric: the mean of this cross-entropy and that of each caption among the images.
     """
-    in_batch = errors[:, : len(errors)]
-    tau = temperature * in_batch.detach().mean() if relative else temperature
+    tau = temperature * mean_error(errors.detach(), compared, shared) if relative else temperature
     value = contrast(errors, tau, scale, compared).mean()
     if symmetric:
-        value = (value + contrast(in_batch.T, tau, scale).mean()) / 2
+        value = (value + contrast(errors[:, : len(errors)].T, tau, scale).mean()) / 2
     return value + denoising_weight * denoising_loss(errors)
+
+
+def mean_error(errors: Tensor, compared: Tensor | None, shared: int | None) -> Tensor:
+    """Of the pairs that are compared among the first `shared` captions."""
+    among = errors[:, : shared or len(errors)]
+    mask = None if compared is None else compared[:, : among.shape[1]].to(among.device)
+    return among.mean() if mask is None or mask.all() else among[mask].mean()
 
 
 def denoising_loss(errors: Tensor) -> Tensor:
@@ -60,10 +68,26 @@ def denoising_loss(errors: Tensor) -> Tensor:
     return errors.diagonal().mean()
 
 
-def comparison(wrong: Sequence[int]) -> Tensor:
-    """Which captions each of B images is compared with, (B, J): all B of the batch, then its own wrong[i] more."""
+def comparison(
+    wrong: Sequence[int], shared: int | None = None, negatives: int = 0, order: Tensor | None = None
+) -> Tensor:
+    """Which captions each of B images is compared with, (B, J).
+
+    The first `shared` captions, B where it is not given, are for all images: an image has its own and all the others,
+    or `negatives` of these where there are more. Behind them are wrong[i] of each image alone.
+    order: a permutation of the B images. Each is compared with its own caption and those of the next ones in it, so all
+    captions are used equally often.
+    """
+    images = len(wrong)
+    shared = shared or images
+    among = torch.ones(images, shared, dtype=torch.bool)
+    if 0 < negatives < shared - 1:
+        assert order is not None
+        among = torch.zeros_like(among)
+        for shift in range(negatives + 1):
+            among[order, order.roll(-shift)] = True
     own = torch.block_diag(*(torch.ones(1, count) for count in wrong)).bool()
-    return torch.cat([torch.ones(len(wrong), len(wrong), dtype=torch.bool), own], dim=1)
+    return torch.cat([among, own], dim=1)
 
 
 def retrieved(errors: Tensor) -> Tensor:
@@ -71,8 +95,10 @@ def retrieved(errors: Tensor) -> Tensor:
     return errors.argmin(dim=1) == _own(errors)
 
 
-def retrieval_accuracy(errors: Tensor) -> float:
-    """Share of images whose own caption has the smallest error."""
+def retrieval_accuracy(errors: Tensor, compared: Tensor | None = None) -> float:
+    """Share of images whose own caption has the smallest error, of those that are `compared` where that is given."""
+    if compared is not None:
+        errors = errors.masked_fill(~compared.to(errors.device), torch.inf)
     return retrieved(errors).float().mean().item()
 
 

@@ -70,9 +70,10 @@ class DivergedError(SoftREPAError):
 class Trainer:
     """The loop's body: one step at a time, deterministic for a seed.
 
-    `next_batch(batch_size)` gives latents (B, C, H, W) as the network sees them, B conds, and B lists of conds of wrong
-    captions; `empty` is the cond of "". Of several processes, `ranks`, all draw the same and each computes a share; the
-    first one updates, and every step begins with what it has.
+    `next_batch(batch_size)` gives latents (B, C, H, W) as the network sees them, B conds, behind them those of captions
+    of other images where there are more `negatives` than the batch has, and B lists of conds of wrong captions; `empty`
+    is the cond of "". Of several processes, `ranks`, all draw the same and each computes a share; the first one updates,
+    and every step begins with what it has.
     """
 
     def __init__(
@@ -165,38 +166,43 @@ class Trainer:
         noise = torch.randn((1, *latents.shape[1:]), generator=self.generator)
         if self.empty is not None and torch.rand((), generator=self.generator) < config.caption_dropout:
             # one at most: two equal captions in a batch would be false negatives
-            dropped = int(torch.randint(len(conds), (), generator=self.generator))
+            dropped = int(torch.randint(len(latents), (), generator=self.generator))
             conds, wrong = list(conds), list(wrong)
             conds[dropped], wrong[dropped] = self.empty, []  # nearly right is better than nothing said
-        compared = loss.comparison([len(captions) for captions in wrong])
+        few = 0 < config.negatives < len(latents) - 1
+        order = torch.randperm(len(latents), generator=self.generator) if few else None
+        compared = loss.comparison([len(captions) for captions in wrong], len(conds), config.negatives, order)
         if config.objective == "denoising":
             compared = torch.eye(len(conds), dtype=torch.bool)
         batch = StepBatch(latents, noise, [*conds, *chain(*wrong)], t, compared)
-        learn = self._match_scores if config.objective == "agsm" else self._contrast
-        value, errors = learn(batch, micro_batch)
+        if config.objective == "agsm":
+            value, errors = self._match_scores(batch, micro_batch)
+        else:
+            value, errors = self._contrast(batch, micro_batch, len(conds))
         self._check_number("loss", value.item())
         is_retrieval = config.objective == "contrastive"  # AGSM's captions are not all read with one bank
-        accuracy = loss.retrieval_accuracy(errors[:, : len(errors)]) if is_retrieval else math.nan
+        shared = slice(len(conds))
+        accuracy = loss.retrieval_accuracy(errors[:, shared], compared[:, shared]) if is_retrieval else math.nan
         return t, value.item(), accuracy, errors.diagonal().mean().item()
 
-    def objective(self, errors: Tensor, compared: Tensor | None = None) -> Tensor:
-        """The loss on errors (B, J), where it is one of them alone."""
+    def objective(self, errors: Tensor, compared: Tensor | None = None, shared: int | None = None) -> Tensor:
+        """The loss on errors (B, J), where it is one of them alone; `shared` as `loss.contrastive_loss` has it."""
         config = self.config
         if config.objective == "denoising":
             return loss.denoising_loss(errors)
         relative, weight = config.temperature_mode == "relative", config.denoising_weight or 0.0
         return loss.contrastive_loss(
-            errors, config.temperature, config.logit_scale, weight, relative, config.symmetric, compared
+            errors, config.temperature, config.logit_scale, weight, relative, config.symmetric, compared, shared
         )
 
-    def _contrast(self, batch: StepBatch, micro_batch: int) -> tuple[Tensor, Tensor]:
+    def _contrast(self, batch: StepBatch, micro_batch: int, shared: int) -> tuple[Tensor, Tensor]:
         config = self.config
         return backward_through_pairs(
             self.tokens.rows(batch.t, self.pairs.embed),
             self.pairs,
             batch,
             micro_batch,
-            lambda errors: self.objective(errors, batch.compared),
+            lambda errors: self.objective(errors, batch.compared, shared),
             # these look at the whole batch: at its mean error, and at its columns
             is_by_row=config.temperature_mode != "relative" and not config.symmetric,
             ranks=self.ranks,

@@ -12,7 +12,7 @@ import torch
 from comfyui_softrepa.nodes import dataset as dataset_nodes
 from comfyui_softrepa.softrepa import configuration
 from comfyui_softrepa.softrepa.comfy import headless
-from comfyui_softrepa.softrepa.comfy.data import dataset_folders, encoding
+from comfyui_softrepa.softrepa.comfy.data import dataset_folders, encoding, folder_encodings
 from comfyui_softrepa.softrepa.comfy.identity import clip_identity, vae_identity
 from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork
 from comfyui_softrepa.softrepa.data import images
@@ -21,7 +21,6 @@ from comfyui_softrepa.softrepa.data.sources import WholeFile
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training.pairs import StepBatch
 from PIL import Image
-from safetensors.torch import load, save
 from softrepa_tests.conftest import ROOT
 
 import nodes
@@ -62,12 +61,19 @@ def photos(tmp_path, monkeypatch):
 
 @pytest.fixture
 def encoded(encoders, monkeypatch):
-    """What the encoders are asked for, as it happens: captions, and "image"."""
+    """What the encoders are asked for, as it happens: captions but the empty one, and "image" for each other image."""
     clip, vae = encoders
     asked = []
     tokenize, encode = clip.tokenize, vae.encode
-    monkeypatch.setattr(clip, "tokenize", lambda text, **rest: asked.append(text) or tokenize(text, **rest))
-    monkeypatch.setattr(vae, "encode", lambda pixels: asked.append("image") or encode(pixels))
+
+    def encoding(pixels):
+        asked.extend(["image"] * len({one.numpy().tobytes() for one in pixels}))
+        return encode(pixels)
+
+    monkeypatch.setattr(
+        clip, "tokenize", lambda text, **rest: asked.extend([text][: len(text)]) or tokenize(text, **rest)
+    )
+    monkeypatch.setattr(vae, "encode", encoding)
     return asked
 
 
@@ -111,12 +117,12 @@ def test_encodings_are_those_of_the_stock_nodes(encoders, photos):
         assert caption == CAPTIONS[int(key[0])]
         pixels = images.prepared((photos / key).read_bytes(), (SIDE, SIDE))
         expected = nodes.VAEEncode().encode(vae, pixels[None])[0]["samples"]
-        assert torch.equal(latent, expected[0])
+        assert torch.allclose(latent, expected[0], atol=1e-5)  # several at once round differently in the last bits
         escaped = caption.replace("(", "\\(").replace(")", "\\)")
         ((context, extra),) = nodes.CLIPTextEncode().encode(clip, escaped)[0]
         assert cond["cross_attn"].dtype == torch.float32
-        assert torch.equal(cond["cross_attn"], context.half().float())
-        assert torch.equal(cond["pooled_output"], extra["pooled_output"].float())
+        assert torch.allclose(cond["cross_attn"], context.half().float(), rtol=2e-3, atol=1e-4)
+        assert torch.allclose(cond["pooled_output"], extra["pooled_output"].float(), atol=1e-4)
 
 
 def test_tensors_serve_autograd(encoders, photos):
@@ -136,12 +142,12 @@ def test_tensors_serve_autograd(encoders, photos):
 
 def test_the_second_run_encodes_nothing(encoders, photos, encoded, tmp_path):
     first = read(encoders)
-    assert sorted(encoded) == sorted(["", *CAPTIONS, *["image"] * 4])
-    assert len(cached(tmp_path)) == 8
+    assert sorted(encoded) == sorted([*CAPTIONS, *["image"] * 4])
+    assert len(cached(tmp_path)) == 2  # one for the images, one for the captions
     expected = drawn(first)
     encoded.clear()
     assert same(drawn(read(encoders)), expected)
-    assert set(encoded) <= {""}
+    assert encoded == []
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -153,7 +159,7 @@ def test_a_changed_file_is_encoded_again(encoders, photos, encoded):
     Image.new("RGB", (90, 70), "black").save(photos / "1.png")
     assert Folder.fingerprint_inputs(folder="photos", clip=None, vae=None) != marks
     after = read(encoders)
-    assert [text for text in encoded if text] == ["image", "quite another caption"]
+    assert encoded == ["image", "quite another caption"]
     assert after.fingerprint != before.fingerprint
 
 
@@ -178,7 +184,7 @@ def test_without_a_cache_everything_is_the_same(encoders, photos, encoded, tmp_p
     assert "except 4 images and 4 captions for which cache_gb leaves no room" in dataset.summary
     encoded.clear()
     assert same(drawn(dataset), expected)
-    assert encoded.count("image") == 6
+    assert encoded.count("image") == 6  # two batches of two for each pass, and one of the next
     assert not cached(tmp_path)
 
 
@@ -206,7 +212,8 @@ def test_flipped_bytes_are_noticed(encoders, photos, encoded, tmp_path):
     expected = drawn(read(encoders))
     for path in cached(tmp_path):
         content = bytearray(path.read_bytes())
-        content[-100:-90] = bytes(255 - byte for byte in content[-100:-90])
+        for place in range(1000, len(content), 500):
+            content[place] = 255 - content[place]
         path.write_bytes(content)
     encoded.clear()
     dataset = read(encoders)
@@ -227,29 +234,28 @@ def test_flipped_bytes_are_noticed(encoders, photos, encoded, tmp_path):
 def test_entries_of_other_names_and_shapes_are_made_anew(encoders, photos, encoded, tmp_path, tensors):
     expected = drawn(read(encoders))
     cache = Cache(tmp_path / "user" / "__softrepa" / "cache", 10**9)
-    cache.survey(set())
-    for path in cached(tmp_path):
-        key = str(path.relative_to(cache.folder).with_suffix(""))
-        if key.startswith("latent"):
-            assert cache.write(key, {name: value for name, value in tensors.items() if name in ("latent", "something")})
-        else:
-            assert cache.write(key, {name: value for name, value in tensors.items() if name != "latent"})
+    cache.survey([])
+    for key in list(cache._places):
+        is_image = key.startswith("latent")
+        names = ("latent", "something") if is_image else tensors.keys() - {"latent"}
+        assert cache.write(key, {name: value for name, value in tensors.items() if name in names})
+    cache.flush()
     encoded.clear()
     assert same(drawn(read(encoders)), expected)
     assert encoded.count("image") == 4
 
 
-def test_entries_of_an_older_version_are_encoded_before_they_are_drawn(encoders, photos, encoded, tmp_path):
+def test_files_of_an_older_version_are_the_first_to_go(encoders, photos, encoded, tmp_path):
     expected = drawn(read(encoders))
     for path in cached(tmp_path):
-        path.write_bytes(save(load(path.read_bytes())))  # without a checksum
+        path.with_name("0" * 64 + ".safetensors").write_bytes(path.read_bytes())
+        path.unlink()
     encoded.clear()
-    dataset = read(encoders)
+    dataset = read(encoders, cache_gb=0.0007)
     assert "encoded and cached" in dataset.summary.splitlines()
-    assert encoded.count("image") == 4
-    encoded.clear()
     assert same(drawn(dataset), expected)
-    assert encoded == []
+    assert encoded.count("image") == 4
+    assert not [path for path in cached(tmp_path) if path.name.startswith("0" * 64)]
 
 
 def test_an_index_of_wrong_types_is_as_none(encoders, photos, encoded, tmp_path):
@@ -363,21 +369,23 @@ def test_shards_are_encoded_like_files(encoders, photos, encoded):
 
 def test_an_interrupted_run_is_taken_up(encoders, photos, encoded, tmp_path, monkeypatch):
     made = []
+    encode = encoders[1].encode
 
     def interrupting(pixels):
-        made.append(pixels)
+        made.append(encode(pixels))
         if len(made) == 2:
             comfy.model_management.interrupt_current_processing(True)
-        return torch.zeros(1, 4, 8, 8)
+        return made[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(encoders[1], "encode", interrupting)
+        patch.setattr(folder_encodings, "images_at_once", lambda size: 1)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             read(encoders)
-    assert len(cached(tmp_path)) == 2
+    assert len(cached(tmp_path)) == 1
     encoded.clear()
     read(encoders)
-    assert sorted(encoded) == sorted(["", *CAPTIONS, "image", "image"])
+    assert sorted(encoded) == sorted([*CAPTIONS, "image", "image"])
 
 
 def test_an_image_that_goes_away(encoders, photos):
@@ -542,7 +550,7 @@ def test_a_vae_that_gives_no_numbers(encoders, photos, tmp_path, monkeypatch):
 def test_the_cache_can_lie_elsewhere(encoders, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "softrepa_cache", ([str(tmp_path / "fast")], set()))
     read(encoders)
-    assert len(list((tmp_path / "fast").rglob("*.safetensors"))) == 8
+    assert len(list((tmp_path / "fast").rglob("*.safetensors"))) == 2
     assert not cached(tmp_path)
 
 

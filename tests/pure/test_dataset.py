@@ -14,6 +14,7 @@ from io import BytesIO
 import pytest
 import torch
 from comfyui_softrepa.softrepa.data import buckets, folder, images
+from comfyui_softrepa.softrepa.data.ahead import AtHand
 from comfyui_softrepa.softrepa.data.batches import Example, Sampler, caption_key, compatible_batches, epoch_batches
 from comfyui_softrepa.softrepa.data.dataset import Dataset, divide
 from comfyui_softrepa.softrepa.data.folder import read_folder
@@ -308,7 +309,7 @@ def test_measuring_takes_each_image_once():
 # the dataset
 
 
-class Counting:
+class Counting(AtHand):
     """Encodings that tell which image and caption they are of."""
 
     empty = {"cross_attn": torch.zeros(1, 77, 8), "pooled_output": None}

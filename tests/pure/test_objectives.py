@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comfyui_softrepa.softrepa.data.ahead import AtHand
 from comfyui_softrepa.softrepa.data.batches import Example
 from comfyui_softrepa.softrepa.data.dataset import Dataset
 from comfyui_softrepa.softrepa.data.latent_lists import dataset_of_lists
@@ -87,7 +88,7 @@ def test_long_captions_give_a_few_swaps_and_always_the_same():
     assert caption not in swaps(caption)
 
 
-class Texts:
+class Texts(AtHand):
     """Encodings that are their captions."""
 
     identity, empty = "texts", ""

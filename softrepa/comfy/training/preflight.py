@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...data.batches import variety
 from ...data.dataset import Dataset
 from ...errors import SoftREPAError
 from ...training.config import TrainingConfig
@@ -37,6 +38,11 @@ def check_dataset(dataset: Dataset, model: ModelPatcher, config: TrainingConfig)
         raise SoftREPAError(
             f"{dataset.label} has {dataset.different_captions} images of one size with different captions, "
             f"expected at least batch_size, {config.batch_size}."
+        )
+    if config.negatives >= dataset.different_captions and config.negatives >= (known := variety(dataset.train)):
+        raise SoftREPAError(
+            f"negatives is {config.negatives}, expected at most {known - 1}: {dataset.label} has {known} images with "
+            "different captions."
         )
 
 

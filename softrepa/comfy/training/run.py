@@ -80,19 +80,22 @@ def prepare(
     checkpointing = CHECKPOINTING[inputs.checkpointing]
     network = TrainableNetwork(patcher, start.blocks, checkpointing is not False)
     pairs = AdaptivePairs(network, is_auto=checkpointing is None)
-    most_pairs = config.batch_size * (config.batch_size + config.hard_negatives)
+    most_pairs = config.batch_size * (1 + config.wrong_captions)
     kept = kept_bytes(start.layers * start.count * shape.width, most_pairs)
 
+    largest = largest_latent(dataset, patcher)
+
     def make_room():
-        load(patcher, kept + pairs.needed_bytes(largest_latent(dataset, patcher)))
+        load(patcher, kept + pairs.needed_bytes(largest))
 
     make_room()
     patcher.pre_run()
 
     def next_batch(size):
-        batch = dataset.batch(size, config.hard_negatives)
-        make_room()  # encoding on the fly may have pushed it out
-        return patcher.model.process_latent_in(batch.latents.clone()), batch.conds, batch.wrong
+        left = (config.steps - trainer.step_index) * config.accumulation
+        batch = dataset.batch(size, config.hard_negatives, config.negatives, left)
+        make_room()  # encoding may have pushed it out
+        return patcher.model.process_latent_in(batch.latents.clone()), [*batch.conds, *batch.further], batch.wrong
 
     trainer = Trainer(config, start, pairs, next_batch, dataset.empty, ranks)
     identity = run_identity(trainer.config, start, inputs.init_tokens is not None, dataset, trained_on)

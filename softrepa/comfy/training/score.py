@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 
 import comfy.model_management as memory
 import torch
@@ -74,8 +73,8 @@ class HeldOut:
 
     def __iter__(self) -> Iterator[Batch]:
         if self.dataset.validation:
-            return islice(self.dataset.validation_batches(self.batch_size), self.batches)
-        return islice(self.dataset.started(self.seed).one_epoch(self.batch_size), self.batches)
+            return self.dataset.validation_batches(self.batch_size, self.batches)
+        return self.dataset.started(self.seed).one_epoch(self.batch_size, self.batches)
 
     def __len__(self) -> int:
         """At most."""
