@@ -104,7 +104,7 @@ def test_the_checkers_numbers_are_the_studys(world, compared, monkeypatch, tmp_p
     """The study draws prompt i with seed i: those pictures of a comparison get the same verdicts, in both arms."""
     monkeypatch.setattr(study, "BATCH", 1)
     monkeypatch.setitem(study.SAMPLING, "steps", 8)
-    test = study.Test(StockModel(tmp_path), {"two_objects": 2, "colours": 1, "counting": 1}, seed=3)
+    test = study.Test(StockModel(tmp_path), {"two_objects": 1, "colours": 1, "counting": 1}, seed=3)
     specs = {plain_caption(spec): spec for _, spec in test.prompts}
     texts, number = list(specs), len(test.prompts)
     assert len(texts) == number
