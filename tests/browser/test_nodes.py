@@ -18,6 +18,11 @@ SEARCHES = {
     "image text folder": ("Caption-Image Folder",),
     "retrieval accuracy": ("SoftREPA Alignment Score",),
     "training options": ("SoftREPA Training Options",),
+    "xy plot": ("Compare Tokens",),
+    "aesthetic score": ("Compare Scores",),
+    "denoising error": ("Judge: Alignment",),
+    "vqascore": ("Judge: Questions",),
+    "clip similarity": ("Judge: CLIP Score",),
     "demo model": ("Load Small World (demo model)",),
 }
 """By name and by alias."""
