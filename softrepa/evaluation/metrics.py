@@ -1,0 +1,191 @@
+"""What a picture, or all pictures of an arm, can be judged by; which library does it, and where its weights are."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import SoftREPAError, shown
+from ..files import is_file, is_folder
+from . import weights
+from .pictures import Picture
+
+
+class Judge(Protocol):
+    """Scores pictures, one by one or many at once; `notes` are what a reader of the scores should know."""
+
+    notes: list[str]
+
+    def __call__(self, pictures: list[Picture]) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """What judges need besides weights.
+
+    side: pixels to which LPIPS resizes, None where both pictures have one size; python: of imscore.
+    """
+
+    device: torch.device = torch.device("cpu")
+    side: int | None = None
+    lpips_net: str = "vgg"
+    hps_architecture: str = "ViT-H-14"
+    imagereward_python: str = ""
+    download: bool = False
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of the table.
+
+    package: what has to be installed; published: where the weights are, as a repository on Hugging Face or an address;
+    hashed: how their sha256 begins, where the publisher says it; is_folder: whether they are a folder of files.
+    """
+
+    name: str
+    title: str
+    package: str
+    published: str
+    make: Callable[[Path, JudgeOptions], Any]
+    hashed: str = ""
+    is_folder: bool = False
+    less_is_better: bool = False
+    needs_photographs: bool = False
+    of_an_arm: bool = False
+    """Judges all pictures together, as `FrechetDistance`, and is no `Judge`."""
+
+
+def _clip(path: Path, options: JudgeOptions) -> Judge:
+    from .clip_scores import ClipScore
+
+    return ClipScore(path, options.device)
+
+
+def _pickscore(path: Path, options: JudgeOptions) -> Judge:
+    from .clip_scores import PickScore
+
+    return PickScore(path, options.device)
+
+
+def _hps(path: Path, options: JudgeOptions) -> Judge:
+    from .hps import HumanPreferenceScore
+
+    return HumanPreferenceScore(path, options.device, options.hps_architecture)
+
+
+def _fid(path: Path, options: JudgeOptions):
+    from .perceptual import FrechetDistance
+
+    return FrechetDistance(path, options.device)
+
+
+def _lpips(path: Path, options: JudgeOptions) -> Judge:
+    from .perceptual import PerceptualDistance
+
+    return PerceptualDistance(path, options.device, options.lpips_net, options.side)
+
+
+def _structure(path: Path, options: JudgeOptions) -> Judge:
+    from .structure import StructureDistance
+
+    return StructureDistance(path, options.device)
+
+
+def _imagereward(path: Path, options: JudgeOptions) -> Judge:
+    from .image_reward import ImageReward
+
+    if not options.imagereward_python:
+        raise SoftREPAError("imagereward_python is not given, expected the Python of an environment with imscore.")
+    return ImageReward(path, options.imagereward_python, options.download)
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("imagereward", "ImageReward", "", "RE-N-Y/ImageReward", _imagereward, is_folder=True),
+        Metric("pickscore", "PickScore", "transformers", "yuvalkirstain/PickScore_v1", _pickscore, is_folder=True),
+        Metric("clip", "CLIP", "transformers", "openai/clip-vit-large-patch14", _clip, is_folder=True),
+        Metric(
+            "hps",
+            "HPSv2",
+            "open_clip_torch",
+            "https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2_compressed.pt",
+            _hps,
+        ),
+        Metric(
+            "fid",
+            "FID",
+            "torchmetrics and torch-fidelity",
+            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+            _fid,
+            hashed="6726825d",
+            less_is_better=True,
+            needs_photographs=True,
+            of_an_arm=True,
+        ),
+        Metric(
+            "lpips",
+            "LPIPS",
+            "torchmetrics",
+            "https://download.pytorch.org/models/vgg16-397923af.pth",
+            _lpips,
+            hashed="397923af",
+            less_is_better=True,
+            needs_photographs=True,
+        ),
+        Metric(
+            "structure",
+            "Structure distance",
+            "transformers",
+            "facebook/dino-vitb8",
+            _structure,
+            is_folder=True,
+            less_is_better=True,
+            needs_photographs=True,
+        ),
+    )
+}
+"""In the order of the paper's tables."""
+
+
+def metric_named(name: str) -> Metric:
+    if name not in METRICS:
+        raise SoftREPAError(f"metrics has {shown(name)}, expected only {', '.join(METRICS)}.")
+    return METRICS[name]
+
+
+def check_weights(metric: Metric, path: Path, download: bool) -> None:
+    """Refuses a metric whose weights are not there, before anything is drawn; with `download` they are fetched."""
+    is_there = is_folder(path) if metric.is_folder else is_file(path)
+    if is_there or metric.name == "imagereward":  # which may name a repository: its own environment looks for it
+        return
+    if download:
+        weights.fetch(f"metrics {metric.name}", metric.published, metric.hashed, path)
+        return
+    kind = "the folder" if metric.is_folder else "the file"
+    raise SoftREPAError(
+        f'metrics {metric.name} is "{shown(path)}", expected {kind} of the weights {metric.published} '
+        "(--download fetches them there)."
+    )
+
+
+def judge_of(metric: Metric, path: Path, options: JudgeOptions) -> Any:
+    """A `Judge`, or a `FrechetDistance`. Raises SoftREPAError where a library or a weight is missing."""
+    if not options.download:
+        weights.stay_offline()
+    try:
+        return metric.make(path, options)
+    except ModuleNotFoundError as missing:
+        raise SoftREPAError(
+            f"metrics {metric.name} found no {missing.name}, expected {metric.package}: pip install it into the Python "
+            "that runs this."
+        ) from None
+    except (OSError, RuntimeError, ValueError, KeyError) as error:  # what the libraries raise on other models' files
+        if isinstance(error, SoftREPAError):
+            raise
+        raise SoftREPAError(
+            f'metrics {metric.name} is "{shown(path)}", which cannot be loaded ({shown(error)}), expected '
+            f"{metric.published} or a model like it."
+        ) from None
