@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
+import torch
 
 from benchmarks.alignment_rows import (
     BASELINE,
@@ -32,6 +32,7 @@ from benchmarks.alignment_rows import (
     result_path,
 )
 from benchmarks.smallworld.world import CATEGORIES
+from softrepa.statistics import two_way_interval
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,7 @@ Figures = dict[int | None, list[float]]
 def difference(ones: Figures, others: Figures) -> Difference | None:
     """Of two models on the same pictures, by seeds that both have; one without seeds stands against every seed.
 
-    Seeds and pictures are both drawn at random, so the variance of the mean is that of a two-way layout with one figure
-    a cell, (MS_seeds + MS_pictures - MS_rest) / n, with Satterthwaite's degrees of freedom.
+    Seeds of training and pictures are both drawn at random.
     """
     seeds = [seed for seed in (ones if None in others else others) if None in ones or seed in ones]
     if not seeds:
@@ -130,23 +130,7 @@ def difference(ones: Figures, others: Figures) -> Difference | None:
     cells = np.array(
         [np.subtract(*(rows[None if None in rows else seed] for rows in (ones, others))) for seed in seeds]
     )
-    cells = cells[:, ~np.isnan(cells).any(0)]
-    runs, pictures = cells.shape
-    if runs < 2:
-        return Difference(float(cells.mean()), math.inf)
-    mean, by_run, by_picture = cells.mean(), cells.mean(1), cells.mean(0)
-    squares = [pictures * by_run.var(ddof=1)]
-    freedom = [runs - 1]
-    signs = [1]
-    if pictures > 1:
-        rest = cells - by_run[:, None] - by_picture + mean
-        freedom += [pictures - 1, (runs - 1) * (pictures - 1)]
-        squares += [runs * by_picture.var(ddof=1), (rest**2).sum() / freedom[-1]]
-        signs += [1, -1]
-    total = max(float(np.dot(signs, squares)), squares[0], *squares[1:2])
-    spread = sum(square**2 / free for square, free in zip(squares, freedom, strict=True))
-    degrees = max(total**2 / spread, runs - 1) if spread else runs - 1
-    return Difference(float(mean), float(scipy.stats.t.ppf(0.975, degrees)) * math.sqrt(total / cells.size))
+    return Difference(*two_way_interval(torch.from_numpy(cells[:, ~np.isnan(cells).any(0)])))
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Ways to draw the same prompts, beside each other: pictures on disk, their scores, what they say."""
