@@ -182,9 +182,9 @@ def judge_of(metric: Metric, path: Path, options: JudgeOptions) -> Any:
             f"metrics {metric.name} found no {missing.name}, expected {metric.package}: pip install it into the Python "
             "that runs this."
         ) from None
-    except (OSError, RuntimeError, ValueError, KeyError) as error:  # what the libraries raise on other models' files
-        if isinstance(error, SoftREPAError):
-            raise
+    except SoftREPAError:
+        raise
+    except Exception as error:  # files of another model can lead the libraries anywhere
         raise SoftREPAError(
             f'metrics {metric.name} is "{shown(path)}", which cannot be loaded ({shown(error)}), expected '
             f"{metric.published} or a model like it."

@@ -16,8 +16,11 @@ from ..files import write_atomically
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
-PROCESSORS = {"yuvalkirstain/PickScore_v1": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
-"""Where a model's tokenizer is, if not beside it."""
+PROCESSORS = {
+    "yuvalkirstain/PickScore_v1": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "openai/clip-vit-large-patch14": "openai/clip-vit-large-patch14",
+}
+"""Where the tokenizer of a model is; others read no texts."""
 
 
 def stay_offline() -> None:
@@ -73,5 +76,6 @@ def _fetch_model(published: str, path: Path) -> None:
 
     partial = path.with_name(f"{path.name}.partial")
     AutoModel.from_pretrained(published).save_pretrained(partial)
-    AutoProcessor.from_pretrained(PROCESSORS.get(published, published)).save_pretrained(partial)
+    if published in PROCESSORS:
+        AutoProcessor.from_pretrained(PROCESSORS[published]).save_pretrained(partial)
     partial.rename(path)
