@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
-from .pictures import Picture
+from .pictures import Judge, Picture
 
 LONGEST = 77
 """Tokens that CLIP reads of a prompt."""
 
 
-class ClipScore:
+class ClipScore(Judge):
     """Cosine of the angle between prompt and picture, as in the paper's tables (not times 100).
 
     Hessel et al., arXiv 2104.08718, without its factor and floor.
@@ -21,18 +21,15 @@ class ClipScore:
         self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         self.model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
         self.device = device
-        self.cut: set[str] = set()
-        """Prompts of which the end was not read."""
 
-    @property
-    def notes(self) -> list[str]:
-        return [f"{len(self.cut)} prompts are longer than the {LONGEST} tokens that it reads"] if self.cut else []
+    def notes(self, prompts: list[str]) -> list[str]:
+        lengths = map(len, self.processor.tokenizer(sorted(set(prompts))).input_ids)
+        cut = sum(length > LONGEST for length in lengths)
+        return [f"{cut:,} prompts are longer than the {LONGEST} tokens that it reads"] if cut else []
 
     @torch.inference_mode()
     def __call__(self, pictures: list[Picture]) -> list[float]:
         prompts = [picture.prompt for picture in pictures]
-        lengths = map(len, self.processor.tokenizer(prompts).input_ids)
-        self.cut |= {prompt for prompt, length in zip(prompts, lengths, strict=True) if length > LONGEST}
         given = self.processor(
             text=prompts,
             images=[picture.image() for picture in pictures],

@@ -5,10 +5,10 @@ from pathlib import Path
 import open_clip
 import torch
 
-from .pictures import Picture
+from .pictures import Judge, Picture
 
 
-class HumanPreferenceScore:
+class HumanPreferenceScore(Judge):
     """Cosine of the angle between prompt and picture by a CLIP that was trained on people's rankings: arXiv 2306.09341.
 
     `architecture` is open_clip's name of it.
@@ -21,7 +21,6 @@ class HumanPreferenceScore:
         self.model.eval()
         self.tokens = open_clip.get_tokenizer(architecture)
         self.device = device
-        self.notes: list[str] = []
 
     @torch.inference_mode()
     def __call__(self, pictures: list[Picture]) -> list[float]:

@@ -6,14 +6,14 @@ import subprocess
 from pathlib import Path
 
 from ..errors import SoftREPAError, shown
-from .pictures import Picture
+from .pictures import Judge, Picture
 
 WORKER = Path(__file__).with_name("image_reward_worker.py")
 TOLD = 300
 """Characters of what a worker that failed says."""
 
 
-class ImageReward:
+class ImageReward(Judge):
     """ImageReward of prompts and pictures: arXiv 2304.05977. `python` has imscore; `weights` is what it loads.
 
     What imscore requires does not go together with every ComfyUI.
@@ -24,7 +24,6 @@ class ImageReward:
         offline = "0" if download else "1"  # its tokenizer has to be fetched once, too
         self.variables = {**os.environ, "HF_HUB_OFFLINE": offline, "TRANSFORMERS_OFFLINE": offline}
         self.variables.pop("PYTHONPATH", None)
-        self.notes: list[str] = []
 
     def __call__(self, pictures: list[Picture]) -> list[float]:
         given = json.dumps([[str(picture.path.absolute()), picture.prompt] for picture in pictures])

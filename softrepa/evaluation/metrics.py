@@ -3,22 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ..errors import SoftREPAError, shown
 from ..files import is_file, is_folder
 from . import weights
-from .pictures import Picture
-
-
-class Judge(Protocol):
-    """Scores pictures, one by one or many at once; `notes` are what a reader of the scores should know."""
-
-    notes: list[str]
-
-    def __call__(self, pictures: list[Picture]) -> list[float]: ...
+from .pictures import Judge
 
 
 @dataclass(frozen=True)

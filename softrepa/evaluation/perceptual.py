@@ -11,14 +11,14 @@ from torch import Tensor
 from torchmetrics.functional.image.lpips import _LPIPS
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from .pictures import Picture, as_tensor
+from .pictures import Judge, Picture, as_tensor
 from .weights import put, read_weights
 
 FEATURES = 2048
 SLICE = re.compile(r"slices?\.?\d+\.")
 
 
-class PerceptualDistance:
+class PerceptualDistance(Judge):
     """LPIPS of a picture to its photograph: arXiv 1801.03924. 0 is the same picture.
 
     The backbone's weights are those of torchvision's `net`, alex, squeeze or vgg; the weights of its layers come with
@@ -30,7 +30,6 @@ class PerceptualDistance:
         put("metrics lpips", weights, self.net.net, _slices(self.net.net, read_weights("metrics lpips", weights)))
         self.net.to(device)
         self.device, self.side = device, side
-        self.notes: list[str] = []
 
     @torch.inference_mode()
     def __call__(self, pictures: list[Picture]) -> list[float]:
@@ -68,7 +67,6 @@ class FrechetDistance:
             )
         self.metric.to(device)
         self.device = device
-        self.notes: list[str] = []
 
     @torch.inference_mode()
     def photographs(self, images: Iterable[Image.Image]) -> None:

@@ -16,6 +16,17 @@ from ..errors import SoftREPAError, said, shown
 MOST_BYTES = 2**28
 
 
+class Judge:
+    """Gives each picture a score."""
+
+    def __call__(self, pictures: list["Picture"]) -> list[float]:
+        raise NotImplementedError
+
+    def notes(self, prompts: list[str]) -> list[str]:
+        """What a reader of their scores should know."""
+        return []
+
+
 @dataclass(frozen=True)
 class Picture:
     """A drawn picture, what it should show, and the photograph it is compared with where there is one."""

@@ -7,14 +7,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTModel
 
-from .pictures import Picture, as_tensor
+from .pictures import Judge, Picture, as_tensor
 
 SHORTER, LONGEST = 224, 480
 """Pixels of the sides at which pictures are compared."""
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class StructureDistance:
+class StructureDistance(Judge):
     """How far the layout of a picture is from that of its photograph, whatever the colours and surfaces.
 
     Mean squared difference of the cosine similarities of all pairs of patches, by the keys of the last layer: Splice,
@@ -27,7 +27,6 @@ class StructureDistance:
         keys[-1].register_forward_hook(lambda _, __, found: setattr(self, "keys", found))
         self.keys = torch.empty(0)
         self.device = device
-        self.notes: list[str] = []
 
     @torch.inference_mode()
     def __call__(self, pictures: list[Picture]) -> list[float]:
