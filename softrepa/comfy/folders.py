@@ -110,7 +110,7 @@ def new_token_path(filename_prefix: str) -> Path:
     """A path under models/softrepa that does not exist yet: prefix_00001.safetensors and so on."""
     parts = Path(filename_prefix).parts
     fits = parts and all(map(is_file_name, parts))
-    if not fits or not _is_inside(home() / filename_prefix, home()):
+    if not fits or not is_inside(home() / filename_prefix, home()):
         raise SoftREPAError(
             f'filename_prefix is "{shown(filename_prefix)}", expected a name of at most {LONGEST} characters inside '
             f"models/{FOLDER} (and {MOST_BYTES} bytes, which are fewer letters of some languages)."
@@ -136,7 +136,7 @@ def is_file_name(part: str) -> bool:
     return len(part) <= LONGEST and size <= MOST_BYTES and all(map(is_plain, part))
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
+def is_inside(path: Path, folder: Path) -> bool:
     """Also where links lead."""
     return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
 
@@ -161,7 +161,7 @@ def check_runs(tokens: Path) -> None:
     """Raises SoftREPAError where the run that writes `tokens` would follow a link out of the output folder."""
     output, logs = Path(folder_paths.get_output_directory()), log_folder(tokens)
     for path in (state_path(tokens), logs, *(logs.iterdir() if is_folder(logs) else ())):
-        if not _is_inside(path, output):
+        if not is_inside(path, output):
             raise SoftREPAError(
                 f"{shown(path)} leads to {shown(os.path.realpath(path))}, expected a place in ComfyUI's output folder; "
                 "--output-directory moves that as a whole."

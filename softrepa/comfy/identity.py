@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import comfy.sd
 import torch
+from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
@@ -31,6 +32,11 @@ def vae_identity(vae: comfy.sd.VAE) -> str:
     """Changes with the weights and the precision the VAE computes in."""
     facts = [type(vae.first_stage_model).__name__, str(vae.vae_dtype)]
     return _encoder_identity(vae.patcher, vae.first_stage_model, facts)
+
+
+def vision_identity(vision: ClipVisionModel) -> str:
+    """Changes with the weights and their precision."""
+    return _encoder_identity(vision.patcher, vision.model, [vision.model_type, vision.image_size])
 
 
 def _encoder_identity(patcher: ModelPatcher, module: nn.Module, facts: list) -> str:

@@ -1,5 +1,7 @@
 """What the scores of compared pictures say: each arm's mean, and its paired difference from the first arm."""
 
+import csv
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +102,14 @@ def as_rows(lines: Sequence[Line]) -> list[list[object]]:
             change = [found.mean, low, high, found.needed() or "", line.sentence(lines[0].arm)]
         rows.append([line.judge.title, line.arm, line.pictures, line.prompts, line.mean, *change])
     return rows
+
+
+def as_csv(lines: Sequence[Line]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(as_rows(lines))
+    return text.getvalue()
 
 
 def check_scores(name: str, scores: Sequence[float], pictures: int) -> None:

@@ -1,0 +1,1 @@
+"""Comparisons drawn by ComfyUI's samplers, and their judges."""
