@@ -19,7 +19,13 @@ def clip_folder(folder: Path, seed: int = 0) -> Path:
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     config = CLIPConfig(
-        text_config={**size, **ends, "vocab_size": len(vocabulary), "max_position_embeddings": 77, "projection_dim": 16},
+        text_config={
+            **size,
+            **ends,
+            "vocab_size": len(vocabulary),
+            "max_position_embeddings": 77,
+            "projection_dim": 16,
+        },
         vision_config={**size, "image_size": 32, "patch_size": 8, "projection_dim": 16},
         projection_dim=16,
     )

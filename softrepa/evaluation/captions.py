@@ -1,4 +1,4 @@
-"""What an evaluation draws, and what it edits: captions with their photographs, and pairs of prompts for photographs."""
+"""What an evaluation draws and edits: captions with their photographs, and photographs with pairs of prompts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,7 +73,9 @@ def _of_table(label: str, path: Path, images: Path, left_out: LeftOut) -> list[C
             found.setdefault(row.reference, Caption(row.captions[0], row.reference, _photograph(row, images)))
     except (BadTable, OSError) as problem:
         reason = said(problem) if isinstance(problem, OSError) else str(problem)
-        raise SoftREPAError(f'{label} "{shown(path)}" cannot be read ({reason}), expected a table of captions.') from None
+        raise SoftREPAError(
+            f'{label} "{shown(path)}" cannot be read ({reason}), expected a table of captions.'
+        ) from None
     return list(found.values())
 
 
@@ -105,8 +107,8 @@ def check_photographs(captions: list[Caption], metrics: list[str]) -> None:
     missing = [caption.name or caption.text for caption in captions if caption.photograph is None]
     if metrics and missing:
         raise SoftREPAError(
-            f"images holds {len(captions) - len(missing):,} of {len(captions):,} photographs (not {shown(missing[0])}), "
-            f"expected all of them: metrics {', '.join(metrics)} compare with them."
+            f"images holds {len(captions) - len(missing):,} of {len(captions):,} photographs (first missing "
+            f"{shown(missing[0])}), expected all of them: metrics {', '.join(metrics)} compare with them."
         )
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from transformers import CLIPModel, CLIPProcessor
+from transformers.utils import logging
 
 from .pictures import Judge, Picture
 
@@ -18,6 +19,7 @@ class ClipScore(Judge):
     """
 
     def __init__(self, folder: Path, device: torch.device):
+        logging.disable_progress_bar()
         self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         self.model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
         self.device = device

@@ -40,7 +40,7 @@ class ImageReward(Judge):
         if done.returncode or not isinstance(scores, list) or len(scores) != len(pictures):
             last = done.stderr.strip().rpartition("\n")[2]
             raise SoftREPAError(
-                f'imagereward_python "{shown(self.command[0])}" gave no scores ({shown(last, TOLD)}), expected a Python '
-                "with imscore and its weights."
+                f'imagereward_python "{shown(self.command[0])}" gave no scores ({shown(last, TOLD)}), expected a '
+                "Python with imscore and its weights."
             )
         return scores

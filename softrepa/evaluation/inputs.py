@@ -130,7 +130,9 @@ def inputs_of(config: dict, edits: bool) -> EvaluateInputs:
     if not edits and not found.captions:
         raise SoftREPAError("CONFIG lacks captions, expected a file or a folder of captions.")
     if not edits and "structure" in found.metrics:
-        raise SoftREPAError("metrics has structure, expected it only with --edits: it compares a picture with its source.")
+        raise SoftREPAError(
+            "metrics has structure, expected it only with --edits: it compares a picture with its source."
+        )
     return found
 
 
@@ -158,6 +160,7 @@ def arms_of(inputs: EvaluateInputs) -> dict[str, tuple[str, float]]:
 def edit_arms_of(inputs: EvaluateInputs) -> list[EditArm]:
     """Every n_max with every target CFG; arms with tokens may have their own."""
     found = []
+    whole = Numbers(f"a whole number from 1 to steps, {inputs.steps}", lambda n: 1 <= n <= inputs.steps and n % 1 == 0)
     for name, (file, strength) in arms_of(inputs).items():
         own = ("tokens_n_max", "tokens_target_cfg") if file else ("n_max", "target_cfg")
         n_max, target_cfg = (
@@ -165,8 +168,7 @@ def edit_arms_of(inputs: EvaluateInputs) -> list[EditArm]:
             for key, usual in zip(own, ("n_max", "target_cfg"), strict=True)
         )
         for steps in n_max:
-            check_number(own[0], steps, Numbers(f"a whole number from 1 to steps, {inputs.steps}",
-                                                lambda value: 1 <= value <= inputs.steps and value == int(value)))  # fmt: skip
+            check_number(own[0], steps, whole)
             for cfg in target_cfg:
                 found.append(EditArm(f"{name}, n_max {steps:g}, cfg {cfg:g}", file, strength, int(steps), cfg))
     return found

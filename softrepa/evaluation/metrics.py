@@ -13,6 +13,9 @@ from . import weights
 from .pictures import Judge
 
 
+CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class JudgeOptions:
     """What judges need besides weights.
@@ -20,7 +23,7 @@ class JudgeOptions:
     side: pixels to which LPIPS resizes, None where both pictures have one size; python: of imscore.
     """
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     side: int | None = None
     lpips_net: str = "vgg"
     hps_architecture: str = "ViT-H-14"

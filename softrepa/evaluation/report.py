@@ -44,8 +44,8 @@ class Report:
         }
 
     def write(self, folder: Path) -> None:
-        for name, text in ((RESULTS, json.dumps(self.as_json(), indent=1) + "\n"), (TABLE, self.as_markdown())):
-            write_atomically(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+        write_text(folder / RESULTS, json.dumps(self.as_json(), indent=1) + "\n")
+        write_text(folder / TABLE, self.as_markdown())
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -152,8 +152,12 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def figure(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.3f}"
 
 
 def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

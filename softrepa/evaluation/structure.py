@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import ViTModel
+from transformers.utils import logging
 
 from .pictures import Judge, Picture, as_tensor
 
@@ -22,6 +23,7 @@ class StructureDistance(Judge):
     """
 
     def __init__(self, folder: Path, device: torch.device):
+        logging.disable_progress_bar()
         self.model = ViTModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False).eval().to(device)
         keys = [one for name, one in self.model.named_modules() if name.endswith((".k_proj", ".key"))]
         keys[-1].register_forward_hook(lambda _, __, found: setattr(self, "keys", found))

@@ -79,10 +79,10 @@ class TestClip:
 
     def test_prompts_that_are_not_read_to_their_end_are_counted(self, tmp_path, pictures):
         found = judge("clip", clip_folder(tmp_path / "clip"))
-        found(pictures)
-        assert found.notes == []
-        found([Picture(pictures[0].path, "red " * 80), pictures[1]] * 2)
-        assert found.notes == ["1 prompts are longer than the 77 tokens that it reads"]
+        assert found.notes(list(PROMPTS)) == []
+        long = "red " * 80
+        assert found.notes([long, *PROMPTS, long]) == ["1 prompts are longer than the 77 tokens that it reads"]
+        assert len(found([Picture(pictures[0].path, long), pictures[1]])) == 2
 
 
 def test_hps_is_open_clips_cosine(tmp_path, pictures):
@@ -187,7 +187,9 @@ class TestImageReward:
         paths = {"base": str(home), "platbase": str(home)}
         own = Path(sysconfig.get_path("purelib", vars=paths))
         (own / "stand_in.pth").write_text(
-            "\n".join([str(tmp_path / "packages"), str(Path(torch.__file__).parents[1]), str(Path(PIL.__file__).parents[1])])
+            "\n".join(
+                [str(tmp_path / "packages"), str(Path(torch.__file__).parents[1]), str(Path(PIL.__file__).parents[1])]
+            )
         )
         return str(Path(sysconfig.get_path("scripts", vars=paths)) / Path(sys.executable).name)
 
@@ -240,8 +242,7 @@ class TestWeights:
 
         def download(address, path, hashed):
             asked.append((address, hashed))
-            with open(path, "w") as file:
-                file.write("weights")
+            Path(path).write_text("weights")
             if len(asked) == 1:
                 raise RuntimeError("invalid hash value")
 
@@ -282,5 +283,7 @@ class TestWeights:
     def test_a_library_that_is_missing_is_named(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "open_clip", None)
         monkeypatch.delitem(sys.modules, "comfyui_softrepa.softrepa.evaluation.hps", raising=False)
-        with pytest.raises(SoftREPAError, match="metrics hps found no open_clip, expected open_clip_torch: pip install"):
+        with pytest.raises(
+            SoftREPAError, match="metrics hps found no open_clip, expected open_clip_torch: pip install"
+        ):
             judge("hps", tmp_path)

@@ -5,14 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import comfy.model_management as memory
-import comfy.sample
 import comfy.sd
 import torch
-from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...comparing.records import Record, is_drawn, write_picture
-from ...data.latent_lists import PIXELS
 from ...errors import SoftREPAError, shown
 from ...evaluation.inputs import EvaluateInputs
 from ...progress_line import time_left
@@ -51,33 +48,13 @@ def zeroed(conditioning: list) -> list:
     ]
 
 
-class Painter:
-    """Draws as KSampler and VAE Decode do; the same noise for a seed whatever the arm."""
+class Prompts:
+    """The positive conditioning of each picture, and the negative one of all."""
 
-    def __init__(self, inputs: EvaluateInputs, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, records: Sequence[Record]):
-        self.inputs, self.vae = inputs, vae
-        self.encode = Encoder(clip, (one.text for one in records))
-        negative = self.encode.encode(inputs.negative_prompt)
+    def __init__(self, inputs: EvaluateInputs, clip: comfy.sd.CLIP, texts: Iterable[str]):
+        self.positive = Encoder(clip, texts)
+        negative = self.positive.encode(inputs.negative_prompt)
         self.negative = zeroed(negative) if inputs.zero_negative else negative
-
-    def draw(self, model: ModelPatcher, one: Record) -> Tensor:
-        """(H, W, 3) of 0 to 1."""
-        inputs = self.inputs
-        channels = model.get_model_object("latent_format").latent_channels
-        latent = torch.zeros(1, channels, inputs.height // PIXELS, inputs.width // PIXELS)
-        samples = comfy.sample.sample(
-            *(model, comfy.sample.prepare_noise(latent, one.seed), inputs.steps, inputs.cfg),
-            *(inputs.sampler_name, inputs.scheduler, self.encode(one.text), self.negative, latent),
-            disable_pbar=True,
-            seed=one.seed,
-        )
-        return decoded(self.vae, samples)
-
-
-def decoded(vae: comfy.sd.VAE, samples: Tensor) -> Tensor:
-    """(H, W, 3) of 0 to 1."""
-    pixels = vae.decode(samples).float().clamp(0, 1)
-    return pixels.reshape(-1, *pixels.shape[-3:])[0].cpu()
 
 
 def draw_missing(

@@ -16,7 +16,7 @@ from ...evaluation.pictures import sized
 from ..data.encoding import encode_image
 from ..editing.checks import check_counts
 from ..editing.flowedit import FlowEditGuider, FlowEditSampler, edit_latent, edit_sigmas
-from .drawing import Encoder, decoded, zeroed
+from .drawing import Prompts
 
 
 class Editor:
@@ -33,22 +33,21 @@ class Editor:
         check_counts(inputs.steps, inputs.steps, inputs.n_min)
         self.inputs, self.vae, self.edits = inputs, vae, edits
         order = [edits[one.prompt] for one in records]
-        self.encode = Encoder(clip, (text for edit in order for text in (edit.source, edit.target)))
-        negative = self.encode.encode(inputs.negative_prompt)
-        self.negative = zeroed(negative) if inputs.zero_negative else negative
+        self.prompts = Prompts(inputs, clip, (text for edit in order for text in (edit.source, edit.target)))
         self.photograph: tuple[Source, Tensor] | None = None
 
     def draw(self, model: ModelPatcher, arm: EditArm, one: Record) -> Tensor:
         """(H, W, 3) of 0 to 1."""
         edit, inputs = self.edits[one.prompt], self.inputs
         guider = FlowEditGuider(model)
-        source = self.encode(edit.source)
-        guider.set_conds(source, self.negative, self.encode(edit.target), self.negative)
+        source, target = self.prompts.positive(edit.source), self.prompts.positive(edit.target)
+        guider.set_conds(source, self.prompts.negative, target, self.prompts.negative)
         guider.set_cfg(inputs.source_cfg, arm.target_cfg)
         sigmas = edit_sigmas(model, inputs.scheduler, inputs.steps, arm.n_max)
         latent = {"samples": self.latent(edit.photograph)}
         edited = edit_latent(guider, FlowEditSampler(inputs.n_min, inputs.n_avg), sigmas, latent, one.seed)
-        return decoded(self.vae, edited["samples"])
+        pixels = self.vae.decode(edited["samples"]).float().clamp(0, 1)
+        return pixels.reshape(-1, *pixels.shape[-3:])[0].cpu()
 
     def latent(self, photograph: Source) -> Tensor:
         """(1, C, h, w); encoded once for all arms, which come one after the other."""
