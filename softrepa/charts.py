@@ -95,6 +95,7 @@ def _panel(pen: ImageDraw.ImageDraw, left: int, top: int, chart: Chart) -> None:
         for dash in range(left, left + WIDTH, 10):
             pen.line((dash, y, dash + 5, y), MUTED)
         pen.text((left + WIDTH - 4, y - 2), name, MUTED, small, anchor="rs")
+    name_at = left + 8.0
     for index, line in enumerate(chart.lines):
         colour = COLOURS[index % len(COLOURS)]
         points = [at(x, y) for x, y in zip(line.xs, line.ys, strict=True)]
@@ -106,4 +107,5 @@ def _panel(pen: ImageDraw.ImageDraw, left: int, top: int, chart: Chart) -> None:
             for x, y in points:
                 pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
         if len(chart.lines) > 1:
-            pen.text((left + 8 + 110 * index, top + HEIGHT + 24), line.name, colour, small)
+            pen.text((name_at, top + HEIGHT + 24), line.name, colour, small)
+            name_at += max(110, small.getlength(line.name) + 16)

@@ -12,7 +12,6 @@ from ..files import is_file, is_folder
 from . import weights
 from .pictures import Judge
 
-
 CPU = torch.device("cpu")
 
 

@@ -100,7 +100,7 @@ class Report:
         return table(["", *heads], rows)
 
     def _cell(self, one: Measured, arm: str) -> str:
-        means = {line.arm: line.mean for line in self.lines.get(one.metric.name, ())} | dict(one.of_arms)
+        means = {line.arm: line.mean for line in self.lines.get(one.metric.name, ())} | one.of_arms
         published = self._published(one).get(arm)
         return figure(means[arm]) + (f" / {published:g}" if published is not None else "")
 
@@ -129,7 +129,7 @@ def curve(report: Report, arms: Sequence[EditArm], across: str = "lpips", up: st
         drawn.append(
             charts.Line(
                 name,
-                [float(prompt_means(values).mean()) for values in xs],
+                [float(f"{prompt_means(values).mean():.4g}") for values in xs],  # as the axis says them
                 [mean for mean, *_ in means],
                 [half if math.isfinite(half) else 0.0 for _, half, _ in means],
             )

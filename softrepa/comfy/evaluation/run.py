@@ -1,6 +1,7 @@
 """An evaluation from its CONFIG to its table. ComfyUI must be started."""
 
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import comfy.model_management as memory
 import comfy.samplers
 import comfy.sd
+import comfy.utils
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -62,7 +64,8 @@ def evaluate(inputs: EvaluateInputs, name: str, download: bool, tell: Tell) -> P
         if rank.is_first:
             write_records(folder, records)
         own = rank.share(records)
-        draw_missing(folder, own, task.drawer(studio, own), tell)
+        with without_bars():
+            draw_missing(folder, own, task.drawer(studio, own), tell)
     if not rank.is_first:
         return folder
     wait_for_others(folder, records, tell)
@@ -87,6 +90,17 @@ def evaluate(inputs: EvaluateInputs, name: str, download: bool, tell: Tell) -> P
     if (plot := task.plot(report)) is not None:
         write_atomically(folder / CURVE, lambda temporary: plot.save(temporary, "PNG"))
     return folder / TABLE
+
+
+@contextmanager
+def without_bars():
+    """Keeps samplers from showing each step: a line tells of each picture."""
+    before = comfy.utils.PROGRESS_BAR_ENABLED
+    comfy.utils.set_progress_bar_enabled(False)
+    try:
+        yield
+    finally:
+        comfy.utils.set_progress_bar_enabled(before)
 
 
 @dataclass(frozen=True)
