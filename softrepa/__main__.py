@@ -14,8 +14,6 @@ from .families import FAMILIES
 try:
     from . import configuration, token_files
     from .comfy import startup
-    from .evaluation.inputs import inputs_of
-    from .evaluation.ranks import Rank
     from .progress_line import ProgressLine
     from .training.inputs import ScoreInputs
 except ModuleNotFoundError as missing:
@@ -86,6 +84,9 @@ def score(args) -> None:
 
 
 def evaluate(args) -> None:
+    from .evaluation.inputs import inputs_of  # with PIL, which other commands do without
+    from .evaluation.ranks import Rank
+
     path = Path(args.config)
     config = with_options(configuration.read_config(path), args)
     comfyui = startup.comfyui_folder(args.comfyui)

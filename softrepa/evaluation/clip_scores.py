@@ -21,7 +21,7 @@ class ClipScore(Judge):
     def __init__(self, folder: Path, device: torch.device):
         logging.disable_progress_bar()
         self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-        self.model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
+        self.model = CLIPModel.from_pretrained(folder, local_files_only=True).train(False).to(device)
         self.device = device
 
     def notes(self, prompts: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ class HumanPreferenceScore(Judge):
         self.model, _, self.prepare = open_clip.create_model_and_transforms(
             architecture, pretrained=str(checkpoint), device=device, weights_only=True
         )
-        self.model.eval()
+        self.model.train(False)
         self.tokens = open_clip.get_tokenizer(architecture)
         self.device = device
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = ImageReward.from_pretrained(sys.argv[1]).eval().to(device)
+    model = ImageReward.from_pretrained(sys.argv[1]).train(False).to(device)
     scores = []
     for path, prompt in json.load(sys.stdin):
         with Image.open(path) as image:

@@ -25,7 +25,9 @@ class StructureDistance(Judge):
     def __init__(self, folder: Path, device: torch.device):
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # a layer that is not used is told of otherwise
-        self.model = ViTModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False).eval().to(device)
+        self.model = (
+            ViTModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False).train(False).to(device)
+        )
         keys = [one for name, one in self.model.named_modules() if name.endswith((".k_proj", ".key"))]
         keys[-1].register_forward_hook(lambda _, __, found: setattr(self, "keys", found))
         self.keys = torch.empty(0)
