@@ -27,7 +27,7 @@ Compared = io.Custom("SOFTREPA_COMPARISON")
 
 widget = partial(input_widget, CompareInputs)
 ALIASES = ["compare", "grid", "xy plot", "does it help", "ab test", "evaluate tokens", "statistics"]
-NO_FILE = "the prompts below"
+NO_FILE = "no file"
 FED = ("model", "second_model", "clip", "vae")
 """Inputs whose graph decides how a picture looks."""
 

@@ -245,10 +245,10 @@ def _write(path: Path, fill: Callable[[Path], object]) -> None:
 
 def compare_folder(filename_prefix: str) -> Path:
     """A folder below softrepa_compare in ComfyUI's output folder. Raises SoftREPAError for a place outside."""
-    output = Path(folder_paths.get_output_directory())
+    root = Path(folder_paths.get_output_directory()) / FOLDER
     parts = Path(filename_prefix).parts
-    folder = output / FOLDER / filename_prefix
-    if not parts or not all(map(is_file_name, parts)) or not is_inside(folder, output):
+    folder = root / filename_prefix
+    if not parts or not all(map(is_file_name, parts)) or not is_inside(folder, root):
         raise SoftREPAError(
             f'filename_prefix is "{shown(filename_prefix)}", expected the name of a folder inside {FOLDER} in '
             "ComfyUI's output folder."
