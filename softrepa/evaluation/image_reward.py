@@ -16,8 +16,10 @@ TOLD = 300
 class ImageReward(Judge):
     """ImageReward of prompts and pictures: arXiv 2304.05977. `python` has imscore; `weights` is what it loads.
 
-    What imscore requires does not go together with every ComfyUI.
+    What imscore requires does not go together with every ComfyUI. Every batch loads the model anew.
     """
+
+    batch = 1000
 
     def __init__(self, weights: Path, python: str, download: bool = False):
         self.command = [python, str(WORKER), str(weights)]

@@ -17,8 +17,8 @@ from ..statistics import Unit
 from .metrics import JudgeOptions, Metric, judge_of
 from .pictures import Picture, sized
 
-BATCH, SAVED = 8, 64
-"""Pictures that are judged at once, and after how many the scores are written."""
+SAVED = 64
+"""Pictures, after which the scores are written."""
 MOST_NOTES = 1 << 16
 FEW_FOR_FID = 2048
 """Pictures: with fewer the covariance of Inception's features has no full rank, and FID depends on their number."""
@@ -73,16 +73,17 @@ class Measuring:
 
     def pictures(self) -> Measured:
         missing = [one for one in self.drawn.records if one.file not in self.scores]
-        unsaved = 0
-        for start in range(0, len(missing), BATCH):
-            some = missing[start : start + BATCH]
-            found = self._opened()([self.drawn.picture(one) for one in some])
+        done = saved = 0
+        while done < len(missing):
+            judge = self._opened()
+            some = missing[done : done + judge.batch]
+            found = judge([self.drawn.picture(one) for one in some])
             self.scores |= zip((one.file for one in some), found, strict=True)
-            unsaved += len(some)
-            if unsaved >= SAVED or start + BATCH >= len(missing):
+            done += len(some)
+            if done - saved >= SAVED or done == len(missing):
                 write_scores(self.path, self.scores)
-                unsaved = 0
-            self._told(start + len(some), len(missing))
+                saved = done
+            self._told(done, len(missing))
         files = [one.file for one in self.drawn.records]
         return Measured(self.metric, {file: self.scores[file] for file in files}, notes=self._notes())
 

@@ -17,7 +17,9 @@ MOST_BYTES = 2**28
 
 
 class Judge:
-    """Gives each picture a score."""
+    """Gives each picture a score, to `batch` of them at once."""
+
+    batch = 8
 
     def __call__(self, pictures: list["Picture"]) -> list[float]:
         raise NotImplementedError

@@ -100,7 +100,7 @@ class Report:
         return table(["", *heads], rows)
 
     def _cell(self, one: Measured, arm: str) -> str:
-        means = {line.arm: line.mean for line in self.lines.get(one.metric.name, ())} | one.of_arms
+        means = {line.arm: line.mean for line in self.lines.get(one.metric.name, ())} | dict(one.of_arms)
         published = self._published(one).get(arm)
         return figure(means[arm]) + (f" / {published:g}" if published is not None else "")
 

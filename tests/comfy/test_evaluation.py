@@ -163,7 +163,7 @@ def test_prompts_are_encoded_ahead_and_few_are_held(parts, monkeypatch):
 
 @pytest.mark.parametrize("stop_at", ["2 of 4 pictures drawn", "CLIP: loading", "CLIP: 2 of 4"])
 def test_a_stopped_run_goes_on_to_the_same_table(evaluate, monkeypatch, stop_at):
-    monkeypatch.setattr("comfyui_softrepa.softrepa.evaluation.measuring.BATCH", 2)
+    monkeypatch.setattr("comfyui_softrepa.softrepa.evaluation.pictures.Judge.batch", 2)
     monkeypatch.setattr("comfyui_softrepa.softrepa.evaluation.measuring.SAVED", 2)
     evaluate("whole")
     with pytest.raises(KeyboardInterrupt):

@@ -301,7 +301,6 @@ class TestMeasuring:
 
     def test_scores_are_kept_while_it_goes_on(self, drawn, monkeypatch, tmp_path):
         weights, judge = self.weights(tmp_path), Grey()
-        monkeypatch.setattr(measuring, "BATCH", 2)
         monkeypatch.setattr(measuring, "SAVED", 4)
 
         def dying(pictures):
@@ -309,7 +308,7 @@ class TestMeasuring:
                 raise KeyboardInterrupt
             return judge(pictures)
 
-        dying.notes = judge.notes
+        dying.notes, dying.batch = judge.notes, 2
         with pytest.raises(KeyboardInterrupt):
             self.measured(drawn, monkeypatch, dying, weights=weights)
         rest = Grey()

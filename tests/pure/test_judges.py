@@ -12,6 +12,7 @@ import PIL
 import pytest
 import torch
 import torchmetrics.functional.image.lpips as lpips
+import transformers
 from comfyui_softrepa.softrepa.data.sources import WholeFile
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.evaluation import weights
@@ -219,6 +220,7 @@ class ImageReward:
             as_tensor(picture.image()).float().mean().item() / 255 + len(picture.prompt) for picture in pictures
         ]
         assert found(pictures) == pytest.approx(expected, rel=1e-5)
+        assert found.batch >= 1000  # each loads the model
 
     def test_what_fails_there_is_said(self, tmp_path, pictures):
         found = judge("imagereward", "x", imagereward_python=self.python(tmp_path, "raise OSError('no weights')"))
@@ -255,6 +257,28 @@ class TestWeights:
         check_weights(METRICS["fid"], path, download=True)
         assert path.read_text() == "weights"
         assert asked == [(METRICS["fid"].published, "6726825d")] * 2
+
+    def test_a_model_and_its_tokenizer_are_fetched_into_one_folder(self, tmp_path, monkeypatch, pictures):
+        local = clip_folder(tmp_path / "published")
+        asked = []
+
+        class Fetched:
+            def __init__(self, kind):
+                self.kind = kind
+
+            def from_pretrained(self, name):
+                asked.append(name)
+                return self.kind.from_pretrained(local)
+
+        monkeypatch.setattr(transformers, "AutoModel", Fetched(CLIPModel))
+        monkeypatch.setattr(transformers, "AutoProcessor", Fetched(CLIPProcessor))
+        folder = tmp_path / "weights" / "PickScore_v1"
+        check_weights(METRICS["pickscore"], folder, download=True)
+        assert asked == ["yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"]
+        assert [path.name for path in folder.parent.iterdir()] == ["PickScore_v1"]
+        assert judge("pickscore", folder)(pictures) == judge("pickscore", local)(pictures)
+        check_weights(METRICS["pickscore"], folder, download=True)
+        assert len(asked) == 2
 
     @pytest.mark.parametrize("name", ["fid", "lpips", "hps"])
     def test_no_code_of_a_file_is_run(self, tmp_path, name):
