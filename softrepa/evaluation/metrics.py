@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import torch
@@ -34,13 +36,14 @@ class JudgeOptions:
 class Metric:
     """A row of the table.
 
-    package: what has to be installed; published: where the weights are, as a repository on Hugging Face or an address;
-    hashed: how their sha256 begins, where the publisher says it; is_folder: whether they are a folder of files.
+    packages: what has to be installed, by the names of the modules; published: where the weights are, as a repository
+    on Hugging Face or an address; hashed: how their sha256 begins, where the publisher says it; is_folder: whether they
+    are a folder of files.
     """
 
     name: str
     title: str
-    package: str
+    packages: dict[str, str]
     published: str
     make: Callable[[Path, JudgeOptions], Any]
     hashed: str = ""
@@ -90,28 +93,29 @@ def _structure(path: Path, options: JudgeOptions) -> Judge:
 def _imagereward(path: Path, options: JudgeOptions) -> Judge:
     from .image_reward import ImageReward
 
-    if not options.imagereward_python:
-        raise SoftREPAError("imagereward_python is not given, expected the Python of an environment with imscore.")
     return ImageReward(path, options.imagereward_python, options.download)
 
+
+TRANSFORMERS = {"transformers": "transformers"}
+TORCHMETRICS = {"torchmetrics": "torchmetrics", "torchvision": "torchvision"}
 
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("imagereward", "ImageReward", "", "RE-N-Y/ImageReward", _imagereward, is_folder=True),
-        Metric("pickscore", "PickScore", "transformers", "yuvalkirstain/PickScore_v1", _pickscore, is_folder=True),
-        Metric("clip", "CLIP", "transformers", "openai/clip-vit-large-patch14", _clip, is_folder=True),
+        Metric("imagereward", "ImageReward", {}, "RE-N-Y/ImageReward", _imagereward, is_folder=True),
+        Metric("pickscore", "PickScore", TRANSFORMERS, "yuvalkirstain/PickScore_v1", _pickscore, is_folder=True),
+        Metric("clip", "CLIP", TRANSFORMERS, "openai/clip-vit-large-patch14", _clip, is_folder=True),
         Metric(
             "hps",
             "HPSv2",
-            "open_clip_torch",
+            {"open_clip": "open_clip_torch"},
             "https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2_compressed.pt",
             _hps,
         ),
         Metric(
             "fid",
             "FID",
-            "torchmetrics and torch-fidelity",
+            TORCHMETRICS | {"torch_fidelity": "torch-fidelity"},
             "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
             _fid,
             hashed="6726825d",
@@ -122,7 +126,7 @@ METRICS = {
         Metric(
             "lpips",
             "LPIPS",
-            "torchmetrics",
+            TORCHMETRICS,
             "https://download.pytorch.org/models/vgg16-397923af.pth",
             _lpips,
             hashed="397923af",
@@ -132,7 +136,7 @@ METRICS = {
         Metric(
             "structure",
             "Structure distance",
-            "transformers",
+            TRANSFORMERS,
             "facebook/dino-vitb8",
             _structure,
             is_folder=True,
@@ -150,12 +154,27 @@ def metric_named(name: str) -> Metric:
     return METRICS[name]
 
 
-def check_weights(metric: Metric, path: Path, download: bool) -> None:
-    """Refuses a metric whose weights are not there, before anything is drawn; with `download` they are fetched."""
-    is_there = is_folder(path) if metric.is_folder else is_file(path)
-    if is_there or metric.name == "imagereward":  # which may name a repository: its own environment looks for it
+def check_metric(metric: Metric, path: Path, options: JudgeOptions) -> None:
+    """Refuses a metric whose library or weights are not there, before anything is drawn.
+
+    Where a download is asked for, the weights are fetched.
+    """
+    missing = [package for module, package in metric.packages.items() if not is_installed(module)]
+    if missing:
+        raise SoftREPAError(
+            f"metrics {metric.name} needs {' and '.join(missing)}, expected it in the Python that runs this: "
+            f"pip install {' '.join(missing)}."
+        )
+    if metric.name == "imagereward":  # its weights may be a repository: its own environment looks for it
+        python = options.imagereward_python
+        if which(python) is None:
+            raise SoftREPAError(
+                f'imagereward_python is "{shown(python)}", expected the Python of an environment with imscore.'
+            )
         return
-    if download:
+    if is_folder(path) if metric.is_folder else is_file(path):
+        return
+    if options.download:
         weights.fetch(f"metrics {metric.name}", metric.published, metric.hashed, path)
         return
     kind = "the folder" if metric.is_folder else "the file"
@@ -165,17 +184,17 @@ def check_weights(metric: Metric, path: Path, download: bool) -> None:
     )
 
 
+def is_installed(module: str) -> bool:
+    """Without importing it, which takes seconds."""
+    return find_spec(module) is not None
+
+
 def judge_of(metric: Metric, path: Path, options: JudgeOptions) -> Any:
-    """A `Judge`, or a `FrechetDistance`. Raises SoftREPAError where a library or a weight is missing."""
+    """A `Judge`, or a `FrechetDistance`. Raises SoftREPAError for weights of something else."""
     if not options.download:
         weights.stay_offline()
     try:
         return metric.make(path, options)
-    except ModuleNotFoundError as missing:
-        raise SoftREPAError(
-            f"metrics {metric.name} found no {missing.name}, expected {metric.package}: pip install it into the Python "
-            "that runs this."
-        ) from None
     except SoftREPAError:
         raise
     except Exception as error:  # files of another model can lead the libraries anywhere

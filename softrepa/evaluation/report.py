@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from .. import charts
 from ..comparing.records import Record
 from ..comparing.summary import Judged, Line, by_arm, summarize
+from ..errors import unwritable
 from ..files import write_atomically
 from ..statistics import Unit, mean_interval
 from .inputs import EditArm, EvaluateInputs
@@ -160,4 +161,12 @@ def finite(value: float) -> float | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write(path: Path, fill: Callable[[Path], object]) -> None:
+    """As `write_atomically`. Raises SoftREPAError."""
+    try:
+        write_atomically(path, fill)
+    except OSError as error:
+        raise unwritable(path, error) from None

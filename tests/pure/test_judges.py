@@ -16,8 +16,8 @@ import torch
 import torchmetrics.functional.image.lpips as lpips
 from comfyui_softrepa.softrepa.data.sources import WholeFile
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.evaluation import weights
-from comfyui_softrepa.softrepa.evaluation.metrics import METRICS, JudgeOptions, check_weights, judge_of
+from comfyui_softrepa.softrepa.evaluation import metrics, weights
+from comfyui_softrepa.softrepa.evaluation.metrics import METRICS, JudgeOptions, check_metric, judge_of
 from comfyui_softrepa.softrepa.evaluation.pictures import Picture, as_tensor
 from PIL import Image
 from softrepa_tests.judges import clip_folder, photograph, vit_folder
@@ -228,11 +228,11 @@ class ImageReward:
         with pytest.raises(SoftREPAError, match=r"gave no scores \(OSError: no weights\), expected a Python"):
             found(pictures)
 
-    def test_it_needs_that_python(self, pictures):
-        with pytest.raises(SoftREPAError, match="imagereward_python is not given, expected the Python of"):
-            judge("imagereward", "x")
-        with pytest.raises(SoftREPAError, match=r'imagereward_python is "/nowhere" \(.*\), expected a Python with'):
-            judge("imagereward", "x", imagereward_python="/nowhere")(pictures)
+    @pytest.mark.parametrize("python", ["", "/nowhere/python"])
+    def test_it_needs_that_python(self, python):
+        with pytest.raises(SoftREPAError, match=rf'imagereward_python is "{python}", expected the Python of an env'):
+            check_metric(METRICS["imagereward"], Path("x"), JudgeOptions(imagereward_python=python))
+        check_metric(METRICS["imagereward"], Path("x"), JudgeOptions(imagereward_python=sys.executable))
 
 
 class TestWeights:
@@ -240,7 +240,7 @@ class TestWeights:
     def test_what_is_not_there_is_refused_and_not_fetched(self, tmp_path, name):
         path = tmp_path / "no"
         with pytest.raises(SoftREPAError, match=rf'metrics {name} is "{re.escape(str(path))}", expected the .*--down'):
-            check_weights(METRICS[name], path, download=False)
+            check_metric(METRICS[name], path, JudgeOptions(download=False))
 
     def test_a_download_that_is_asked_for_is_whole_or_not_there(self, tmp_path, monkeypatch):
         asked = []
@@ -254,9 +254,9 @@ class TestWeights:
         monkeypatch.setattr(weights, "download_url_to_file", download)
         path = tmp_path / "inception.pth"
         with pytest.raises(SoftREPAError, match=r"could not be fetched \(invalid hash value\)"):
-            check_weights(METRICS["fid"], path, download=True)
+            check_metric(METRICS["fid"], path, JudgeOptions(download=True))
         assert list(tmp_path.iterdir()) == []
-        check_weights(METRICS["fid"], path, download=True)
+        check_metric(METRICS["fid"], path, JudgeOptions(download=True))
         assert path.read_text() == "weights"
         assert asked == [(METRICS["fid"].published, "6726825d")] * 2
 
@@ -271,11 +271,11 @@ class TestWeights:
         monkeypatch.setattr("transformers.AutoModel.from_pretrained", partial(fetched, CLIPModel))
         monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", partial(fetched, CLIPProcessor))
         folder = tmp_path / "weights" / "PickScore_v1"
-        check_weights(METRICS["pickscore"], folder, download=True)
+        check_metric(METRICS["pickscore"], folder, JudgeOptions(download=True))
         assert asked == ["yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"]
         assert [path.name for path in folder.parent.iterdir()] == ["PickScore_v1"]
         assert judge("pickscore", folder)(pictures) == judge("pickscore", local)(pictures)
-        check_weights(METRICS["pickscore"], folder, download=True)
+        check_metric(METRICS["pickscore"], folder, JudgeOptions(download=True))
         assert len(asked) == 2
 
     @pytest.mark.parametrize("name", ["fid", "lpips", "hps"])
@@ -303,10 +303,20 @@ class TestWeights:
         with pytest.raises(SoftREPAError, match="which cannot be loaded .* expected openai/clip-vit-large-patch14 or"):
             judge("clip", folder)
 
-    def test_a_library_that_is_missing_is_named(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(sys.modules, "open_clip", None)
-        monkeypatch.delitem(sys.modules, "comfyui_softrepa.softrepa.evaluation.hps", raising=False)
-        with pytest.raises(
-            SoftREPAError, match="metrics hps found no open_clip, expected open_clip_torch: pip install"
-        ):
-            judge("hps", tmp_path)
+    @pytest.mark.parametrize(
+        ("name", "module", "package"),
+        [
+            ("clip", "transformers", "transformers"),
+            ("hps", "open_clip", "open_clip_torch"),
+            ("fid", "torch_fidelity", "torch-fidelity"),
+            ("lpips", "torchmetrics", "torchmetrics"),
+        ],
+    )
+    def test_a_library_that_is_missing_is_named_before_anything_is_drawn(self, monkeypatch, name, module, package):
+        monkeypatch.setattr(metrics, "is_installed", lambda asked: asked != module)
+        with pytest.raises(SoftREPAError, match=rf"metrics {name} needs {package}, .*: pip install {package}\."):
+            check_metric(METRICS[name], Path("x"), JudgeOptions())
+
+    def test_all_libraries_are_here(self):
+        assert all(metrics.is_installed(module) for metric in METRICS.values() for module in metric.packages)
+        assert not metrics.is_installed("no_such_library")

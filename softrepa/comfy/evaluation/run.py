@@ -25,11 +25,10 @@ from ...errors import SoftREPAError, shown
 from ...evaluation.captions import Caption, Edit, check_photographs, paired_edits, read_captions, read_edits
 from ...evaluation.inputs import EvaluateInputs, arms_of, edit_arms_of, photograph_folder
 from ...evaluation.measuring import Drawn, measure
-from ...evaluation.metrics import JudgeOptions, check_weights
+from ...evaluation.metrics import JudgeOptions, check_metric
 from ...evaluation.presets import published
 from ...evaluation.ranks import Rank, wait_for_others
-from ...evaluation.report import CURVE, TABLE, Report, curve
-from ...files import write_atomically
+from ...evaluation.report import CURVE, TABLE, Report, curve, write
 from ...tokens import SoftTokens
 from ...training.identity import tokens_hash
 from .. import headless
@@ -54,9 +53,17 @@ def evaluate(inputs: EvaluateInputs, name: str, download: bool, tell: Tell) -> P
     rank = Rank.of_environment()
     task: Task = Edits(inputs) if inputs.is_of_edits else Captions(inputs)
     tell(f"{task.title} of {shown(inputs.checkpoint)}")
+    options = JudgeOptions(
+        memory.get_torch_device(),
+        None if inputs.is_of_edits else LPIPS_SIDE,
+        inputs.lpips_net,
+        inputs.hps_architecture,
+        inputs.imagereward_python,
+        download,
+    )
     if rank.is_first:
         for metric in inputs.chosen_metrics.values():
-            check_weights(metric, Path(inputs.metrics[metric.name]), download)
+            check_metric(metric, Path(inputs.metrics[metric.name]), options)
     folder = Path(inputs.output or Path(folder_paths.get_output_directory()) / FOLDER / name)
     with torch.inference_mode():
         studio = Studio.of(inputs)
@@ -71,14 +78,6 @@ def evaluate(inputs: EvaluateInputs, name: str, download: bool, tell: Tell) -> P
     wait_for_others(folder, records, tell)
     memory.unload_all_models()
     memory.soft_empty_cache()
-    options = JudgeOptions(
-        memory.get_torch_device(),
-        None if inputs.is_of_edits else LPIPS_SIDE,
-        inputs.lpips_net,
-        inputs.hps_architecture,
-        inputs.imagereward_python,
-        download,
-    )
     drawn = Drawn(folder, records, task.photographs)
     measured = [
         measure(drawn, metric, Path(inputs.metrics[metric.name]), options, tell)
@@ -88,7 +87,7 @@ def evaluate(inputs: EvaluateInputs, name: str, download: bool, tell: Tell) -> P
     report = Report(inputs, records, measured, figures, task.notes)
     report.write(folder)
     if (plot := task.plot(report)) is not None:
-        write_atomically(folder / CURVE, lambda temporary: plot.save(temporary, "PNG"))
+        write(folder / CURVE, lambda temporary: plot.save(temporary, "PNG"))
     return folder / TABLE
 
 
