@@ -151,13 +151,17 @@ class Unit:
         return " points" if self.percent else ""
 
 
-def verdict(found: Difference, unit: Unit, baseline: str) -> str:
-    """A sentence or two: the difference, its interval, what may be said of it."""
+def verdict(found: Difference, unit: Unit, baseline: str, drawn: str = "prompts") -> str:
+    """A sentence or two: the difference, its interval, what may be said of it.
+
+    `drawn` is what was drawn at random, prompts or images.
+    """
     start = f"{unit.change(found.mean)}{unit.word}"
     if found.prompts < 2:
-        return f"{start}: nothing can be said from one prompt."
+        return f"{start}: nothing can be said from one of the {drawn}."
     start += f" ({unit.change(found.low)} to {unit.change(found.high)})"
-    counted = f"{found.pictures:,} pairs of pictures, {found.prompts:,} prompts"
+    pairs = "" if found.pictures == found.prompts else f"{found.pictures:,} pairs of pictures, "
+    counted = f"{pairs}{found.prompts:,} {drawn}"
     if not found.mean:
         return f"{start}: no difference from {baseline} in {counted}."
     if found.beyond():
@@ -165,6 +169,6 @@ def verdict(found: Difference, unit: Unit, baseline: str) -> str:
     needed = found.needed()
     count = f"more than {MOST_NEEDED:,}" if needed == MOST_NEEDED else f"about {needed:,}"
     return (
-        f"{start}: nothing can be said from {counted}. To see an effect of this size takes {count} prompts "
+        f"{start}: nothing can be said from {counted}. To see an effect of this size takes {count} {drawn} "
         f"({POWER:.0%} power)."
     )

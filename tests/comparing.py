@@ -6,6 +6,8 @@ import torch
 from comfyui_softrepa.nodes.smallworld import LoadSmallWorld
 from comfyui_softrepa.softrepa.statistics import Unit
 
+from benchmarks.smallworld import checker
+
 SMALL = {
     "steps": 2,
     "cfg": 2.0,
@@ -44,6 +46,19 @@ class Brightness:
             raise KeyboardInterrupt
         self.asked.append(one.file)
         return picture.mean().item()
+
+
+class Checker(Brightness):
+    """The small world's reader of pictures: whether one shows all that its prompt says."""
+
+    title = "drawn right"
+
+    def __init__(self, specs):
+        super().__init__()
+        self.specs = specs
+
+    def score(self, one, picture):
+        return float(checker.correct(picture[0].numpy(), self.specs[one.text]))
 
 
 def small_world():

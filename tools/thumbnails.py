@@ -20,6 +20,16 @@ GRAPH = ROOT / "workflows" / "api" / "small_world.jpg"
 FOLDER = "my_pictures"
 SOURCE = "a red circle and a blue square"
 TARGET = "a red circle and a green square"
+COMPARED = (
+    "two small red circles left of a blue square",
+    "three green crosses",
+    "a yellow triangle above a purple diamond",
+    "a black square and an orange circle",
+    "four blue diamonds",
+    "a red cross",
+    "a green circle right of a black cross",
+    "two purple squares and a yellow circle",
+)
 WIDTH = 768
 SMALLEST_SHOWN = 576
 SHAPE = 4 / 3  # of a thumbnail: a template's card cuts off what is higher or wider
@@ -44,6 +54,7 @@ PICTURES = {
     "flowedit_sd3_mask": Picture("Save Image", {"Target": "a green circle and a green square"}),
     "train_sd3": Picture("curves.png", help_page="SoftREPATrain"),
     "score_sd3": Picture("Score with tokens", help_page="SoftREPAScore"),
+    "compare_sd3": Picture("Compare Tokens", help_page="SoftREPACompare"),
     "convert_tokens": Picture("Preview SoftREPA Tokens", help_page="SoftREPAPreviewTokens"),
 }
 
@@ -56,6 +67,10 @@ NODES = (
     "SoftREPAFlowEditGuider",
     "SoftREPAFlowEditSampler",
     "SoftREPASaveTokens",
+    "SoftREPACompareScores",
+    "SoftREPAAlignmentJudge",
+    "SoftREPAQuestionJudge",
+    "SoftREPACLIPJudge",
 )
 
 
@@ -77,6 +92,15 @@ def on_the_small_world(graph: dict, picture: Picture) -> dict:
         "SoftREPAFlowEdit": {"steps": 20, "n_max": 16, "source_cfg": 1.5, "target_cfg": 4.0, "scheduler": "normal"},
         "SoftREPADataset": {"folder": FOLDER, "resolution": 96},
         "SoftREPATrain": {"steps": 300, "preview_every": 60, "filename_prefix": "thumbnail"},
+        "SoftREPACompare": {
+            "prompts": "\n".join(COMPARED),
+            "seeds": "0, 1",
+            "width": 96,
+            "height": 96,
+            "steps": 20,
+            "cfg": 2.0,
+            "scheduler": "simple",
+        },
         "SoftREPAScore": {"batch_size": 4, "batches": 24, "timesteps": "500,700,800,900,950"},
     }
     prompts = {"Source": SOURCE, "Target": TARGET, "previews": SOURCE} | picture.prompts

@@ -7,6 +7,16 @@ POSITIVE = "a red apple on top of a blue book, next to a yellow mug with a green
 NEGATIVE = "blurry, low quality"
 DRAWING = "a child's drawing of a girl in a pink dress on a green hill"
 REDRAWN = "a child's drawing of a girl in a red dress on a green hill"
+COMPARED = (
+    POSITIVE,
+    "three cats on a red sofa, one of them black",
+    "a green bird to the left of a white teapot",
+    "two yellow umbrellas and a blue bicycle in the rain",
+    "a man in a purple hat, holding a small brown dog",
+    "a stack of four books, the top one orange",
+    "a glass of milk behind a bowl of cherries",
+    "a wooden sign that says OPEN above a red door",
+)
 HUGGING_FACE = "https://huggingface.co"
 README = "the pack's README"
 # room below a node's widgets, in pixels: a line of text, a live preview
@@ -175,6 +185,15 @@ def side_by_side(title: str, left: list, right: list) -> Node:
         "spacing_color": "white",
     }
     return Node("ImageStitch", title, inputs)
+
+
+def blend(title: str, one: list, other: list, mode: str) -> Node:
+    return Node("ImageBlend", title, {"image1": one, "image2": other, "blend_factor": 1.0, "blend_mode": mode})
+
+
+def difference(title: str, one: list, other: list) -> Node:
+    """What `one` has more; below 0 it is black."""
+    return blend(title, one, other, "difference")
 
 
 def save_image(source: str, prefix: str) -> Node:
@@ -372,7 +391,17 @@ def flowedit(model: Model, is_masked: bool = False) -> Workflow:
         "9": Node("SoftREPAFlowEdit", "FlowEdit Sampler", edit, height=PREVIEW),
         "10": decode("Decode", "9", vae),
         "16": side_by_side("Left: source, right: edit", ["4", 0], ["10", 0]),
-        "11": save_image("16", "SoftREPA_flowedit"),
+        "19": difference("Darker now", ["4", 0], ["10", 0]),
+        "20": difference("Brighter now", ["10", 0], ["4", 0]),
+        "21": blend("Difference", ["19", 0], ["20", 0], "screen"),
+        "22": side_by_side("Source, edit, difference", ["16", 0], ["21", 0]),
+        "11": save_image("22", "SoftREPA_flowedit"),
+        "23": Node(
+            "ImageCompare",
+            "Slide between source and edit",
+            {"image_a": ["4", 0], "image_b": ["10", 0], "compare_view": ""},
+            height=420,
+        ),
     }
     mask = {
         "12": Node("MaskToImage", "Mask as image", {"mask": ["3", 1]}),
@@ -404,6 +433,8 @@ def flowedit(model: Model, is_masked: bool = False) -> Workflow:
             else "**Image**: load your own.",
             "**Source prompt** says what it shows, **target prompt** is the same sentence with the words changed that "
             "should change.",
+            "**Comparison**: source, edit and what differs, where black is what stayed; below it a slider between the "
+            "two.",
             "**n_max**: how deep the edit reaches. Lower keeps more of the image, higher changes more. "
             "**target_cfg**: how strongly it is pulled to the target prompt.",
             "**With soft tokens**: put *Load SoftREPA Tokens* between the checkpoint and the sampler; then "
@@ -416,8 +447,8 @@ def flowedit(model: Model, is_masked: bool = False) -> Workflow:
             Column((Group("Model", ("1", "2") if has_t5 else ("1",)), *image)),
             *([Column((Group("Mask", ("12", "13", "14", "17", "18", "15")),))] if is_masked else []),
             Column((Group("Prompts", ("6", "7", "8")),)),
-            Column((Group("Edit", ("9", "10")),)),
-            Column((Group("Comparison", ("16", "11")),), width=520),
+            Column((Group("Edit", ("9", "10")), Group("Difference", ("19", "20", "21")))),
+            Column((Group("Comparison", ("16", "22", "11", "23")),), width=520),
         ),
     )
 
@@ -525,6 +556,57 @@ def scoring(model: Model) -> Workflow:
     )
 
 
+def comparing(model: Model) -> Workflow:
+    """The same prompts and seeds without and with tokens, and what the model itself says of it."""
+    compare = {
+        "model": ["1", 0],
+        "tokens": ["3", 1],
+        "clip": ["2", 0],
+        "vae": ["1", 2],
+        "judge": ["4", 0],
+        "prompts": "\n".join(COMPARED),
+        "negative_prompt": "",
+        "seeds": "0, 1",
+        "strengths": "0, 1",
+        "steps": model.steps,
+        "cfg": model.cfg,
+        "width": model.size,
+        "height": model.size,
+        "filename_prefix": f"{model.family}",
+    }
+    nodes = {
+        "1": checkpoint(model),
+        "2": tokenizer_options(["1", 1]),
+        "3": load_tokens(model, ["1", 0]),
+        "4": Node("SoftREPAAlignmentJudge", "Judge: Alignment", {}),
+        "5": Node("SoftREPACompare", "Compare Tokens", compare, height=760),
+        "6": Node("PreviewAny", "Table", {"source": ["5", 2]}, height=260),
+    }
+    return Workflow(
+        name=f"compare_{model.family}",
+        title=f"Compare tokens ({model.title})",
+        note=(
+            "## Does it help?",
+            "Draws every prompt and seed without tokens and with them, from the same noise, and says whether the "
+            "difference is more than chance.",
+            "**prompts**: what you care about, a line each. Eight show something, some hundred prove it: the table "
+            "says how many prompts it takes to see an effect of the size found.",
+            "**Cancel** keeps what is drawn. Run again and it goes on; more prompts, seeds or strengths draw only what "
+            "is new. All pictures are in `output/softrepa_compare`.",
+            "**Judge**: the model itself here, which needs nothing else. *Judge: Questions* asks Qwen3-VL, which is "
+            "surer; *Judge: CLIP Score* is everybody's number. Put several in a row.",
+            checkpoint_advice(model),
+            tokens_advice(model),
+        ),
+        nodes=nodes,
+        columns=(
+            Column((Group("Model", ("1", "2")), Group("Tokens", ("3",)), Group("Judge", ("4",)))),
+            Column((Group("Comparison", ("5",)),), width=760),
+            Column((Group("What it says", ("6",)),), width=520),
+        ),
+    )
+
+
 def converting(model: Model) -> Workflow:
     """A published pair of .pth files, or any token file, as one .safetensors file."""
     load = load_tokens(model, ["1", 0])
@@ -569,5 +651,6 @@ WORKFLOWS = (
     flowedit(SD3, is_masked=True),
     training(SD3),
     scoring(SD3),
+    comparing(SD3),
     converting(SD3),
 )

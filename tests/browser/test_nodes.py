@@ -17,6 +17,11 @@ SEARCHES = {
     "inversion free": ("FlowEdit Sampler",),
     "image text folder": ("Caption-Image Folder",),
     "retrieval accuracy": ("SoftREPA Alignment Score",),
+    "xy plot": ("Compare Tokens",),
+    "aesthetic score": ("Compare Scores",),
+    "denoising error": ("Judge: Alignment",),
+    "vqascore": ("Judge: Questions",),
+    "clip similarity": ("Judge: CLIP Score",),
     "demo model": ("Load Small World (demo model)",),
 }
 """By name and by alias."""

@@ -16,6 +16,7 @@ SMALL = {
     "MaskComposite": {"x": 32, "y": 32},
     "SolidMask": {"width": 40, "height": 40},
     "KSampler": {"steps": 3},
+    "SoftREPACompare": {"prompts": "a cat\na dog", "seeds": "0", "width": 128, "height": 128, "steps": 2},
     "SoftREPADataset": {"resolution": 64},
     "SoftREPAFlowEdit": {"steps": 4, "n_max": 3},
     "SoftREPAScore": {"batch_size": 2, "batches": 1, "timesteps": "500,900"},
@@ -33,6 +34,7 @@ RUN = {
     "flowedit_sd3_mask": ("Save Image",),
     "train_sd3": ("Plot Loss Graph", "Preview SoftREPA Tokens"),
     "score_sd3": ("Score without tokens", "Score with tokens"),
+    "compare_sd3": ("Compare Tokens",),
     "convert_tokens": ("Preview SoftREPA Tokens",),
 }
 """Nodes that show pictures after a run. SDXL's smallest checkpoint is too large to make up."""

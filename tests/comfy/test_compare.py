@@ -15,9 +15,12 @@ from comfyui_softrepa.softrepa.comfy.comparing import run as running
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.comparing import judging, records
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from softrepa_tests.comparing import PROMPTS, SMALL, Brightness, small_world
+from softrepa_tests.comparing import PROMPTS, SMALL, Brightness, Checker, small_world
 
 import nodes
+from benchmarks.smallworld import study
+from benchmarks.smallworld.measure import StockModel
+from benchmarks.smallworld.world import plain_caption
 
 OUTPUTS = ("grid", "images", "table", "difference", "csv", "list", "texts", "comparison")
 
@@ -95,6 +98,33 @@ def test_what_it_gives(compared, comfy_folders):
     assert (folder / "summary.txt").read_text(encoding="utf-8") in found["table"] + "\n"
     assert found["grid"].shape[0] == 1
     assert {path.name for path in folder.glob("*.*")} >= {"grid.png", "pictures.csv", "scores.csv", "summary.csv"}
+
+
+def test_the_checkers_numbers_are_the_studys(world, compared, monkeypatch, tmp_path):
+    """The study draws prompt i with seed i: those pictures of a comparison get the same verdicts, in both arms."""
+    monkeypatch.setattr(study, "BATCH", 1)
+    monkeypatch.setitem(study.SAMPLING, "steps", 8)
+    test = study.Test(StockModel(tmp_path), {"two_objects": 1, "colours": 1, "counting": 1}, seed=3)
+    specs = {plain_caption(spec): spec for _, spec in test.prompts}
+    texts, number = list(specs), len(test.prompts)
+    assert len(texts) == number
+    judge = Checker(specs)
+    sampling = {key: study.SAMPLING[key] for key in ("sampler_name", "scheduler", "cfg", "steps")}
+    found = compared(prompts="\n".join(texts), seeds=f"0-{number - 1}", judge=(judge,), shown=1000, **sampling)
+    scores = {(one.arm, one.prompt, one.seed): score for one, score in zip(*scored(found, judge), strict=True)}
+    arms = {"strength 0": world["model"], "strength 1": apply_tokens(world["model"], world["tokens"])}
+    verdicts = []
+    for arm, model in arms.items():
+        right = [value for category in test.measure(model, 0.07, sampling["cfg"]).right.values() for value in category]
+        assert [scores[arm, index, index] for index in range(number)] == right
+        verdicts += right
+    assert 0 < sum(verdicts) < len(verdicts)
+
+
+def scored(found, judge):
+    """Records and a judge's scores of what was shown."""
+    shown = found["comparison"].shown
+    return shown, [judge.score(one, picture) for one, picture in zip(shown, found["list"], strict=True)]
 
 
 def test_without_a_judge_nothing_is_said(compared):

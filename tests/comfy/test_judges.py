@@ -1,9 +1,11 @@
 """Judges that ComfyUI's own models are: their scores are what the models say, computed here another way."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import comfy.ops
 import comfy.sd
+import comfy.sd1_clip
 import numpy as np
 import pytest
 import torch
@@ -53,10 +55,12 @@ def one(text, prompt=0):
 
 
 def random_state(module, spread=0.05):
-    """Seeded weights for a module that has none yet; norms stay near 1."""
+    """Seeded weights for a module that has none yet, as half precision holds them; norms stay near 1."""
     generator = torch.Generator().manual_seed(0)
     return {
         name: (torch.randn(weight.shape, generator=generator) * spread + ("norm" in name and name.endswith("weight")))
+        .half()
+        .float()
         for name, weight in module.state_dict().items()
         if weight.is_floating_point()
     }
@@ -160,15 +164,6 @@ def test_without_logits_it_is_greedy_and_says_so(qwen, monkeypatch):
     assert judge.key(of("a")) != QuestionJudge(qwen).key(of("a")).replace("False", "True")
 
 
-def test_encoders_that_see_nothing_are_refused(qwen):
-    clip = small_world()[1]
-    with pytest.raises(SoftREPAError, match="takes no image"):
-        QuestionJudge(clip).check(of("a"))
-    QuestionJudge(qwen).check(of("a"))
-    with pytest.raises(SoftREPAError, match="facts has 2 lines, expected 1"):
-        QuestionJudge(qwen, "a\nb").check(of("a"))
-
-
 # ---------------------------------------------------------------- CLIP score
 
 TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -195,7 +190,9 @@ def halves(tmp_path_factory):
         )
         save_file(vision.state_dict(), folder / "vision.safetensors")
     with torch.inference_mode():
-        clip = comfy.sd.load_clip([str(folder / "l.safetensors")], model_options={"clip_l_model_config": TEXT})
+        target = SimpleNamespace(params={}, clip=comfy.sd1_clip.SD1ClipModel, tokenizer=comfy.sd1_clip.SD1Tokenizer)
+        options = {"clip_l_model_config": TEXT}
+        clip = comfy.sd.CLIP(target, state_dict=[load_file(folder / "l.safetensors")], model_options=options)
         seen = ClipVisionModel(VISION)
         seen.load_sd(load_file(folder / "vision.safetensors"))
     return text, vision, clip, seen
@@ -224,6 +221,11 @@ def test_halves_of_two_clips_are_refused(halves):
     CLIPJudge(clip, halves[3]).check(of("a"))
 
 
+def test_encoders_without_a_projection_of_their_own_are_refused(halves):
+    with pytest.raises(SoftREPAError, match="pooled output of width 2048 and no projection for it"):
+        CLIPJudge(small_world()[1], halves[3]).check(of("a"))
+
+
 def seeing(width):
     model = ClipVisionModel(VISION | {"projection_dim": width})
     model.load_sd(random_state(model.model))
@@ -241,6 +243,16 @@ def test_a_text_model_without_its_projection_is_refused(halves):
                 CLIPJudge(clip, seen).check(of("a"))
     finally:
         weight.copy_(kept)
+
+
+def test_encoders_that_see_nothing_are_refused(qwen, halves):
+    with pytest.raises(SoftREPAError, match="writes nothing"):
+        QuestionJudge(small_world()[1]).check(of("a"))
+    with pytest.raises(SoftREPAError, match="takes no image"):
+        QuestionJudge(halves[2]).check(of("a"))
+    QuestionJudge(qwen).check(of("a"))
+    with pytest.raises(SoftREPAError, match="facts has 2 lines, expected 1"):
+        QuestionJudge(qwen, "a\nb").check(of("a"))
 
 
 # ---------------------------------------------------------------- alignment

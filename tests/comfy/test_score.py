@@ -1,8 +1,10 @@
 """The score of a model on a dataset: what it measures, and that only the model can change it."""
 
+import math
 from dataclasses import replace
 
 import pytest
+import scipy.stats
 import torch
 from comfyui_softrepa.nodes.score import AlignmentScore
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
@@ -51,12 +53,36 @@ def test_other_noise_for_another_seed_and_the_same_for_fewer_timesteps(models):
 
 
 def test_the_node(models):
-    accuracy, loss, plot = AlignmentScore.execute(models["sd3"], dataset("sd3"), 3, 2, "900, 100").args
+    accuracy, loss, plot, *change = AlignmentScore.execute(models["sd3"], dataset("sd3"), 3, 2, "900, 100").args
+    assert all(map(math.isnan, change))
     assert 0 <= accuracy <= 1
     assert loss > 0
     assert plot.shape[0] == 1
     assert plot.shape[3] == 3
     assert plot.std() > 0.05
+
+
+def test_a_second_model_is_compared_image_by_image(models, token_folder, monkeypatch):
+    told = []
+    monkeypatch.setattr("comfyui_softrepa.nodes.score.show_on_node", lambda node, text: told.append(text))
+    other = apply_tokens(models["sd3"], train(models, "sd3", steps=1)[0])
+    data = dataset("sd3")
+    alone = AlignmentScore.execute(models["sd3"], data, 3, 2, "900, 100")
+    both = AlignmentScore.execute(models["sd3"], data, 3, 2, "900, 100", other_model=other)
+    assert both.args[:2] == alone.args[:2]
+    ones, others = (score(one, HeldOut(data, 3, 2, seed=0), (100, 900)) for one in (models["sd3"], other))
+    by_image = others.retrieved.double().mean(0) - ones.retrieved.double().mean(0)
+    assert both.args[3] == pytest.approx(by_image.mean().item())
+    half = scipy.stats.t.ppf(0.975, 5) * by_image.std().item() / math.sqrt(6)
+    assert both.args[5] - both.args[4] == pytest.approx(2 * half)
+    assert both.args[2].shape == alone.args[2].shape
+    assert not torch.equal(both.args[2], alone.args[2])
+    lines = told[1].splitlines()
+    assert [line.partition(":")[0] for line in lines[:2]] == ["model", "other model"]
+    assert lines[3].startswith("loss (less is better), other model: ")
+    same = AlignmentScore.execute(models["sd3"], data, 3, 2, "900, 100", other_model=models["sd3"])
+    assert same.args[3:] == (0.0, 0.0, 0.0)
+    assert "no difference from model in 6 images" in told[2]
 
 
 @pytest.mark.parametrize("text", ["", "a", "1000", "5,-1", "1.5"])

@@ -48,7 +48,7 @@ class AlignmentJudge:
         return f"{self.others} {self.timesteps} {model_shape(compared.model).text} {whole} {texts}"
 
     def note(self) -> str:
-        return f"own prompt fits better than each of {self.others} others, chance 50%, by the plain model"
+        return f"own prompt fits better than another, of at most {self.others}; chance 50%; by the plain model"
 
     def opened(self, compared: Compared) -> Scorer:
         patcher = compared.model.clone()

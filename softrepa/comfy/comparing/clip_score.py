@@ -4,7 +4,7 @@ import comfy.model_management as memory
 import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.sd import CLIP
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...comparing.judging import Compared, Scorer
 from ...comparing.records import Record
@@ -53,29 +53,38 @@ class CLIPJudge:
         return score
 
     def text(self, prompt: str) -> Tensor:
-        """(1, width), projected. Raises SoftREPAError for a text encoder that has no such thing."""
-        pooled = self.clip.encode_from_tokens(self.clip.tokenize(prompt, disable_weights=True), return_pooled=True)[1]
-        if pooled is None:
+        """(1, width), projected here: of a text model alone ComfyUI gives the pooled output as it is before.
+
+        Raises SoftREPAError for a text encoder that has no such thing.
+        """
+        tokens = self.clip.tokenize(prompt, disable_weights=True)
+        pooled = self.clip.encode_from_tokens(tokens, return_pooled="unprojected")[1]
+        width = 0 if pooled is None else pooled.shape[-1]
+        projection = self._projection(width)
+        if projection is None:
             raise SoftREPAError(
-                "The CLIP judge has a text encoder without a pooled output, expected a CLIP text model, such as "
-                "clip_l.safetensors in Load CLIP."
+                f"The CLIP judge has a text encoder with a pooled output of width {width} and no projection for it, "
+                "expected one CLIP text model, such as clip_l.safetensors in Load CLIP."
             )
-        self._check_projection(pooled.shape[-1])
-        return pooled.float()
+        check_weights(projection.get_parameter("weight"))
+        return projection(pooled.float().to(self.clip.patcher.load_device)).float().to(pooled.device)
 
     def image(self, picture: Tensor) -> Tensor:
         """(1, width), projected."""
         return self.vision.encode_image(picture)["image_embeds"].float()
 
-    def _check_projection(self, width: int) -> None:
-        """Checkpoints leave the projection out, for no picture needs it; ComfyUI then has memory as it found it."""
-        for name, module in self.clip.cond_stage_model.named_modules():
-            if name.endswith(PROJECTION) and module.weight is not None and module.weight.shape[0] == width:
-                weight = module.weight.float()
-                spread = weight.std().item()
-                is_identity = torch.equal(weight.cpu(), torch.eye(*weight.shape))
-                if not weight.isfinite().all() or spread < LEAST_SPREAD or is_identity:
-                    raise SoftREPAError(
-                        f"The CLIP judge has a text model without its projection (weights of spread {spread:.2g}), "
-                        "expected a file with it, such as clip_l.safetensors in Load CLIP; checkpoints leave it out."
-                    )
+    def _projection(self, width: int) -> nn.Module | None:
+        modules = self.clip.cond_stage_model.named_modules()
+        found = (module for name, module in modules if name.endswith(PROJECTION))
+        return next((one for one in found if one.weight is not None and one.weight.shape[1] == width), None)
+
+
+def check_weights(weight: Tensor) -> None:
+    """Checkpoints leave the projection out, for no picture needs it; ComfyUI then has memory as it found it."""
+    weight = weight.float().cpu()
+    spread = weight.std().item()
+    if not weight.isfinite().all() or spread < LEAST_SPREAD or torch.equal(weight, torch.eye(*weight.shape)):
+        raise SoftREPAError(
+            f"The CLIP judge has a text model without its projection (weights of spread {spread:.2g}), expected a file "
+            "with it, such as clip_l.safetensors in Load CLIP; checkpoints leave it out."
+        )

@@ -185,6 +185,7 @@ def compare(comparison: Comparison, tell: Told = lambda text: None) -> Outcome:
     grid = draw_grid(comparison.shown, reader(folder), head_of(lines), shown_scores(comparison.shown, judged))
     _write(folder / "grid.png", lambda temporary: grid.save(temporary, "PNG"))
     write_tables(folder, records, judged, lines)
+    ProgressBar(1).update_absolute(1, 1, ("JPEG", grid, None))  # a node goes on showing its last preview
     return Outcome(folder, records, comparison.shown, lines, grid)
 
 
