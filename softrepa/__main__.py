@@ -1,4 +1,4 @@
-"""Command line: `python -m softrepa convert`, `inspect`, `train` and `score`."""
+"""Command line: `python -m softrepa convert`, `inspect`, `train`, `score` and `evaluate`."""
 
 import argparse
 import io
@@ -17,6 +17,7 @@ if __name__ == "__main__" and sys.argv[1:2] in (["train"], ["score"]) and os.env
 try:
     from . import configuration, token_files
     from .comfy import startup
+    from .progress_line import ProgressLine
     from .training.inputs import ScoreInputs
     from .training.ranks import joined
 except ModuleNotFoundError as missing:
@@ -90,17 +91,34 @@ def score(args) -> None:
         print(json.dumps(found, indent=1))
 
 
+def evaluate(args) -> None:
+    from .evaluation.inputs import inputs_of  # with PIL, which other commands do without
+    from .evaluation.ranks import Rank
+
+    path = Path(args.config)
+    config = with_options(configuration.read_config(path), args)
+    comfyui = startup.comfyui_folder(args.comfyui)
+    inputs = inputs_of(config, args.edits)  # before minutes of loading
+    print(f"starting ComfyUI in {printable(str(comfyui))}", file=sys.stderr)
+    startup.start(comfyui, Rank.of_environment().device_options(args.comfyui_options))
+    from .comfy.evaluation import run  # it can be imported now
+
+    with ProgressLine() as line:
+        print(printable(str(run.evaluate(inputs, path.stem, args.download, line))))
+
+
 def with_options(config: dict, args) -> dict:
-    given = {"checkpoint": args.checkpoint, "folder": args.folder}
+    given = {"checkpoint": args.checkpoint, "folder": getattr(args, "folder", None)}
     if getattr(args, "resume", False):
         given["resume"] = True
     return config | {name: value for name, value in given.items() if value is not None}
 
 
-def add_place(command) -> None:
+def add_place(command, folder: bool = True) -> None:
     """Where ComfyUI is, and what of it is used."""
     command.add_argument("--checkpoint", help="its name in ComfyUI's checkpoints, or a path")
-    command.add_argument("--folder", help="the images and captions, named as the dataset node lists them")
+    if folder:
+        command.add_argument("--folder", help="the images and captions, named as the dataset node lists them")
     command.add_argument("--comfyui", help="ComfyUI's folder; else COMFYUI_PATH, or the one that holds this pack")
 
 
@@ -131,6 +149,12 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     add_place(command)
     command.set_defaults(run=score)
+    command = commands.add_parser("evaluate", help="the paper's measures of what a model draws or edits, as a table")
+    command.add_argument("config", metavar="CONFIG", help="a .json: what is drawn, in which arms, what judges it")
+    command.add_argument("--edits", action="store_true", help="edits of photographs instead of pictures of captions")
+    command.add_argument("--download", action="store_true", help="fetch weights of judges that are not there")
+    add_place(command, folder=False)
+    command.set_defaults(run=evaluate)
     return top
 
 

@@ -116,6 +116,7 @@ def _panel(pen: ImageDraw.ImageDraw, left: int, top: int, chart: Chart, theme: T
         for dash in range(left, left + WIDTH, 10):
             pen.line((dash, y, dash + 5, y), theme.muted, 2)
         pen.text((left + WIDTH - 4, y - 4), name, theme.muted, small, anchor="rs")
+    name_at = float(left)
     for index, line in enumerate(chart.lines):
         colour = theme.lines[index % len(theme.lines)]
         points = [at(x, y) for x, y in zip(line.xs, line.ys, strict=True)]
@@ -127,4 +128,5 @@ def _panel(pen: ImageDraw.ImageDraw, left: int, top: int, chart: Chart, theme: T
             for x, y in points:
                 pen.ellipse((x - 6, y - 6, x + 6, y + 6), colour)
         if len(chart.lines) > 1:
-            pen.text((left + 200 * index, below + TEXT + 10), line.name, colour, small)
+            pen.text((name_at, below + TEXT + 10), line.name, colour, small)
+            name_at += max(200, small.getlength(line.name) + 24)

@@ -63,12 +63,15 @@ def check_to_score(config: dict) -> None:
 
 def check_inputs(config: dict) -> None:
     """Every name and the kind of every value. Raises SoftREPAError."""
-    if unknown := sorted(config.keys() - ALL_KINDS.keys()):
-        raise SoftREPAError(
-            f"CONFIG has {shown(', '.join(unknown))}, expected only inputs of the dataset and training nodes."
-        )
+    check_kinds(config, ALL_KINDS, "the dataset and training nodes")
+
+
+def check_kinds(config: dict, kinds: dict[str, type], owner: str) -> None:
+    """As `check_inputs`, of the inputs that `owner` takes."""
+    if unknown := sorted(config.keys() - kinds.keys()):
+        raise SoftREPAError(f"CONFIG has {shown(', '.join(unknown))}, expected only inputs of {owner}.")
     for name, value in config.items():
-        kind = ALL_KINDS[name]
+        kind = kinds[name]
         fits = type(value) in (kind, ALSO.get(name)) or (kind is float and type(value) is int)
         if not fits:
             raise SoftREPAError(f"CONFIG: {name} is {shown(repr(value))}, expected a value of type {kind.__name__}.")

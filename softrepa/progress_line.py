@@ -46,3 +46,9 @@ class ProgressLine:
                 self.told.add(notice)
                 print(f"{start}{notice}", file=sys.stderr)
         print(f"{start}{progress}", end="" if start else "\n", file=sys.stderr, flush=True)
+
+
+def time_left(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

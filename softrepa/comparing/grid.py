@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..charts import INK, MUTED, PAPER
+from ..charts import LIGHT
 from ..errors import cut, printable
 from .records import Record
 
@@ -64,29 +64,29 @@ def draw_grid(
     head_lines = [part for text in head.splitlines() for part in wrapped(text, small, width - 4 * GAP, LINES)]
     top = small_line * len(head_lines) + (GAP if head_lines else 0)
     step = max(layout.height + below, 2 * line) + GAP
-    image = Image.new("RGB", (width, top + 2 * line + len(prompts) * step), PAPER)
+    image = Image.new("RGB", (width, top + 2 * line + len(prompts) * step), LIGHT.paper)
     pen = ImageDraw.Draw(image)
     for number, text in enumerate(head_lines):
-        pen.text((2 * GAP, GAP + small_line * number), text, INK, small)
+        pen.text((2 * GAP, GAP + small_line * number), text, LIGHT.ink, small)
     for column, arm in enumerate(arms):
         x = layout.left + column * arm_width
-        pen.text((x, top), wrapped(arm, font, arm_width, 1)[0], INK, font)
+        pen.text((x, top), wrapped(arm, font, arm_width, 1)[0], LIGHT.ink, font)
         for place, seed in enumerate(seeds):
-            pen.text((x + place * (layout.width + GAP), top + line), f"seed {seed}", MUTED, small)
+            pen.text((x + place * (layout.width + GAP), top + line), f"seed {seed}", LIGHT.muted, small)
     rows = {prompt: top + 2 * line + row * step for row, prompt in enumerate(prompts)}
     for prompt, text in prompts.items():
         most = max(1, (step - GAP) // small_line)
         for number, part in enumerate(wrapped(text, small, layout.left - 3 * GAP, min(LINES, most))):
-            pen.text((2 * GAP, rows[prompt] + number * small_line), part, INK, small)
+            pen.text((2 * GAP, rows[prompt] + number * small_line), part, LIGHT.ink, small)
     for one in records:
         x = layout.left + arms.index(one.arm) * arm_width + seeds.index(one.seed) * (layout.width + GAP)
         y = rows[one.prompt]
         if (pixels := read(one)) is None:
-            pen.rectangle((x, y, x + layout.width - 1, y + layout.height - 1), outline=MUTED)
+            pen.rectangle((x, y, x + layout.width - 1, y + layout.height - 1), outline=LIGHT.muted)
             continue
         image.paste(_fitted(pixels, layout), (x, y))
         if scores and one.file in scores:
-            pen.text((x, y + layout.height), scores[one.file], INK, small)
+            pen.text((x, y + layout.height), scores[one.file], LIGHT.ink, small)
     return image
 
 

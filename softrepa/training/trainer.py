@@ -72,8 +72,8 @@ class Trainer:
 
     `next_batch(batch_size)` gives latents (B, C, H, W) as the network sees them, B conds, behind them those of captions
     of other images where there are more `negatives` than the batch has, and B lists of conds of wrong captions; `empty`
-    is the cond of "". Of several processes, `ranks`, all draw the same and each computes a share; the first one updates,
-    and every step begins with what it has.
+    is the cond of "". Of several processes, `ranks`, all draw the same and each computes a share; the first one
+    updates, and every step begins with what it has.
     """
 
     def __init__(

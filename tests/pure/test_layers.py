@@ -69,8 +69,10 @@ NEVER = {
 }
 DYNAMIC = {"__import__", "import_module", "exec", "eval"}
 READS_WHOLE = {"read_bytes", "read_text", "safe_open", "load_file"}
-READERS = {Path("softrepa/files.py"), Path("softrepa/smallworld/checkpoint.py")}
-"""Who reads files as a whole: the one function that bounds them, and what reads a file of the pack itself."""
+JUDGES_WEIGHTS = Path("softrepa/evaluation/weights.py")
+"""Reads gigabytes that the user names, with torch's reader that runs no code."""
+READERS = {Path("softrepa/files.py"), Path("softrepa/smallworld/checkpoint.py"), JUDGES_WEIGHTS}
+"""Who reads files as a whole: the function that bounds them, what reads a file of the pack itself, and the judges'."""
 OPTIONAL_PACKAGES = Path("softrepa/training/optimizers.py")
 """Imports the optimizers that may be installed by the name that its table gives."""
 
@@ -149,7 +151,18 @@ def test_files_are_read_within_bounds(path):
     """By `softrepa.files`; torch's own reader makes whatever sizes a file asks for."""
     found = set() if path in READERS else called(path) & READS_WHOLE
     assert found == set()
-    assert "torch.load(" not in (ROOT / path).read_text(encoding="utf-8")
+    if path != JUDGES_WEIGHTS:
+        assert "torch.load(" not in (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_weights_of_judges_are_read_without_running_code():
+    calls = [node for node in ast.walk(tree(JUDGES_WEIGHTS)) if isinstance(node, ast.Call)]
+    loads = [node for node in calls if getattr(node.func, "attr", "") == "load"]
+    assert loads
+    for node in loads:
+        assert {"weights_only": True}.items() <= {
+            one.arg: getattr(one.value, "value", None) for one in node.keywords
+        }.items()
 
 
 def test_the_method_knows_neither_nodes_nor_comfyui():

@@ -13,7 +13,7 @@ from ...data.dataset import Cond
 from ...errors import SoftREPAError
 from ...statistics import Unit
 from ...training.pairs import StepBatch
-from ..data.encoding import encode_caption, encode_image
+from ..data.encoding import encode_caption, encode_images
 from ..families import model_shape
 from ..identity import clip_identity, model_identity, vae_identity
 from ..tokens.call_state import KEY
@@ -63,11 +63,11 @@ class AlignmentJudge:
             return encoded[text]
 
         def score(one: Record, picture: torch.Tensor) -> float:
-            latent = encode_image(compared.vae, picture[0], one.file)[None]
+            (latent,) = encode_images(compared.vae, [picture[0]], [one.file])
             conds = [cond(text) for text in (one.text, *self._others(texts, one.prompt))]
             wins = []
             with torch.inference_mode(False), torch.no_grad():
-                latents = patcher.model.process_latent_in(latent.clone())
+                latents = patcher.model.process_latent_in(latent[None].clone())
                 load(patcher, int(patcher.model.memory_required([len(conds), *latents.shape[1:]])))
                 network = PairNetwork(patcher)
                 for t in self.timesteps:

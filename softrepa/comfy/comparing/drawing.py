@@ -18,6 +18,7 @@ from ...comparing.plan import groups
 from ...comparing.records import Record, is_drawn, write_picture
 from ...data.latent_lists import PIXELS
 from ...errors import SoftREPAError
+from ...progress_line import time_left
 
 Told = Callable[[str], None]
 
@@ -81,11 +82,6 @@ class Progress:
         self.bar.update_absolute(self.done * self.steps, None, ("JPEG", preview, None))
         left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
         self.tell(f"{self.done:,} of {self.total:,} pictures drawn, {time_left(left)} left")
-
-
-def time_left(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 def draw_missing(

@@ -1,0 +1,1 @@
+"""What `softrepa evaluate` draws and edits, by ComfyUI's samplers."""
