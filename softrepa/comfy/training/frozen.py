@@ -45,7 +45,10 @@ def is_ordinary(tensor: Tensor) -> bool:
     return True
 
 
-ALIASES = {nn.Parameter: lambda weight: nn.Parameter(ordinary(weight), requires_grad=False), Tensor: ordinary}
+ALIASES: dict[type, Callable[[Tensor], Tensor]] = {
+    nn.Parameter: lambda weight: nn.Parameter(ordinary(weight), requires_grad=False),
+    Tensor: ordinary,
+}
 """By the exact type of a weight or buffer; quantised ones go through autograd in their layers' way."""
 
 
