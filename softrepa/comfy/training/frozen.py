@@ -45,7 +45,8 @@ def frozen(network: nn.Module) -> Iterator[None]:
     given: list[tuple[dict, str]] = []
     try:
         for module in network.modules():
-            for held in (module._parameters, module._buffers):
+            stores: tuple[dict, dict] = (module._parameters, module._buffers)
+            for held in stores:
                 for name, tensor in held.items():
                     if type(tensor) in ALIASES and tensor.is_inference():
                         replaced.append((held, name, tensor))
