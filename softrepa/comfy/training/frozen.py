@@ -29,7 +29,10 @@ def ordinary(tensor: Tensor) -> Tensor:
     return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-ALIASES = {nn.Parameter: lambda weight: nn.Parameter(ordinary(weight), requires_grad=False), Tensor: ordinary}
+ALIASES: dict[type, Callable[[Tensor], Tensor]] = {
+    nn.Parameter: lambda weight: nn.Parameter(ordinary(weight), requires_grad=False),
+    Tensor: ordinary,
+}
 """By the exact type of a weight or buffer; quantised ones go through autograd in their layers' way."""
 
 
