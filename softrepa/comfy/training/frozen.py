@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import comfy.ops
 import torch
@@ -64,8 +63,8 @@ def frozen(network: nn.Module) -> Iterator[None]:
     given: list[tuple[dict, str]] = []
     try:
         for module in network.modules():
-            owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for held in owned:
+            stores: tuple[dict, dict] = (module._parameters, module._buffers)
+            for held in stores:
                 for name, tensor in held.items():
                     if type(tensor) in ALIASES and not is_ordinary(tensor):
                         replaced.append((held, name, tensor))
