@@ -5,10 +5,11 @@ import threading
 import folder_paths
 import pytest
 import torch
-from benchmarks import encoding as benchmark
 from comfyui_softrepa.softrepa.comfy.data import encoding, folder_encodings
 from comfyui_softrepa.softrepa.comfy.data.assembly import dataset_of_folder
 from comfyui_softrepa.softrepa.data.inputs import DatasetInputs
+
+from benchmarks import encoding as benchmark
 
 CAPTIONS = [f"{'a red cat beside ' * (number % 4 * 9)}a dog {number}" for number in range(11)]
 
