@@ -10,9 +10,10 @@ import torch
 from comfyui_softrepa.softrepa.comfy.training.run import outside_inference
 from softrepa_tests.conftest import ROOT
 
-from benchmarks import flowedit, gpu, sampling, training
+from benchmarks import flowedit, gpu, ranks, sampling, training
 from benchmarks.cases import build, soft_tokens
 from softrepa.comfy.training.trainable import TrainableNetwork
+from softrepa.training.ranks import ALONE
 from softrepa.training.trainer import TrainableTokens
 
 CPU = torch.device("cpu")
@@ -49,6 +50,13 @@ def test_training(small, way):
     assert figures.pairs_a_second > 0
     assert trained.tokens.grad.isfinite().all()
     assert figures.at_once == {None: 0, 0: 2}.get(way.micro_batch, way.micro_batch)
+
+
+def test_ranks(small):
+    case, _, _ = small
+    (found,) = ranks.measured(case, 2, 2, 1, CPU, ALONE)
+    assert found.alone > 0
+    assert "/s" in ranks.line(case, [found], 4)
 
 
 def test_the_training_command(capsys):
