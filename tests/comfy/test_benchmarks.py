@@ -11,10 +11,11 @@ from comfyui_softrepa.softrepa.comfy.training.run import outside_inference
 from softrepa_tests.conftest import ROOT
 from softrepa_tests.sampling import relative_error
 
-from benchmarks import flowedit, gpu, sampling, training
+from benchmarks import flowedit, gpu, ranks, sampling, training
 from benchmarks.cases import build, soft_tokens
 from benchmarks.reference import Reference
 from softrepa.comfy.training.trainable import TrainableNetwork
+from softrepa.training.ranks import ALONE
 from softrepa.training.trainer import TrainableTokens
 
 CPU = torch.device("cpu")
@@ -71,6 +72,13 @@ def test_all_ways_compute_the_same_gradient(small, way):
             one.step({True: network, False: network}, reference, tokens, step)[0]()
             found.append(torch.cat([parameter.grad.flatten() for parameter in tokens.parameters()]))
     assert relative_error(found[1], found[0]) <= 1e-4
+
+
+def test_ranks(small):
+    case, _, _ = small
+    (found,) = ranks.measured(case, 2, 2, 1, CPU, ALONE)
+    assert found.alone > 0
+    assert "/s" in ranks.line(case, [found], 4)
 
 
 def test_the_training_command():
