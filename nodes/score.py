@@ -85,7 +85,7 @@ class AlignmentScore(io.ComfyNode):
             if one is not None
         }
         first, *others = measured.values()
-        changes = {name: change(first, *others, name) for name in UNITS} if others else {}
+        changes = {name: change(first, other, name) for name in UNITS for other in others}
         show_on_node(cls, "\n".join([*(told(*one) for one in measured.items()), *said(changes)]))
         found = changes.get("retrieved")
         outputs = (found.mean, found.low, found.high) if found else (math.nan,) * 3
