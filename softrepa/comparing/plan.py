@@ -1,6 +1,7 @@
 """Which pictures a comparison draws, in which order, and which of them are shown."""
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from .records import Arm, Record, record
 
@@ -19,12 +20,6 @@ def shown_of(records: Sequence[Record], arms: int, shown: int) -> list[Record]:
 
 
 def groups(records: Sequence[Record]) -> Iterator[list[Record]]:
-    """Runs of a plan, of GROUP prompts each; a last one of fewer prompts goes with the run before it."""
-    starts = [0]
-    for index, one in enumerate(records):
-        if one.prompt % GROUP == 0 and records[starts[-1]].prompt != one.prompt:
-            starts.append(index)
-    if len(starts) > 1 and records[-1].prompt - records[starts[-1]].prompt + 1 < GROUP:
-        starts.pop()
-    for start, end in zip(starts, [*starts[1:], len(records)], strict=True):
-        yield list(records[start:end])
+    """A plan, or what is left of it, in runs of at most GROUP prompts each."""
+    for _, run in groupby(records, lambda one: one.prompt // GROUP):
+        yield list(run)

@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 import pytest
+from comfyui_softrepa.softrepa.comparing.inputs import CompareInputs
 from comfyui_softrepa.softrepa.configuration import ALL_KINDS, check_inputs
 from comfyui_softrepa.softrepa.data.inputs import DatasetInputs
 from comfyui_softrepa.softrepa.errors import SoftREPAError
@@ -10,7 +11,10 @@ from comfyui_softrepa.softrepa.training.inputs import DEFAULTS, KINDS, NOT_IN_TH
 
 IO_TYPES = {int: {"INT"}, float: {"FLOAT"}, bool: {"BOOLEAN"}, str: {"STRING", "COMBO"}}
 OTHER_KIND = {int: 1.5, float: "1", bool: 1, str: 1}
-CONNECTED = {"model", "dataset", "options", "folder", "clip", "vae"}
+CONNECTED = {
+    *("model", "dataset", "options", "folder", "clip", "vae"),
+    *("tokens", "judge", "prompts_from", "other_model", "second_model", "second_tokens"),
+}
 """What comes from elsewhere; the training node's `vae` is for its previews."""
 WITHOUT_A_WIDGET = {
     *("weight_decay", "minimum_learning_rate", "schedule_steps", "restart_after"),
@@ -18,7 +22,12 @@ WITHOUT_A_WIDGET = {
 }
 """Constants of the papers, which the command line takes."""
 TRAINING = ("SoftREPATrainTokens", "SoftREPATrainingOptions")
-NODES = {TRAINING: TrainingInputs, ("SoftREPADataset",): DatasetInputs, ("SoftREPAScore",): ScoreInputs}
+NODES = {
+    TRAINING: TrainingInputs,
+    ("SoftREPADataset",): DatasetInputs,
+    ("SoftREPAScore",): ScoreInputs,
+    ("SoftREPACompare",): CompareInputs,
+}
 
 
 def inputs_of(pack, names: tuple[str, ...]) -> dict:
