@@ -19,7 +19,7 @@ from .workflow_descriptions import WORKFLOWS, Workflow
 ROOT = Path(__file__).absolute().parents[1]
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 DRAWN_TYPES = ("IMAGECOMPARE",)
-"""Widgets that take no link and no number: a view of two pictures."""
+"""Widgets of lists, which only `__value__` tells from links: a view of two pictures."""
 GROUP_COLOUR, NOTE_COLOURS = "#3f789e", {"color": "#432", "bgcolor": "#653"}
 PROMPT_COLOURS = {
     "Positive prompt": {"color": "#232", "bgcolor": "#353"},
@@ -73,7 +73,7 @@ def frontend_graph(workflow: Workflow, info: dict) -> dict:
                 if is_widget:
                     inputs[-1]["widget"] = {"name": name}
             elif kind in DRAWN_TYPES:
-                values.append(value)
+                values.append(value["__value__"])
             elif not is_widget:
                 inputs.append({"name": name, "type": kind, "link": None})
             if is_widget:

@@ -400,7 +400,7 @@ def flowedit(model: Model, is_masked: bool = False) -> Workflow:
         "23": Node(
             "ImageCompare",
             "Slide between source and edit",
-            {"image_a": ["4", 0], "image_b": ["10", 0], "compare_view": ""},
+            {"image_a": ["4", 0], "image_b": ["10", 0], "compare_view": {"__value__": ["", ""]}},
             height=420,
         ),
     }
@@ -435,7 +435,7 @@ def flowedit(model: Model, is_masked: bool = False) -> Workflow:
             "**Source prompt** says what it shows, **target prompt** is the same sentence with the words changed that "
             "should change.",
             "**Comparison**: source, edit and what differs, where black is what stayed; below it a slider between the "
-            "two.",
+            "two (with Nodes 2.0 switched on).",
             "**n_max**: how deep the edit reaches. Lower keeps more of the image, higher changes more. "
             "**target_cfg**: how strongly it is pulled to the target prompt.",
             "**With soft tokens**: put *Load SoftREPA Tokens* between the checkpoint and the sampler; then "

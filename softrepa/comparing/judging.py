@@ -36,6 +36,10 @@ class Compared(Protocol):
     @property
     def vae(self) -> Any: ...
 
+    @property
+    def identity(self) -> str:
+        """Of the three, with what is on the MODEL."""
+
 
 class Judge(Protocol):
     """Scores pictures one by one, prompt by prompt."""

@@ -312,6 +312,12 @@ def test_a_model_with_tokens_is_no_baseline(world, compared):
         compared(model=apply_tokens(world["model"], world["tokens"]))
 
 
+def test_a_second_model_of_another_family_is_refused(models, compared, drawn):
+    with pytest.raises(SoftREPAError, match="second_model is SD1.5.*expected one that clip and vae fit"):
+        compared(second_model=models["sd15"])
+    assert drawn == []
+
+
 def test_a_picture_that_is_no_numbers_is_named(compared, monkeypatch):
     monkeypatch.setattr(drawing.Painter, "draw", lambda *args: np.full((96, 96, 3), np.nan))
     with pytest.raises(SoftREPAError, match='strength 0 draws NaN or infinite values for "a red circle"'):

@@ -1,6 +1,6 @@
 """Judges that ComfyUI's own models are: their scores are what the models say, computed here another way."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import comfy.ops
@@ -301,6 +301,18 @@ def test_the_plain_model_judges_every_arm(world):
         judge.check(compared_in(world | {"model": apply_tokens(world["model"], world["tokens"])}, *TEXTS))
     with pytest.raises(SoftREPAError, match="has 1 prompt, expected 2 or more"):
         judge.check(compared_in(world, "a"))
+
+
+def test_what_decides_a_score_keys_it(world):
+    of_world = compared_in(world, *TEXTS)
+    keys = {
+        AlignmentJudge(7, (500,)).key(of_world),
+        AlignmentJudge(6, (500,)).key(of_world),
+        AlignmentJudge(7, (400,)).key(of_world),
+        AlignmentJudge(7, (500,)).key(compared_in(world, *TEXTS[:2])),
+        AlignmentJudge(7, (500,)).key(replace(of_world, identity="another")),
+    }
+    assert len(keys) == 5
 
 
 def test_others_are_near_and_never_the_own():

@@ -14,8 +14,6 @@ from ...errors import SoftREPAError
 from ...statistics import Unit
 from ...training.pairs import StepBatch
 from ..data.encoding import encode_caption, encode_images
-from ..families import model_shape
-from ..identity import clip_identity, model_identity, vae_identity
 from ..tokens.call_state import KEY
 from ..training.memory_use import load
 from ..training.out_of_memory import halving
@@ -43,9 +41,8 @@ class AlignmentJudge:
             raise SoftREPAError("Model has soft tokens on it, expected the plain model, which judges all arms.")
 
     def key(self, compared: Compared) -> str:
-        whole = [model_identity(compared.model), clip_identity(compared.clip), vae_identity(compared.vae)]
         texts = short_hash("\n".join(one.text for one in compared.prompts))
-        return f"{self.others} {self.timesteps} {model_shape(compared.model).text} {whole} {texts}"
+        return f"{self.others} {self.timesteps} {compared.identity} {texts}"
 
     def note(self) -> str:
         return f"own prompt fits better than another, of at most {self.others}; chance 50%; by the plain model"

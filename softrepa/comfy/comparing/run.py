@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ...errors import SoftREPAError, shown, unwritable
 from ...files import is_file, write_atomically
 from ...tokens import SoftTokens
 from ...training.identity import tokens_hash
+from ..families import model_shape
 from ..folders import is_file_name, is_inside
 from ..identity import clip_identity, model_identity, vae_identity
 from ..models import check_positions
@@ -64,6 +65,11 @@ class Ways:
                 if strength
             }
         if self.second_model is not None:
+            ours, theirs = model_shape(self.model), model_shape(self.second_model)
+            if theirs.family is not ours.family:
+                raise SoftREPAError(
+                    f"second_model is {theirs.text}, expected one that clip and vae fit, as {ours.text}."
+                )
             found[SECOND_MODEL] = self.second_model
         return found
 
@@ -179,7 +185,7 @@ def compare(comparison: Comparison, tell: Told = lambda text: None) -> Outcome:
     folder, records = comparison.folder, comparison.records
     write_records(folder, records)
     painter = Painter(comparison.models, comparison.clip, comparison.vae, comparison.inputs)
-    draw_missing(painter, folder, records, tell, lambda one: row_of(comparison, one))
+    draw_missing(painter, folder, records, tell, partial(compared_with, comparison))
     judged = [_judged(judge, comparison, tell) for judge in comparison.judges]
     lines = [line for one in judged for line in summarize(records, one)]
     grid = draw_grid(comparison.shown, reader(folder), head_of(lines), shown_scores(comparison.shown, judged))
@@ -204,11 +210,12 @@ def reader(folder: Path) -> Callable[[Record], np.ndarray | None]:
     return lambda one: read_picture(folder, one) if is_drawn(folder, one) else None
 
 
-def row_of(comparison: Comparison, drawn: Record) -> Image.Image:
-    """The pictures of a prompt so far, to be looked at while the others are drawn."""
-    start = drawn.prompt * (per_prompt := len(comparison.records) // len(comparison.prompts))
-    row = shown_of(comparison.records[start : start + per_prompt], len(comparison.arms), comparison.inputs.shown)
-    return draw_grid(row, reader(comparison.folder))
+def compared_with(comparison: Comparison, drawn: Record) -> Image.Image:
+    """A picture beside those of other arms so far, to be looked at while the rest is drawn."""
+    per_prompt = len(comparison.records) // len(comparison.prompts)
+    start = drawn.prompt * per_prompt
+    pair = [one for one in comparison.records[start : start + per_prompt] if one.seed == drawn.seed]
+    return draw_grid(pair, reader(comparison.folder))
 
 
 def head_of(lines: Sequence[Line]) -> str:
