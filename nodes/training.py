@@ -1,5 +1,7 @@
 """Train soft tokens on the user's own images."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..softrepa.comfy.training.launch import launch
@@ -39,7 +41,7 @@ ALL_IN_ONE = (
 """Saved graphs hold the values of its widgets in this order."""
 ITS_CHECKPOINTING = True
 """What a prompt without it means."""
-AS_BEFORE = {"checkpointing": ITS_CHECKPOINTING, "on_no_contrast": GO_ON}
+AS_BEFORE: dict[str, Any] = {"checkpointing": ITS_CHECKPOINTING, "on_no_contrast": GO_ON}
 
 
 def training_schema(inputs: list[io.Input], **more) -> io.Schema:
@@ -87,8 +89,8 @@ class TrainTokens(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, dataset, options=None, **inputs) -> io.NodeOutput:
-        inputs = TrainingInputs(**inputs, **(options or {}))
-        return trained(cls, model, dataset, inputs, lambda data: tell_node(cls, data))
+        asked = TrainingInputs(**inputs, **(options or {}))
+        return trained(cls, model, dataset, asked, lambda data: tell_node(cls, data))
 
 
 class TrainOptions(io.ComfyNode):
