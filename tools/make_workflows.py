@@ -72,7 +72,7 @@ def frontend_graph(workflow: Workflow, info: dict) -> dict:
                 inputs.append({"name": name, "type": kind, "link": len(links)})
                 if is_widget:
                     inputs[-1]["widget"] = {"name": name}
-            elif kind in DRAWN_TYPES:
+            elif kind in DRAWN_TYPES and isinstance(value, dict):
                 values.append(value["__value__"])
             elif not is_widget:
                 inputs.append({"name": name, "type": kind, "link": None})
