@@ -7,7 +7,8 @@ from comfyui_softrepa.softrepa.families import FAMILIES, depth, format_blocks, p
 from softrepa_tests.conftest import ROOT
 from softrepa_tests.repository import files
 
-KNOWS = ("softrepa/families.py", "softrepa/comfy/families/")
+KNOWS = ("softrepa/families.py", "softrepa/comfy/families/", "softrepa/evaluation/presets.py")
+"""The last one holds the paper's figures, which are of its three families."""
 MODELS = ("nodes/smallworld.py", "softrepa/smallworld/")
 """Of one model, which is of a family."""
 SHIPPED = [
