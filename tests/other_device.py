@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import comfy.model_management as memory
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfyui_softrepa.softrepa.comfy.training import frozen
 from softrepa_tests import tiny_models
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -160,6 +161,7 @@ def other_device(monkeypatch, free: int = FREE):
             patch.setattr(memory, "minimum_inference_memory", lambda: 0)
         for name in ("get_free_memory", "get_total_memory"):
             patch.setattr(memory, name, _told(getattr(memory, name), free))
+        patch.setattr(frozen, "HELD", (*frozen.HELD, DeviceTensor))
         try:
             yield device
         finally:

@@ -135,10 +135,11 @@ def test_training_with_a_lora(token_folder, monkeypatch, family, part):
     expected = moved_by(with_lora(tiny_models.build(family)), family, start, steps=3)
     model = with_lora(on_card(family))
     if part > 1:
-        model.load(CARD, lowvram_model_memory=model.model_size() // part)
-        assert 0 < model.loaded_size() < model.model_size()
-        monkeypatch.setattr(memory, "current_loaded_models", [memory.LoadedModel(model)])
+        free = model.model_size() // part
+        monkeypatch.setattr(memory, "minimum_inference_memory", lambda: 0)
+        monkeypatch.setattr(memory, "get_free_memory", lambda *_, **__: free)
     same_training(moved_by(model, family, start, steps=3), expected, 0.02)
+    assert part == 1 or 0 < model.loaded_size() < model.model_size()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

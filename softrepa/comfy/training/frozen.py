@@ -25,8 +25,8 @@ def ordinary(tensor: Tensor) -> Tensor:
     """`tensor`, or an alias of it without its inference mark."""
     if is_ordinary(tensor):
         return tensor
-    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    source = tensor.detach() if tensor.requires_grad else tensor
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(source)
 
 
 def is_ordinary(tensor: Tensor) -> bool:
@@ -44,11 +44,8 @@ def is_ordinary(tensor: Tensor) -> bool:
     return True
 
 
-ALIASES: dict[type, Callable[[Tensor], Tensor]] = {
-    nn.Parameter: lambda weight: nn.Parameter(ordinary(weight), requires_grad=False),
-    Tensor: ordinary,
-}
-"""By the exact type of a weight or buffer; quantised ones go through autograd in their layers' way."""
+HELD = (nn.Parameter, Tensor)
+"""Exact types of weights and buffers; quantised ones go through autograd in their layers' way."""
 
 
 @contextmanager
@@ -66,9 +63,9 @@ def frozen(network: nn.Module) -> Iterator[None]:
             stores: tuple[dict, dict] = (module._parameters, module._buffers)
             for held in stores:
                 for name, tensor in held.items():
-                    if type(tensor) in ALIASES and not is_ordinary(tensor):
+                    if type(tensor) in HELD and not is_ordinary(tensor):
                         replaced.append((held, name, tensor))
-                        held[name] = ALIASES[type(tensor)](tensor)
+                        held[name] = ordinary(tensor)
             if isinstance(module, comfy.ops.CastWeightBiasOp) and fetches(module):
                 name, forward = fetching(module)
                 if name not in vars(module):  # or it is another pack's own, which goes through autograd as it is

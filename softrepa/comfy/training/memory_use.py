@@ -178,7 +178,8 @@ def load(model: ModelPatcher, needed: int) -> None:
     """
     is_there = any(one.model is model for one in memory.current_loaded_models)
     if not (is_there and model.patches and model.loaded_size() < model.model_size()):
-        memory.load_models_gpu([model], memory_required=needed)
+        with torch.inference_mode():  # as ComfyUI's nodes do: outside of it weights become what no mode takes
+            memory.load_models_gpu([model], memory_required=needed)
 
 
 def batch_bytes(batch: StepBatch) -> int:
