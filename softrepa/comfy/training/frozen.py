@@ -26,7 +26,8 @@ def ordinary(tensor: Tensor) -> Tensor:
     if is_ordinary(tensor):
         return tensor
     source = tensor.detach() if tensor.requires_grad else tensor
-    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(source)
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(source)  # type: ignore[call-overload]  # PyTorch's stub knows storages only
 
 
 def is_ordinary(tensor: Tensor) -> bool:
