@@ -13,7 +13,7 @@ from ...data.dataset import Cond
 from ...errors import SoftREPAError
 from ...statistics import Unit
 from ...training.pairs import StepBatch
-from ..data.encoding import encode_caption, encode_images
+from ..data.encoding import encode_caption, encode_image
 from ..tokens.call_state import KEY
 from ..training.memory_use import load
 from ..training.out_of_memory import halving
@@ -60,7 +60,7 @@ class AlignmentJudge:
             return encoded[text]
 
         def score(one: Record, picture: torch.Tensor) -> float:
-            (latent,) = encode_images(compared.vae, [picture[0]], [one.file])
+            latent = encode_image(compared.vae, picture[0], one.file)
             conds = [cond(text) for text in (one.text, *self._others(texts, one.prompt))]
             wins = []
             with torch.inference_mode(False), torch.no_grad():
