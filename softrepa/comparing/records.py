@@ -14,7 +14,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def is_drawn(folder: Path, one: Record) -> bool:
 def write_picture(folder: Path, one: Record, pixels: np.ndarray) -> None:
     """(H, W, 3) of 0 to 1, whole or not at all."""
     picture = Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
-    _write(folder / one.file, lambda temporary: picture.save(temporary, "PNG", compress_level=4))
+    write_whole(folder / one.file, lambda temporary: picture.save(temporary, "PNG", compress_level=4))
 
 
 def read_picture(folder: Path, one: Record) -> np.ndarray:
@@ -146,10 +146,16 @@ def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable[object
             writer.writerow(columns)
             writer.writerows(rows)
 
-    _write(path, fill)
+    write_whole(path, fill)
 
 
-def _write(path: Path, fill) -> None:
+def write_text(path: Path, text: str) -> None:
+    """As `write_whole`."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def write_whole(path: Path, fill: Callable[[Path], object]) -> None:
+    """As `files.write_atomically`. Raises SoftREPAError where there is no room."""
     try:
         write_atomically(path, fill)
     except OSError as error:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comparing.records import Arm, record, write_picture
+from comfyui_softrepa.softrepa.comparing.records import Arm, read_scores, record, write_picture
 from comfyui_softrepa.softrepa.data.sources import WholeFile
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.evaluation import measuring, ranks, report
@@ -305,6 +305,8 @@ class TestMeasuring:
 
         def dying(pictures):
             if len(judge.judged) == 6:
+                (path,) = (drawn.folder / "scores").glob("*.csv")
+                assert len(read_scores(path)) == 4  # all that is left where it is killed
                 raise KeyboardInterrupt
             return judge(pictures)
 
@@ -313,8 +315,42 @@ class TestMeasuring:
             self.measured(drawn, monkeypatch, dying, weights=weights)
         rest = Grey()
         found = self.measured(drawn, monkeypatch, rest, weights=weights)
-        assert len(rest.judged) == 8
+        assert len(rest.judged) == 6
         assert found.scores == self.measured(drawn, monkeypatch, Grey(), weights=self.weights(tmp_path, "b")).scores
+
+    @pytest.mark.parametrize("wrong", [math.nan, math.inf])
+    def test_scores_that_are_no_numbers_are_refused_and_not_kept(self, drawn, monkeypatch, tmp_path, wrong):
+        weights, judge = self.weights(tmp_path), Grey()
+
+        def broken(pictures):
+            return [wrong if judge.judged else score for score in judge(pictures)]
+
+        broken.notes, broken.batch = judge.notes, 2
+        with pytest.raises(SoftREPAError, match=f"metrics clip holds {wrong}, expected finite numbers"):
+            self.measured(drawn, monkeypatch, broken, weights=weights)
+        assert len(self.measured(drawn, monkeypatch, Grey(), weights=weights).scores) == len(drawn.records)
+
+    def test_a_distance_that_is_no_number_is_refused_and_not_kept(self, drawn, monkeypatch, tmp_path):
+        class Distance:
+            value = math.nan
+
+            def photographs(self, images):
+                pass
+
+            def distance(self, images):
+                return self.value
+
+        judge, weights = Distance(), self.weights(tmp_path)
+        with pytest.raises(SoftREPAError, match="metrics fid holds nan, expected finite numbers"):
+            self.measured(drawn, monkeypatch, judge, "fid", weights)
+        judge.value = 1.0
+        assert self.measured(drawn, monkeypatch, judge, "fid", weights).of_arms == {"plain": 1.0, "tokens": 1.0}
+
+    def test_notes_that_cannot_be_written_are_a_refusal(self, drawn, monkeypatch, tmp_path):
+        weights = self.weights(tmp_path)
+        measuring.Measuring(drawn, METRICS["clip"], weights, JudgeOptions(), print).notes.mkdir(parents=True)
+        with pytest.raises(SoftREPAError, match="could not be written"):
+            self.measured(drawn, monkeypatch, Grey(), weights=weights)
 
     def test_other_weights_judge_anew(self, drawn, monkeypatch, tmp_path):
         self.measured(drawn, monkeypatch, Grey(), weights=self.weights(tmp_path))

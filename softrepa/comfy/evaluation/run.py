@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...comparing.inputs import MOST_SEEDS, CompareInputs, parse_seeds
-from ...comparing.records import Arm, Record, file_name, record, short_hash, write_records
+from ...comparing.records import Arm, Record, file_name, record, short_hash, write_records, write_whole
 from ...configuration import CLIP
 from ...data.latent_lists import PIXELS
 from ...data.sources import Source
@@ -28,7 +28,7 @@ from ...evaluation.measuring import Drawn, measure
 from ...evaluation.metrics import JudgeOptions, check_metric
 from ...evaluation.presets import published
 from ...evaluation.ranks import Rank, wait_for_others
-from ...evaluation.report import CURVE, TABLE, Report, curve, write
+from ...evaluation.report import CURVE, TABLE, Report, curve
 from ...tokens import SoftTokens
 from ...training.identity import tokens_hash
 from .. import headless
@@ -87,7 +87,7 @@ def evaluate(inputs: EvaluateInputs, name: str, download: bool, tell: Tell) -> P
     report = Report(inputs, records, measured, figures, task.notes)
     report.write(folder)
     if (plot := task.plot(report)) is not None:
-        write(folder / CURVE, lambda temporary: plot.save(temporary, "PNG"))
+        write_whole(folder / CURVE, lambda temporary: plot.save(temporary, "PNG"))
     return folder / TABLE
 
 
