@@ -51,6 +51,14 @@ def test_strengths_that_are_none(text):
         parse_strengths(text)
 
 
+def test_prompts_end_where_a_file_ends_its_lines(tmp_path):
+    """U+2028 and others, at which Python splits too, stand inside of texts."""
+    texts = ["a\u2028cat", "a\x85dog"]
+    for name, line in (("a.txt", "{}"), ("a.jsonl", '{{"prompt": "{}"}}')):
+        (tmp_path / name).write_bytes("\r\n\n".join(map(line.format, texts)).encode())
+        assert [one.text for one in read_prompts(tmp_path / name)] == texts
+
+
 def test_prompts_are_lines():
     assert parse_prompts("\n a cat \r\n\n(a dog:1.2)\n") == [Prompt("a cat"), Prompt("(a dog:1.2)")]
 

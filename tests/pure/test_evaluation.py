@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from comfyui_softrepa.softrepa.evaluation.inputs import arms_of, edit_arms_of, i
 from comfyui_softrepa.softrepa.evaluation.measuring import Drawn, Measured, measure
 from comfyui_softrepa.softrepa.evaluation.metrics import METRICS, JudgeOptions
 from comfyui_softrepa.softrepa.evaluation.pictures import Judge
-from comfyui_softrepa.softrepa.evaluation.presets import TABLE_4, TABLE_5, TABLE_7
+from comfyui_softrepa.softrepa.evaluation.presets import TABLE_4, TABLE_5, TABLE_7, published
 from comfyui_softrepa.softrepa.evaluation.ranks import Rank, wait_for_others
 from softrepa_tests.conftest import ROOT
 from softrepa_tests.judges import photograph
@@ -164,6 +165,15 @@ class TestInputs:
         found = arms_of(inputs_of(CAPTIONS | {"tokens": {"mine": "a", "theirs": "b"}, "strengths": "1"}, False))
         assert found == {"mine": ("a", 1.0), "theirs": ("b", 1.0)}
 
+    def test_no_two_arms_have_one_name(self):
+        near = inputs_of(CAPTIONS | {"tokens": "a", "strengths": "0.1234567, 0.1234568"}, False)
+        assert [strength for _, strength in arms_of(near).values()] == [0.1234567, 0.1234568]
+        edits = EDITS | {"n_max": "2", "target_cfg": "13.000001, 13.0000014"}
+        assert len({arm.name for arm in edit_arms_of(inputs_of(edits, True))}) == 2
+        for tokens, arm in (({"plain": "a"}, "plain"), ({"x": "a", "x 0.5": "b"}, "x 0.5")):
+            with pytest.raises(SoftREPAError, match=f'call two arms "{arm}", expected another name'):
+                inputs_of(CAPTIONS | {"tokens": tokens, "strengths": "0.5, 1"}, False)
+
     def test_the_papers_edits_are_the_rows_of_its_table(self):
         inputs = inputs_of(EDITS | {"preset": "paper", "tokens": "a"}, True)
         arms = edit_arms_of(inputs)
@@ -202,6 +212,7 @@ class TestInputs:
             (EDITS | {"preset": "ablation"}, True, "preset is ablation, expected paper for edits"),
             (CAPTIONS | {"strengths": "-1"}, False, 'strengths has "-1"'),
             (CAPTIONS | {"seeds": "x"}, False, 'seeds has "x"'),
+            (CAPTIONS | {"lpips_net": "vgg16"}, False, 'lpips_net is "vgg16", expected one of alex, squeeze, vgg'),
         ],
     )
     def test_what_cannot_be_meant_is_refused(self, config, edits, message):
@@ -250,6 +261,24 @@ class TestPresets:
         assert dict(zip(names[1:], map(float, rewards[1:]), strict=True)) == {
             name: figures["imagereward"] for name, figures in TABLE_7.items()
         }
+
+    @pytest.mark.parametrize(
+        ("config", "edits", "figures"),
+        [
+            (CAPTIONS | {"preset": "paper", "family": "sd15"}, False, TABLE_4["sd15"]),
+            (CAPTIONS | {"preset": "ablation", "tokens": {"8x2": "a"}}, False, TABLE_7),
+            (EDITS | {"preset": "paper", "strengths": "0, 0.5, 1", "count": 9}, True, TABLE_5),
+        ],
+    )
+    def test_figures_stand_beside_the_papers_settings_alone(self, config, edits, figures):
+        def of(config):
+            inputs = inputs_of(config, edits)
+            return published(inputs.preset, inputs.family, edits, asdict(inputs))
+
+        assert of(config) == figures
+        assert of(config | {"preset": ""}) == of(config | {"steps": 40}) == {}
+        if edits:  # those of table 6, on other pictures
+            assert of(config | {"target_cfg": "13.5", "tokens_target_cfg": "8"}) == {}
 
 
 ARMS = [Arm("plain"), Arm("tokens", {"strength": 1})]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ...comparing import summary
 from ...comparing.grid import draw_grid
-from ...comparing.inputs import CompareInputs, Prompt, parse_seeds, parse_strengths
+from ...comparing.inputs import CompareInputs, Prompt, number_text, parse_seeds, parse_strengths
 from ...comparing.judging import Judge, judge_pictures
 from ...comparing.plan import plan, shown_of
 from ...comparing.records import Arm, Record, is_drawn, read_picture, write_csv, write_records, write_text, write_whole
@@ -81,7 +81,7 @@ def _settings_of(one: TokenSet) -> list[Any]:
 
 
 def arm_name(strength: float) -> str:
-    return f"strength {strength:g}"
+    return f"strength {number_text(strength)}"
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def evaluate(inputs: EvaluateInputs, name: str, download: bool, tell: Tell) -> P
         measure(drawn, metric, Path(inputs.metrics[metric.name]), options, tell)
         for metric in inputs.chosen_metrics.values()
     ]
-    figures = published(inputs.preset, inputs.family, inputs.is_of_edits)
+    figures = published(inputs.preset, inputs.family, inputs.is_of_edits, asdict(inputs))
     report = Report(inputs, records, measured, figures, task.notes)
     report.write(folder)
     if (plot := task.plot(report)) is not None:
