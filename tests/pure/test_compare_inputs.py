@@ -122,6 +122,11 @@ def test_pairs_stand_together():
     assert [len(shown_of(records, 2, shown)) for shown in (1, 2, 3, 5, 100)] == [2, 2, 2, 4, 8]
 
 
+def test_more_than_can_be_drawn_is_refused():
+    with pytest.raises(SoftREPAError, match="200 prompts with 10,000 seeds in 2 arms are 4,000,000 pictures, expected"):
+        plan(ARMS, [str(number) for number in range(200)], range(10_000))
+
+
 def test_groups_are_small_whatever_is_left():
     records = plan(ARMS, [str(number) for number in range(3 * GROUP + 1)], [0, 1])
     for some in (records, [one for one in records if one.prompt % 2], records[:2], []):

@@ -17,6 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...comparing.inputs import MOST_SEEDS, CompareInputs, parse_seeds
+from ...comparing.plan import check_count
 from ...comparing.records import Arm, Record, file_name, record, short_hash, write_records, write_whole
 from ...configuration import CLIP
 from ...data.latent_lists import PIXELS
@@ -67,6 +68,7 @@ def evaluate(inputs: EvaluateInputs, name: str, download: bool, tell: Tell) -> P
     folder = Path(inputs.output or Path(folder_paths.get_output_directory()) / FOLDER / name)
     with torch.inference_mode():
         studio = Studio.of(inputs)
+        check_count(len(task.arms), len(task.photographs), len(parse_seeds(inputs.seeds)))
         records = task.records(studio)
         if rank.is_first:
             write_records(folder, records)
@@ -154,6 +156,7 @@ class Captions:
         self.inputs = inputs
         found, left_out = read_captions(Path(inputs.captions), photograph_folder(inputs))
         self.captions: list[Caption] = found[: inputs.count or None]
+        self.arms = arms_of(inputs)
         needing = [metric.name for metric in inputs.chosen_metrics.values() if metric.needs_photographs]
         check_photographs(self.captions, needing)
         self.notes = [left_out] if left_out else []
@@ -163,7 +166,7 @@ class Captions:
         return {number: caption.photograph for number, caption in enumerate(self.captions)}
 
     def records(self, studio: Studio) -> list[Record]:
-        arms = [Arm(name, studio.settings(*way)) for name, way in arms_of(self.inputs).items()]
+        arms = [Arm(name, studio.settings(*way)) for name, way in self.arms.items()]
         return [
             record(arm, number, caption.text, seed_of(seed, number))
             for number, caption in enumerate(self.captions)
@@ -172,7 +175,7 @@ class Captions:
         ]
 
     def drawer(self, studio: Studio, records: Sequence[Record]) -> Callable[[Record], Tensor]:
-        models = {name: studio.patched(*way) for name, way in arms_of(self.inputs).items()}
+        models = {name: studio.patched(*way) for name, way in self.arms.items()}
         taken = {
             name: value for name, value in asdict(self.inputs).items() if name in CompareInputs.__dataclass_fields__
         }
