@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Arm:
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
-    @property
+    @cached_property
     def folder(self) -> str:
         return f"{file_name(self.name)}-{short_hash(json.dumps(self.settings, sort_keys=True))}"
 

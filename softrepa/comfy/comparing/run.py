@@ -22,7 +22,7 @@ from ...comparing.inputs import CompareInputs, Prompt, number_text, parse_seeds,
 from ...comparing.judging import Judge, judge_pictures
 from ...comparing.plan import plan, shown_of
 from ...comparing.records import Arm, Record, is_drawn, read_picture, write_csv, write_records, write_text, write_whole
-from ...comparing.summary import Judged, Line, summarize
+from ...comparing.summary import Judged, Line, numbered, summarize
 from ...data.latent_lists import PIXELS
 from ...errors import SoftREPAError, shown
 from ...files import is_file
@@ -186,7 +186,7 @@ def compare(comparison: Comparison, tell: Told = lambda text: None) -> Outcome:
     write_records(folder, records)
     painter = Painter(comparison.models, comparison.clip, comparison.vae, comparison.inputs)
     draw_missing(painter, folder, records, tell, partial(compared_with, comparison))
-    judged = [_judged(judge, comparison, tell) for judge in comparison.judges]
+    judged = numbered([_judged(judge, comparison, tell) for judge in comparison.judges])
     lines = [line for one in judged for line in summarize(records, one)]
     grid = draw_grid(comparison.shown, reader(folder), head_of(lines), shown_scores(comparison.shown, judged))
     write_whole(folder / "grid.png", lambda temporary: grid.save(temporary, "PNG"))
