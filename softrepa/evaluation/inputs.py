@@ -160,7 +160,9 @@ def arms_of(inputs: EvaluateInputs) -> dict[str, tuple[str, float]]:
         for strength in filter(None, inputs.chosen_strengths):
             arm = name if strength == 1 else f"{name} {number_text(strength)}"
             if arm in (PLAIN, *arms):
-                raise SoftREPAError(f'tokens and strengths call two arms "{shown(arm)}", expected another name of tokens.')
+                raise SoftREPAError(
+                    f'tokens and strengths call two arms "{shown(arm)}", expected another name of tokens.'
+                )
             arms[arm] = (file, strength)
     return arms
 
@@ -178,7 +180,9 @@ def edit_arms_of(inputs: EvaluateInputs) -> list[EditArm]:
         for steps in n_max:
             check_number(own[0], steps, whole)
             for cfg in target_cfg:
-                found.append(EditArm(f"{name}, n_max {steps:g}, cfg {number_text(cfg)}", file, strength, int(steps), cfg))
+                found.append(
+                    EditArm(f"{name}, n_max {steps:g}, cfg {number_text(cfg)}", file, strength, int(steps), cfg)
+                )
     return found
 
 

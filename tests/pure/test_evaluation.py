@@ -111,6 +111,13 @@ class TestEdits:
         assert [(edit.source, edit.target) for edit in found] == [("A bear.", "A lion."), ("A bear.", "A panda.")]
         assert found[0].photograph.path == tmp_path / "bear.jpg"
 
+    def test_an_edit_counts_once(self, tmp_path):
+        photograph(tmp_path / "bear.jpg", 0)
+        rows = [{"image": "bear.jpg", "source": "A bear.", "targets": ["A lion.", "A lion. "]}]
+        (tmp_path / "edits.json").write_text(json.dumps(rows))
+        with pytest.raises(SoftREPAError, match="holds 2 edits of bear.jpg with one source and one target"):
+            read_edits(tmp_path / "edits.json", None)
+
     def test_pie_bench(self, tmp_path):
         photograph(tmp_path / "annotation_images" / "0_random_140" / "000000000000.jpg", 0)
         entry = {
@@ -130,7 +137,9 @@ class TestEdits:
         with pytest.raises(SoftREPAError, match='images holds no "0801.png", expected all 1 of source_prompts'):
             paired_edits(before, after, None)
         photograph(tmp_path / "0801.png", 0)
-        (edit,) = paired_edits(before, after, None)
+        after.write_text("file_name,text\n0801.png,A dog.\n0802.png,\n")
+        (edit,), notes = paired_edits(before, after, None)
+        assert [note.partition(" (")[0] for note in notes] == ["target_prompts: left out 1"]
         assert (edit.source, edit.target, edit.name) == ("A cat.", "A dog.", "0801.png")
         after.write_text("file_name,text\n0802.png,A dog.\n")
         with pytest.raises(SoftREPAError, match=r"differ in 2 images \(first 0801.png\), expected the same"):

@@ -11,6 +11,7 @@ from ...comparing.plan import GROUP
 from ...comparing.records import Record, short_hash
 from ...data.dataset import Cond
 from ...errors import SoftREPAError
+from ...numbers import check_finite
 from ...statistics import Unit
 from ...training.pairs import StepBatch
 from ..data.encoding import encode_caption, encode_image
@@ -72,6 +73,7 @@ class AlignmentJudge:
                     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(t))
                     step = StepBatch.of_all(latents, noise, conds, t)
                     errors, _ = halving(partial(network.errors, None, step), len(conds))
+                    check_finite("The alignment judge's denoising error", errors)
                     own, *rest = errors[0].tolist()
                     wins += [float(own < other) + 0.5 * float(own == other) for other in rest]
             return sum(wins) / len(wins)

@@ -200,13 +200,13 @@ class Edits:
     def __init__(self, inputs: EvaluateInputs):
         self.inputs = inputs
         images = photograph_folder(inputs)
+        self.notes: list[str] = []
         if inputs.edits:
             found = read_edits(Path(inputs.edits), images)
         else:
-            found = paired_edits(Path(inputs.source_prompts), Path(inputs.target_prompts), images)
+            found, self.notes = paired_edits(Path(inputs.source_prompts), Path(inputs.target_prompts), images)
         self.edits: list[Edit] = found[: inputs.count or None]
         self.arms = {arm.name: arm for arm in edit_arms_of(inputs)}
-        self.notes: list[str] = []
 
     @property
     def photographs(self) -> dict[int, Source | None]:
