@@ -136,7 +136,7 @@ def read_edits(path: Path, images: Path | None) -> list[Edit]:
     (most, times), *_ = Counter(found).most_common(1)
     if times > 1:  # they would count as two that agree
         raise SoftREPAError(
-            f"{label} holds {times} edits of {shown(most.name)} with one source and one target, expected different ones."
+            f"{label} holds {times} edits of {shown(most.name)} with one source and target, expected different ones."
         )
     return found
 

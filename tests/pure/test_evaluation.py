@@ -115,7 +115,7 @@ class TestEdits:
         photograph(tmp_path / "bear.jpg", 0)
         rows = [{"image": "bear.jpg", "source": "A bear.", "targets": ["A lion.", "A lion. "]}]
         (tmp_path / "edits.json").write_text(json.dumps(rows))
-        with pytest.raises(SoftREPAError, match="holds 2 edits of bear.jpg with one source and one target"):
+        with pytest.raises(SoftREPAError, match="holds 2 edits of bear.jpg with one source and target"):
             read_edits(tmp_path / "edits.json", None)
 
     def test_pie_bench(self, tmp_path):
