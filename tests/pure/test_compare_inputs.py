@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from comfyui_softrepa.softrepa.comparing.facts import Fact, as_question, parse_facts, whole
+from comfyui_softrepa.softrepa.comparing.facts import Fact, as_question, parse_fact, parse_facts, whole
 from comfyui_softrepa.softrepa.comparing.grid import draw_grid, wrapped
 from comfyui_softrepa.softrepa.comparing.inputs import (
     MOST_SEEDS,
@@ -111,7 +111,8 @@ def test_facts():
     ]
     assert parse_facts(" ", ["a", "b"]) == [(), ()]
     assert whole("a cat").question == 'Does this image show "a cat"?'
-    assert as_question("Count the cats.") == "Count the cats."
+    assert as_question("A cat is black. ") == "Does this image show A cat is black?"
+    assert parse_fact(["Count the cats.", " two"], "") == Fact("Count the cats.", "two")
     with pytest.raises(SoftREPAError, match="facts has 1 lines, expected 2"):
         parse_facts("a cat", ["a", "b"])
 
