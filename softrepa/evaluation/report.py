@@ -133,7 +133,7 @@ def curve(report: Report, arms: Sequence[EditArm], across: str = "lpips", up: st
                 [half if math.isfinite(half) else 0.0 for _, half, _ in means],
             )
         )
-    return charts.draw([charts.Chart("CLIP of the target", "LPIPS to the source", tuple(drawn))])
+    return charts.draw([charts.Chart("CLIP of the target", "LPIPS", tuple(drawn))])
 
 
 def prompt_means(scores: Mapping[tuple[int, int], float]):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_softrepa.softrepa import token_files
+from comfyui_softrepa.softrepa.charts import ROW
 from comfyui_softrepa.softrepa.comfy import headless
 from comfyui_softrepa.softrepa.comfy.evaluation import run
 from comfyui_softrepa.softrepa.comfy.evaluation.drawing import AHEAD, KEPT, Encoder, zeroed
@@ -240,7 +241,7 @@ def test_the_curve_is_drawn(evaluate, place):
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), weights)
     metrics = {"clip": "weights/clip-vit-large-patch14", "lpips": str(weights)}
     evaluate("edited", edits=True, metrics=metrics, lpips_net="squeeze", count=1)
-    assert Image.open(evaluate.folder / "edited" / "curve.png").size == (504, 334)
+    assert Image.open(evaluate.folder / "edited" / "curve.png").size == (540, 414 + ROW)  # two names
     found = results(evaluate.folder / "edited")
     assert found["prompts"] == 1
     assert found["metrics"]["lpips"]["arms"]["plain, n_max 3, cfg 2"]["value"] > 0
