@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comparing.records import Arm, read_scores, record, write_picture
+from comfyui_softrepa.softrepa.comparing.records import Arm, record, write_picture
 from comfyui_softrepa.softrepa.data.sources import WholeFile
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.evaluation import measuring, ranks, report
@@ -344,7 +344,7 @@ class TestMeasuring:
         def dying(pictures):
             if len(judge.judged) == 6:
                 (path,) = (drawn.folder / "scores").glob("*.csv")
-                assert len(read_scores(path)) == 4  # all that is left where it is killed
+                assert len(measuring.read_scores(path)) == 4  # all that is left where it is killed
                 raise KeyboardInterrupt
             return judge(pictures)
 
