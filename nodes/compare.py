@@ -211,6 +211,11 @@ class CompareScores(io.ComfyNode):
 
     @classmethod
     def execute(cls, comparison, scores, title=("score",), less_is_better=(False,)) -> io.NodeOutput:
+        if len(comparison) != 1:
+            raise SoftREPAError(
+                f"Comparison has {len(comparison)} comparisons, expected one: Compare Tokens runs once for each entry "
+                "of a list that is wired into it."
+            )
         (found,) = comparison
         check_scores("scores", scores, len(found.shown))
         by_file = {one.file: float(score) for one, score in zip(found.shown, scores, strict=True)}

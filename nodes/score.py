@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..softrepa import charts
 from ..softrepa.comfy.training.score import HeldOut, Score, score
+from ..softrepa.numbers import check_finite
 from ..softrepa.statistics import Difference, Unit, paired_difference, verdict
 from ..softrepa.training.inputs import ScoreInputs
 from ..softrepa.training.timesteps import parse_timesteps
@@ -84,6 +85,8 @@ class AlignmentScore(io.ComfyNode):
             for name, one in (("model", model), ("other model", other_model))
             if one is not None
         }
+        for name, one in measured.items():
+            check_finite(f"Loss of {name}", one.losses)
         first, *others = measured.values()
         changes = {name: change(first, other, name) for name in UNITS for other in others}
         show_on_node(cls, "\n".join([*(told(*one) for one in measured.items()), *said(changes)]))

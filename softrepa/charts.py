@@ -13,6 +13,8 @@ WIDTH, HEIGHT = 400, 260
 LEFT, TOP, RIGHT, BOTTOM = 116, 62, 24, 92
 TITLE, TEXT = 34, 30
 """Sizes of type, to be read where a node shows the picture at a third of its size."""
+ROW = TEXT + 10
+"""From a line of type to the next."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Chart:
 
 def draw(charts: Sequence[Chart], theme: Theme = LIGHT) -> Image.Image:
     """The panels side by side."""
-    panel = (LEFT + WIDTH + RIGHT, TOP + HEIGHT + BOTTOM)
+    rows = max((row for chart in charts for _, row in _names(chart)), default=0)
+    panel = (LEFT + WIDTH + RIGHT, TOP + HEIGHT + BOTTOM + rows * ROW)
     image = Image.new("RGB", (panel[0] * len(charts), panel[1]), theme.paper)
     for index, chart in enumerate(charts):
         _panel(ImageDraw.Draw(image), index * panel[0] + LEFT, TOP, chart, theme)
@@ -85,6 +88,20 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
     return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+
+
+def _names(chart: Chart) -> list[tuple[float, int]]:
+    """Where the names of several lines stand: how far right, in which row. A name that has no room begins a row."""
+    if len(chart.lines) < 2:
+        return []
+    found, x, row = [], 0.0, 0
+    for line in chart.lines:
+        width = ImageFont.load_default(TEXT).getlength(line.name)
+        if x and x + width > WIDTH + RIGHT:
+            x, row = 0.0, row + 1
+        found.append((x, row))
+        x += max(200, width + 24)
+    return found
 
 
 def _panel(pen: ImageDraw.ImageDraw, left: int, top: int, chart: Chart, theme: Theme) -> None:
@@ -116,7 +133,7 @@ def _panel(pen: ImageDraw.ImageDraw, left: int, top: int, chart: Chart, theme: T
         for dash in range(left, left + WIDTH, 10):
             pen.line((dash, y, dash + 5, y), theme.muted, 2)
         pen.text((left + WIDTH - 4, y - 4), name, theme.muted, small, anchor="rs")
-    name_at = float(left)
+    names = _names(chart)
     for index, line in enumerate(chart.lines):
         colour = theme.lines[index % len(theme.lines)]
         points = [at(x, y) for x, y in zip(line.xs, line.ys, strict=True)]
@@ -127,6 +144,6 @@ def _panel(pen: ImageDraw.ImageDraw, left: int, top: int, chart: Chart, theme: T
         if len(points) <= 20:
             for x, y in points:
                 pen.ellipse((x - 6, y - 6, x + 6, y + 6), colour)
-        if len(chart.lines) > 1:
-            pen.text((name_at, below + TEXT + 10), line.name, colour, small)
-            name_at += max(200, small.getlength(line.name) + 24)
+        if names:
+            x, row = names[index]
+            pen.text((left + x, below + (row + 1) * ROW), line.name, colour, small)

@@ -162,11 +162,13 @@ def verdict(found: Difference, unit: Unit, baseline: str, drawn: str = "prompts"
     start += f" ({unit.change(found.low)} to {unit.change(found.high)})"
     pairs = "" if found.pictures == found.prompts else f"{found.pictures:,} pairs of pictures, "
     counted = f"{pairs}{found.prompts:,} {drawn}"
-    if not found.mean:
+    if not found.mean and not found.half:
         return f"{start}: no difference from {baseline} in {counted}."
     if found.beyond():
         return f"{start}: {'above' if found.mean > 0 else 'below'} {baseline}, from {counted}."
     needed = found.needed()
+    if needed is None:
+        return f"{start}: nothing can be said from {counted}."
     count = f"more than {MOST_NEEDED:,}" if needed == MOST_NEEDED else f"about {needed:,}"
     return (
         f"{start}: nothing can be said from {counted}. To see an effect of this size takes {count} {drawn} "

@@ -18,10 +18,11 @@ class Fact:
 
 
 def parse_fact(value: object, place: str) -> Fact:
-    """A text, of which yes is right, or a pair of question and answer. Raises SoftREPAError."""
-    pair = [value, YES] if isinstance(value, str) else value
-    if isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) and one.strip() for one in pair):
-        return Fact(as_question(pair[0]), pair[1].strip())
+    """A text, of which yes is right, or a pair of a question as it is asked and its answer. Raises SoftREPAError."""
+    if isinstance(value, str) and value.strip():
+        return Fact(as_question(value))
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(one, str) and one.strip() for one in value):
+        return Fact(*(one.strip() for one in value))
     raise SoftREPAError(
         f"{place}: a fact is {shown(json.dumps(value))}, expected a text or a pair of a question and its answer."
     )
@@ -30,7 +31,7 @@ def parse_fact(value: object, place: str) -> Fact:
 def as_question(text: str) -> str:
     """A question as it is; of what a picture should show whether it does."""
     text = text.strip()
-    return text if text.endswith(("?", ".")) else f"Does this image show {text}?"
+    return text if text.endswith("?") else f"Does this image show {text.rstrip('.')}?"
 
 
 def whole(prompt: str) -> Fact:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..data.tables import lines_of
 from ..errors import SoftREPAError, said, shown
 from ..files import UnreadableError, parse_json, read_bounded
 from .facts import Fact, parse_fact
@@ -74,7 +75,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise SoftREPAError(f"{shown(path.name)} cannot be read ({said(error)}), expected a file of prompts.") from None
     except UnicodeDecodeError:
         raise SoftREPAError(f"{shown(path.name)} is not UTF-8, expected a text file of prompts.") from None
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(lines_of(text), 1) if line.strip()]
     if path.suffix.lower() != ".jsonl":
         return distinct(shown(path.name), [Prompt(line) for _, line in lines])
     return distinct(shown(path.name), [_of_json(line, f"{shown(path.name)}, line {number}") for number, line in lines])
@@ -125,3 +126,8 @@ def parse_strengths(text: str) -> list[float]:
     if not found:
         raise SoftREPAError(f'strengths is "{shown(text)}", expected numbers with commas between them such as 0, 1.')
     return sorted(dict.fromkeys(found), key=bool)
+
+
+def number_text(value: float) -> str:
+    """As it is written in an arm's name: 1 for 1.0, and every digit, for another number is another arm."""
+    return repr(float(value)).removesuffix(".0")

@@ -14,8 +14,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Arm:
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
-    @property
+    @cached_property
     def folder(self) -> str:
         return f"{file_name(self.name)}-{short_hash(json.dumps(self.settings, sort_keys=True))}"
 
@@ -79,7 +80,7 @@ def is_drawn(folder: Path, one: Record) -> bool:
 def write_picture(folder: Path, one: Record, pixels: np.ndarray) -> None:
     """(H, W, 3) of 0 to 1, whole or not at all."""
     picture = Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
-    _write(folder / one.file, lambda temporary: picture.save(temporary, "PNG", compress_level=4))
+    write_whole(folder / one.file, lambda temporary: picture.save(temporary, "PNG", compress_level=4))
 
 
 def read_picture(folder: Path, one: Record) -> np.ndarray:
@@ -146,10 +147,16 @@ def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable[object
             writer.writerow(columns)
             writer.writerows(rows)
 
-    _write(path, fill)
+    write_whole(path, fill)
 
 
-def _write(path: Path, fill) -> None:
+def write_text(path: Path, text: str) -> None:
+    """As `write_whole`."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def write_whole(path: Path, fill: Callable[[Path], object]) -> None:
+    """As `files.write_atomically`. Raises SoftREPAError where there is no room."""
     try:
         write_atomically(path, fill)
     except OSError as error:

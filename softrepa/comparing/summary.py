@@ -3,8 +3,9 @@
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import SoftREPAError, shown
 from ..statistics import Difference, Figures, Unit, paired_difference, verdict
@@ -39,6 +40,16 @@ class Line:
 
     def sentence(self, baseline: str) -> str:
         return verdict(self.difference, self.judge.unit, baseline) if self.difference else ""
+
+
+def numbered(judged: Sequence[Judged]) -> list[Judged]:
+    """Judges of one title get a number, the first one excepted: their figures would stand under one head."""
+    titles: Counter[str] = Counter()
+    found = []
+    for one in judged:
+        titles[one.title] += 1
+        found.append(one if titles[one.title] == 1 else replace(one, title=f"{one.title} {titles[one.title]}"))
+    return found
 
 
 def summarize(records: Sequence[Record], judged: Judged) -> list[Line]:

@@ -1,5 +1,6 @@
 """What an evaluation draws and edits: captions with their photographs, and photographs with pairs of prompts."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,13 @@ def read_edits(path: Path, images: Path | None) -> list[Edit]:
         rows = []
     if not rows:
         raise SoftREPAError(f"{label} holds no edits, expected a list of image, source and targets.")
-    return [one for row in rows for one in _edits(label, images or path.parent, *row)]
+    found = [one for row in rows for one in _edits(label, images or path.parent, *row)]
+    (most, times), *_ = Counter(found).most_common(1)
+    if times > 1:  # they would count as two that agree
+        raise SoftREPAError(
+            f"{label} holds {times} edits of {shown(most.name)} with one source and target, expected different ones."
+        )
+    return found
 
 
 def _of_list(entry: Any) -> tuple[Any, Any, Any]:
@@ -159,12 +166,17 @@ def _edits(label: str, images: Path, place: str, name: Any, source: Any, targets
         yield Edit(name, photograph, source.strip(), target.strip())
 
 
-def paired_edits(source: Path, target: Path, images: Path | None) -> list[Edit]:
-    """Of two tables of captions for the same images, as DIV2K is edited in the paper. Raises SoftREPAError."""
-    before, after = (
-        {caption.name: caption for caption in read_captions(path, images, label)[0]}
-        for path, label in ((source, "source_prompts"), (target, "target_prompts"))
-    )
+def paired_edits(source: Path, target: Path, images: Path | None) -> tuple[list[Edit], list[str]]:
+    """Of two tables of captions for the same images, as DIV2K is edited in the paper; and what was left out of them.
+
+    Raises SoftREPAError.
+    """
+    tables, notes = [], []
+    for path, label in ((source, "source_prompts"), (target, "target_prompts")):
+        captions, left_out = read_captions(path, images, label)
+        tables.append({caption.name: caption for caption in captions})
+        notes += [f"{label}: {left_out}"] if left_out else []
+    before, after = tables
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())
         raise SoftREPAError(
@@ -173,8 +185,9 @@ def paired_edits(source: Path, target: Path, images: Path | None) -> list[Edit]:
     missing = [name for name, caption in before.items() if caption.photograph is None]
     if missing:
         raise SoftREPAError(f'images holds no "{shown(missing[0])}", expected all {len(before)} of source_prompts.')
-    return [
+    edits = [
         Edit(name, caption.photograph, caption.text, after[name].text)
         for name, caption in before.items()
         if caption.photograph is not None
     ]
+    return edits, notes

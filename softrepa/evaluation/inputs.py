@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..comparing.inputs import CompareInputs, parse_seeds, parse_strengths
+from ..comparing.inputs import CompareInputs, number_text, parse_seeds, parse_strengths
 from ..configuration import CLIP, check_kinds
 from ..errors import SoftREPAError, shown
 from ..numbers import ABOVE_0, FROM_0, Numbers, check_number
@@ -15,6 +15,7 @@ from .presets import ABLATION, TABLE_7, preset_of
 PLAIN, TOKENS = "plain", "tokens"
 """Names of arms: the model as it is, and with the one token file."""
 MOST_NUMBERS = 100
+LPIPS_NETS = ("alex", "squeeze", "vgg")
 SIZE = Numbers("16 to 16384, a multiple of 8", lambda value: 16 <= value <= 16384 and value % 8 == 0)
 
 
@@ -67,6 +68,8 @@ class EvaluateInputs:
             check_number(name, getattr(self, name), expected)
         for name in ("count", "cfg", "source_cfg", "n_min"):
             check_number(name, getattr(self, name), FROM_0)
+        if self.lpips_net not in LPIPS_NETS:
+            raise SoftREPAError(f'lpips_net is "{shown(self.lpips_net)}", expected one of {", ".join(LPIPS_NETS)}.')
         for name in ("tokens", "metrics"):
             for key, value in getattr(self, name).items():
                 if not (isinstance(value, str) and value and key):
@@ -74,7 +77,7 @@ class EvaluateInputs:
         if self.preset == ABLATION and not self.tokens.keys() <= TABLE_7.keys():
             odd = sorted(self.tokens.keys() - TABLE_7.keys())
             raise SoftREPAError(f'tokens has "{shown(odd[0])}", expected names of table 7: {", ".join(TABLE_7)}.')
-        self.chosen_metrics, parse_seeds(self.seeds), self.chosen_strengths
+        self.chosen_metrics, parse_seeds(self.seeds), arms_of(self)
 
     @property
     def is_of_edits(self) -> bool:
@@ -148,12 +151,19 @@ class EditArm:
 
 
 def arms_of(inputs: EvaluateInputs) -> dict[str, tuple[str, float]]:
-    """Token file and strength of each arm by its name; the plain model comes first and has neither."""
+    """Token file and strength of each arm by its name; the plain model comes first and has neither.
+
+    Raises SoftREPAError for two arms of one name.
+    """
     arms: dict[str, tuple[str, float]] = {PLAIN: ("", 0.0)} if 0 in inputs.chosen_strengths or not inputs.tokens else {}
     for name, file in inputs.tokens.items():
-        for strength in inputs.chosen_strengths:
-            if strength:
-                arms[name if strength == 1 else f"{name} {strength:g}"] = (file, strength)
+        for strength in filter(None, inputs.chosen_strengths):
+            arm = name if strength == 1 else f"{name} {number_text(strength)}"
+            if arm in (PLAIN, *arms):
+                raise SoftREPAError(
+                    f'tokens and strengths call two arms "{shown(arm)}", expected another name of tokens.'
+                )
+            arms[arm] = (file, strength)
     return arms
 
 
@@ -170,7 +180,9 @@ def edit_arms_of(inputs: EvaluateInputs) -> list[EditArm]:
         for steps in n_max:
             check_number(own[0], steps, whole)
             for cfg in target_cfg:
-                found.append(EditArm(f"{name}, n_max {steps:g}, cfg {cfg:g}", file, strength, int(steps), cfg))
+                found.append(
+                    EditArm(f"{name}, n_max {steps:g}, cfg {number_text(cfg)}", file, strength, int(steps), cfg)
+                )
     return found
 
 

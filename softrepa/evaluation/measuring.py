@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..comparing.records import Record, read_scores, scores_path, short_hash, write_scores
+from ..comparing.records import Record, read_scores, scores_path, short_hash, write_scores, write_text
+from ..comparing.summary import check_scores
 from ..data.sources import Source
 from ..errors import SoftREPAError
-from ..files import is_file, parse_json, read_bounded, write_atomically
+from ..files import is_file, parse_json, read_bounded
 from ..progress_line import time_left
 from ..statistics import Unit
 from .metrics import JudgeOptions, Metric, judge_of
@@ -74,16 +75,21 @@ class Measuring:
     def pictures(self) -> Measured:
         missing = [one for one in self.drawn.records if one.file not in self.scores]
         done = saved = 0
-        while done < len(missing):
-            judge = self._opened()
-            some = missing[done : done + judge.batch]
-            found = judge([self.drawn.picture(one) for one in some])
-            self.scores |= zip((one.file for one in some), found, strict=True)
-            done += len(some)
-            if done - saved >= SAVED or done == len(missing):
+        try:
+            while done < len(missing):
+                judge = self._opened()
+                some = missing[done : done + judge.batch]
+                found = judge([self.drawn.picture(one) for one in some])
+                check_scores(f"metrics {self.metric.name}", found, len(some))
+                self.scores |= zip((one.file for one in some), found, strict=True)
+                done += len(some)
+                if done - saved >= SAVED:
+                    write_scores(self.path, self.scores)
+                    saved = done
+                self._told(done, len(missing))
+        finally:
+            if done > saved:
                 write_scores(self.path, self.scores)
-                saved = done
-            self._told(done, len(missing))
         files = [one.file for one in self.drawn.records]
         return Measured(self.metric, {file: self.scores[file] for file in files}, notes=self._notes())
 
@@ -99,7 +105,9 @@ class Measuring:
             key = short_hash("\n".join(one.file for one in records))
             if key not in self.scores:
                 images = (self.drawn.picture(one).image() for one in records)
-                self.scores[key] = self._opened(records).distance(images)
+                distance = self._opened(records).distance(images)
+                check_scores(f"metrics {self.metric.name}", [distance], 1)
+                self.scores[key] = distance
                 write_scores(self.path, self.scores)
             found[arm] = self.scores[key]
             self._told(number, len(by_arm))
@@ -125,7 +133,7 @@ class Measuring:
 
     def _keep_notes(self, notes: list[str]) -> None:
         """Beside the scores, for a run that finds all of these there."""
-        write_atomically(self.notes, lambda temporary: temporary.write_text(json.dumps(notes), encoding="utf-8"))
+        write_text(self.notes, json.dumps(notes))
 
     def _notes(self) -> tuple[str, ...]:
         return tuple(parse_json(read_bounded(self.notes, MOST_NOTES))) if is_file(self.notes) else ()

@@ -4,6 +4,7 @@ Tables 4 and 7 are of the COCO captions of 2017's validation part: a picture of 
 photographs, by the scripts.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SoftREPAError, shown
@@ -103,9 +104,9 @@ def preset_of(name: str, family: str, edits: bool) -> dict[str, Any]:
     return SAMPLING[family]
 
 
-def published(name: str, family: str, edits: bool) -> dict[str, dict[str, float]]:
-    """The paper's figures, by arm and metric."""
-    if not name:
+def published(name: str, family: str, edits: bool, settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The paper's figures, by arm and metric; none where `settings` are not those of the preset."""
+    if not name or any(settings[key] != value for key, value in preset_of(name, family, edits).items()):
         return {}
     if edits:
         return TABLE_5

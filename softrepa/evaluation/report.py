@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,8 @@ from typing import Any
 import torch
 
 from .. import charts
-from ..comparing.records import Record
+from ..comparing.records import Record, write_text
 from ..comparing.summary import Judged, Line, by_arm, summarize
-from ..errors import unwritable
-from ..files import write_atomically
 from ..statistics import Unit, mean_interval
 from .inputs import EditArm, EvaluateInputs
 from .measuring import Measured
@@ -135,7 +133,7 @@ def curve(report: Report, arms: Sequence[EditArm], across: str = "lpips", up: st
                 [half if math.isfinite(half) else 0.0 for _, half, _ in means],
             )
         )
-    return charts.draw([charts.Chart("CLIP of the target", "LPIPS to the source", tuple(drawn))])
+    return charts.draw([charts.Chart("CLIP of the target", "LPIPS", tuple(drawn))])
 
 
 def prompt_means(scores: Mapping[tuple[int, int], float]):
@@ -158,15 +156,3 @@ def figure(value: float) -> str:
 
 def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def write_text(path: Path, text: str) -> None:
-    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """As `write_atomically`. Raises SoftREPAError."""
-    try:
-        write_atomically(path, fill)
-    except OSError as error:
-        raise unwritable(path, error) from None

@@ -368,6 +368,28 @@ def test_scores_that_are_none(compared, scores, said):
         CompareScores.execute([compared()["comparison"]], scores)
 
 
+def test_scores_are_of_one_comparison(compared):
+    several = [compared()["comparison"]] * 2
+    with pytest.raises(SoftREPAError, match="Comparison has 2 comparisons, expected one"):
+        CompareScores.execute(several, [1.0] * 16)
+
+
+def test_judges_of_one_name_are_told_apart(compared):
+    class Darkness(Brightness):
+        def key(self, compared):
+            return "dark"
+
+        def score(self, one, picture):
+            return 1 - super().score(one, picture)
+
+    found = compared(judge=(Brightness(), Darkness(), Brightness()))
+    heads = [paragraph.splitlines() for paragraph in found["table"].split("\n\n")][:3]
+    names = ["brightness", "brightness 2", "brightness 3"]
+    assert [head[0].partition(" (")[0] for head in heads] == names
+    assert [len(head) for head in heads] == [3, 3, 3]
+    assert [row["judge"] for row in csv.DictReader(io.StringIO(found["csv"]))][::2] == names
+
+
 def test_one_arm_has_no_difference(compared):
     alone = compared(strengths="1", seeds="0")["comparison"]
     with pytest.raises(SoftREPAError, match="1 arm, expected 2 or more"):

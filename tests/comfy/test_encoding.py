@@ -89,6 +89,17 @@ def test_images_are_encoded_the_same_whatever_is_encoded_with_them(vae):
         assert torch.equal(encoding.encode_images(vae, [one], [""])[0], latent)
 
 
+def test_one_image_alone_is_encoded_once(vae, monkeypatch):
+    pixels, shapes, encode = torch.rand(64, 64, 3), [], vae.encode
+    monkeypatch.setattr(vae, "encode", lambda batch: shapes.append(tuple(batch.shape)) or encode(batch))
+    found = encoding.encode_image(vae, pixels, "a.png")
+    assert shapes == [(1, 64, 64, 3)]
+    assert torch.allclose(found, encoding.encode_images(vae, [pixels], [""])[0], atol=1e-4)
+    monkeypatch.setattr(vae, "encode", lambda batch: torch.full((1, 4, 8, 8), torch.nan))
+    with pytest.raises(ValueError, match=r"NaN or infinite values for a\.png"):
+        encoding.encode_image(vae, pixels, "a.png")
+
+
 def test_text_is_kept_in_the_half_precision_that_holds_it():
     def kept(tensor):
         return encoding.stored_text({"cross_attn": tensor, "pooled_output": None})["cross_attn"].dtype

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from comfyui_softrepa.softrepa import token_files
+from comfyui_softrepa.softrepa.charts import ROW
 from comfyui_softrepa.softrepa.comfy import headless
 from comfyui_softrepa.softrepa.comfy.evaluation import run
-from comfyui_softrepa.softrepa.comfy.evaluation.drawing import AHEAD, Encoder, zeroed
+from comfyui_softrepa.softrepa.comfy.evaluation.drawing import AHEAD, KEPT, Encoder, zeroed
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.evaluation.inputs import inputs_of
@@ -40,6 +41,7 @@ def place(tmp_path_factory):
     (folder / "smallworld.safetensors").symlink_to(cached_checkpoint(environment.cache_folder()))
     shutil.copy(TOKENS, folder / "tokens.safetensors")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    (folder / "many.txt").write_text("\n".join(map(str, range(51))))
     (folder / "photographs").mkdir()
     photograph = np.full((96, 96, 3), 235, np.uint8)
     photograph[30:50, 20:40] = (200, 30, 30)
@@ -158,7 +160,19 @@ def test_prompts_are_encoded_ahead_and_few_are_held(parts, monkeypatch):
     for number, text in enumerate(texts):
         assert encoder(text) == encoder(text) == [text]
         assert len(encoded) == min(len(texts), (number // AHEAD + 1) * AHEAD)
-        assert len(encoder.encoded) <= AHEAD
+        assert encoder.group.cache_info().currsize <= KEPT
+
+
+def test_edits_of_one_source_do_not_encode_it_again(parts, monkeypatch):
+    """Its targets are more than are encoded at once."""
+    encoded = []
+    monkeypatch.setattr(Encoder, "encode", lambda self, text: encoded.append(text) or [text])
+    targets = [str(number) for number in range(3 * AHEAD)]
+    encoder = Encoder(parts[1], [text for target in targets for text in ("source", target)])
+    for target in targets:
+        for _arm in range(2):
+            assert (encoder("source"), encoder(target)) == (["source"], [target])
+    assert len(encoded) == len(set(encoded)) == len(targets) + 1
 
 
 @pytest.mark.parametrize("stop_at", ["2 of 4 pictures drawn", "CLIP: loading", "CLIP: 2 of 4"])
@@ -227,7 +241,7 @@ def test_the_curve_is_drawn(evaluate, place):
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), weights)
     metrics = {"clip": "weights/clip-vit-large-patch14", "lpips": str(weights)}
     evaluate("edited", edits=True, metrics=metrics, lpips_net="squeeze", count=1)
-    assert Image.open(evaluate.folder / "edited" / "curve.png").size == (504, 334)
+    assert Image.open(evaluate.folder / "edited" / "curve.png").size == (540, 414 + ROW)  # two names
     found = results(evaluate.folder / "edited")
     assert found["prompts"] == 1
     assert found["metrics"]["lpips"]["arms"]["plain, n_max 3, cfg 2"]["value"] > 0
@@ -251,6 +265,7 @@ def test_presets_name_what_comfyui_has():
     [
         ({"sampler_name": "oiler"}, 'sampler_name is "oiler", expected one of euler'),
         ({"tokens": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"seeds": "0-9999", "captions": "many.txt"}, "51 prompts with 10,000 seeds in 2 arms are 1,020,000 pictures"),
         ({"width": 8192}, "A picture is 8192 x 96 pixels, expected at most"),
         ({"metrics": {"clip": "nowhere"}}, 'metrics clip is "nowhere", expected the folder of the weights openai'),
         ({"metrics": {"fid": "nowhere"}}, r"images holds 0 of 2 photographs \(first missing two red circles\)"),

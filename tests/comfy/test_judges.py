@@ -17,7 +17,7 @@ from comfyui_softrepa.softrepa.comfy.comparing.clip_score import CLIPJudge
 from comfyui_softrepa.softrepa.comfy.comparing.questions import QuestionJudge, writer_of
 from comfyui_softrepa.softrepa.comfy.data.encoding import encode_caption
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
-from comfyui_softrepa.softrepa.comfy.training.pairs import pair_errors
+from comfyui_softrepa.softrepa.comfy.training.pairs import PairNetwork, pair_errors
 from comfyui_softrepa.softrepa.comparing.facts import Fact
 from comfyui_softrepa.softrepa.comparing.inputs import Prompt
 from comfyui_softrepa.softrepa.comparing.records import Arm, record
@@ -293,6 +293,13 @@ def test_true_pictures_fit_their_prompts(world):
         for number, (text, spec) in enumerate(zip(texts, specs, strict=True))
     ]
     assert sum(right) / len(right) > 0.85
+
+
+def test_errors_that_are_no_numbers_are_no_score(world, monkeypatch):
+    monkeypatch.setattr(PairNetwork, "errors", lambda *_: torch.tensor([[torch.nan, 1.0, 2.0]]))
+    score = AlignmentJudge(7, (300,)).opened(compared_in(world, *TEXTS))
+    with pytest.raises(SoftREPAError, match="alignment judge's denoising error has 1 NaN or infinite values"):
+        score(one(TEXTS[1], 1), pictures(1)[0])
 
 
 def test_the_plain_model_judges_every_arm(world):

@@ -6,7 +6,7 @@ import folder_paths
 import numpy as np
 import pytest
 from comfyui_softrepa.nodes import schema, token_plot
-from comfyui_softrepa.softrepa.charts import DARK, LIGHT, TEXT, Chart, Line, draw
+from comfyui_softrepa.softrepa.charts import DARK, LIGHT, ROW, TEXT, Chart, Line, draw
 from softrepa_tests.token_sets import tokens_for
 
 NODE = 560
@@ -25,6 +25,17 @@ def test_three_panels_are_legible_in_a_node(theme):
     assert picture.width > 3 * picture.height  # side by side
     assert TEXT * NODE / picture.width >= LEGIBLE
     assert corner(picture) == theme.paper
+
+
+def test_names_that_have_no_room_begin_a_row():
+    def of(*names):
+        return draw([Chart("x", "y", tuple(Line(name, [0, 1], [0, 1]) for name in names))])
+
+    beside, below = of("one", "two"), of("a name of some length", "another of some length")
+    assert below.height == beside.height + ROW
+    for picture in (beside, below):
+        edge = np.asarray(picture)[:, -3:]
+        assert (edge == edge[0, 0]).all()  # no letter is cut off
 
 
 @pytest.mark.parametrize("theme", [DARK, LIGHT])

@@ -62,6 +62,12 @@ def test_the_node(models):
     assert plot.std() > 0.05
 
 
+def test_a_model_of_no_numbers_has_no_score(models, monkeypatch):
+    monkeypatch.setattr(PairNetwork, "errors", lambda self, rows, batch, size: torch.full((3, 3), torch.nan))
+    with pytest.raises(SoftREPAError, match="Loss of model has 12 NaN or infinite values, expected finite numbers"):
+        AlignmentScore.execute(models["sd3"], dataset("sd3"), 3, 2, "900, 100")
+
+
 def test_a_second_model_is_compared_image_by_image(models, token_folder, monkeypatch):
     told = []
     monkeypatch.setattr("comfyui_softrepa.nodes.score.show_on_node", lambda node, text: told.append(text))

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from comfyui_softrepa.softrepa.comparing.facts import Fact, as_question, parse_facts, whole
+from comfyui_softrepa.softrepa.comparing.facts import Fact, as_question, parse_fact, parse_facts, whole
 from comfyui_softrepa.softrepa.comparing.grid import draw_grid, wrapped
 from comfyui_softrepa.softrepa.comparing.inputs import (
     MOST_SEEDS,
@@ -49,6 +49,14 @@ def test_strengths_with_the_plain_model_first(text, strengths):
 def test_strengths_that_are_none(text):
     with pytest.raises(SoftREPAError, match="strengths"):
         parse_strengths(text)
+
+
+def test_prompts_end_where_a_file_ends_its_lines(tmp_path):
+    """U+2028 and others, at which Python splits too, stand inside of texts."""
+    texts = ["a\u2028cat", "a\x85dog"]
+    for name, line in (("a.txt", "{}"), ("a.jsonl", '{{"prompt": "{}"}}')):
+        (tmp_path / name).write_bytes("\r\n\n".join(map(line.format, texts)).encode())
+        assert [one.text for one in read_prompts(tmp_path / name)] == texts
 
 
 def test_prompts_are_lines():
@@ -103,7 +111,8 @@ def test_facts():
     ]
     assert parse_facts(" ", ["a", "b"]) == [(), ()]
     assert whole("a cat").question == 'Does this image show "a cat"?'
-    assert as_question("Count the cats.") == "Count the cats."
+    assert as_question("A cat is black. ") == "Does this image show A cat is black?"
+    assert parse_fact(["Count the cats.", " two"], "") == Fact("Count the cats.", "two")
     with pytest.raises(SoftREPAError, match="facts has 1 lines, expected 2"):
         parse_facts("a cat", ["a", "b"])
 
@@ -112,6 +121,11 @@ def test_pairs_stand_together():
     records = plan(ARMS, ["a", "b"], [7, 8])
     assert [(one.prompt, one.seed, one.arm[-1]) for one in records][:3] == [(0, 7, "0"), (0, 7, "1"), (0, 8, "0")]
     assert [len(shown_of(records, 2, shown)) for shown in (1, 2, 3, 5, 100)] == [2, 2, 2, 4, 8]
+
+
+def test_more_than_can_be_drawn_is_refused():
+    with pytest.raises(SoftREPAError, match="200 prompts with 10,000 seeds in 2 arms are 4,000,000 pictures, expected"):
+        plan(ARMS, [str(number) for number in range(200)], range(10_000))
 
 
 def test_groups_are_small_whatever_is_left():

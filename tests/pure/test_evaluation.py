@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from comfyui_softrepa.softrepa.evaluation.inputs import arms_of, edit_arms_of, i
 from comfyui_softrepa.softrepa.evaluation.measuring import Drawn, Measured, measure
 from comfyui_softrepa.softrepa.evaluation.metrics import METRICS, JudgeOptions
 from comfyui_softrepa.softrepa.evaluation.pictures import Judge
-from comfyui_softrepa.softrepa.evaluation.presets import TABLE_4, TABLE_5, TABLE_7
+from comfyui_softrepa.softrepa.evaluation.presets import TABLE_4, TABLE_5, TABLE_7, published
 from comfyui_softrepa.softrepa.evaluation.ranks import Rank, wait_for_others
 from softrepa_tests.conftest import ROOT
 from softrepa_tests.judges import photograph
@@ -110,6 +111,13 @@ class TestEdits:
         assert [(edit.source, edit.target) for edit in found] == [("A bear.", "A lion."), ("A bear.", "A panda.")]
         assert found[0].photograph.path == tmp_path / "bear.jpg"
 
+    def test_an_edit_counts_once(self, tmp_path):
+        photograph(tmp_path / "bear.jpg", 0)
+        rows = [{"image": "bear.jpg", "source": "A bear.", "targets": ["A lion.", "A lion. "]}]
+        (tmp_path / "edits.json").write_text(json.dumps(rows))
+        with pytest.raises(SoftREPAError, match="holds 2 edits of bear.jpg with one source and target"):
+            read_edits(tmp_path / "edits.json", None)
+
     def test_pie_bench(self, tmp_path):
         photograph(tmp_path / "annotation_images" / "0_random_140" / "000000000000.jpg", 0)
         entry = {
@@ -129,7 +137,9 @@ class TestEdits:
         with pytest.raises(SoftREPAError, match='images holds no "0801.png", expected all 1 of source_prompts'):
             paired_edits(before, after, None)
         photograph(tmp_path / "0801.png", 0)
-        (edit,) = paired_edits(before, after, None)
+        after.write_text("file_name,text\n0801.png,A dog.\n0802.png,\n")
+        (edit,), notes = paired_edits(before, after, None)
+        assert [note.partition(" (")[0] for note in notes] == ["target_prompts: left out 1"]
         assert (edit.source, edit.target, edit.name) == ("A cat.", "A dog.", "0801.png")
         after.write_text("file_name,text\n0802.png,A dog.\n")
         with pytest.raises(SoftREPAError, match=r"differ in 2 images \(first 0801.png\), expected the same"):
@@ -163,6 +173,15 @@ class TestInputs:
         assert list(found.items()) == [("plain", ("", 0.0)), ("tokens", ("a", 1.0)), ("tokens 0.5", ("a", 0.5))]
         found = arms_of(inputs_of(CAPTIONS | {"tokens": {"mine": "a", "theirs": "b"}, "strengths": "1"}, False))
         assert found == {"mine": ("a", 1.0), "theirs": ("b", 1.0)}
+
+    def test_no_two_arms_have_one_name(self):
+        near = inputs_of(CAPTIONS | {"tokens": "a", "strengths": "0.1234567, 0.1234568"}, False)
+        assert [strength for _, strength in arms_of(near).values()] == [0.1234567, 0.1234568]
+        edits = EDITS | {"n_max": "2", "target_cfg": "13.000001, 13.0000014"}
+        assert len({arm.name for arm in edit_arms_of(inputs_of(edits, True))}) == 2
+        for tokens, arm in (({"plain": "a"}, "plain"), ({"x": "a", "x 0.5": "b"}, "x 0.5")):
+            with pytest.raises(SoftREPAError, match=f'call two arms "{arm}", expected another name'):
+                inputs_of(CAPTIONS | {"tokens": tokens, "strengths": "0.5, 1"}, False)
 
     def test_the_papers_edits_are_the_rows_of_its_table(self):
         inputs = inputs_of(EDITS | {"preset": "paper", "tokens": "a"}, True)
@@ -202,6 +221,7 @@ class TestInputs:
             (EDITS | {"preset": "ablation"}, True, "preset is ablation, expected paper for edits"),
             (CAPTIONS | {"strengths": "-1"}, False, 'strengths has "-1"'),
             (CAPTIONS | {"seeds": "x"}, False, 'seeds has "x"'),
+            (CAPTIONS | {"lpips_net": "vgg16"}, False, 'lpips_net is "vgg16", expected one of alex, squeeze, vgg'),
         ],
     )
     def test_what_cannot_be_meant_is_refused(self, config, edits, message):
@@ -250,6 +270,24 @@ class TestPresets:
         assert dict(zip(names[1:], map(float, rewards[1:]), strict=True)) == {
             name: figures["imagereward"] for name, figures in TABLE_7.items()
         }
+
+    @pytest.mark.parametrize(
+        ("config", "edits", "figures"),
+        [
+            (CAPTIONS | {"preset": "paper", "family": "sd15"}, False, TABLE_4["sd15"]),
+            (CAPTIONS | {"preset": "ablation", "tokens": {"8x2": "a"}}, False, TABLE_7),
+            (EDITS | {"preset": "paper", "strengths": "0, 0.5, 1", "count": 9}, True, TABLE_5),
+        ],
+    )
+    def test_figures_stand_beside_the_papers_settings_alone(self, config, edits, figures):
+        def of(config):
+            inputs = inputs_of(config, edits)
+            return published(inputs.preset, inputs.family, edits, asdict(inputs))
+
+        assert of(config) == figures
+        assert of(config | {"preset": ""}) == of(config | {"steps": 40}) == {}
+        if edits:  # those of table 6, on other pictures
+            assert of(config | {"target_cfg": "13.5", "tokens_target_cfg": "8"}) == {}
 
 
 ARMS = [Arm("plain"), Arm("tokens", {"strength": 1})]
@@ -305,6 +343,8 @@ class TestMeasuring:
 
         def dying(pictures):
             if len(judge.judged) == 6:
+                (path,) = (drawn.folder / "scores").glob("*.csv")
+                assert len(measuring.read_scores(path)) == 4  # all that is left where it is killed
                 raise KeyboardInterrupt
             return judge(pictures)
 
@@ -313,8 +353,42 @@ class TestMeasuring:
             self.measured(drawn, monkeypatch, dying, weights=weights)
         rest = Grey()
         found = self.measured(drawn, monkeypatch, rest, weights=weights)
-        assert len(rest.judged) == 8
+        assert len(rest.judged) == 6
         assert found.scores == self.measured(drawn, monkeypatch, Grey(), weights=self.weights(tmp_path, "b")).scores
+
+    @pytest.mark.parametrize("wrong", [math.nan, math.inf])
+    def test_scores_that_are_no_numbers_are_refused_and_not_kept(self, drawn, monkeypatch, tmp_path, wrong):
+        weights, judge = self.weights(tmp_path), Grey()
+
+        def broken(pictures):
+            return [wrong if judge.judged else score for score in judge(pictures)]
+
+        broken.notes, broken.batch = judge.notes, 2
+        with pytest.raises(SoftREPAError, match=f"metrics clip holds {wrong}, expected finite numbers"):
+            self.measured(drawn, monkeypatch, broken, weights=weights)
+        assert len(self.measured(drawn, monkeypatch, Grey(), weights=weights).scores) == len(drawn.records)
+
+    def test_a_distance_that_is_no_number_is_refused_and_not_kept(self, drawn, monkeypatch, tmp_path):
+        class Distance:
+            value = math.nan
+
+            def photographs(self, images):
+                pass
+
+            def distance(self, images):
+                return self.value
+
+        judge, weights = Distance(), self.weights(tmp_path)
+        with pytest.raises(SoftREPAError, match="metrics fid holds nan, expected finite numbers"):
+            self.measured(drawn, monkeypatch, judge, "fid", weights)
+        judge.value = 1.0
+        assert self.measured(drawn, monkeypatch, judge, "fid", weights).of_arms == {"plain": 1.0, "tokens": 1.0}
+
+    def test_notes_that_cannot_be_written_are_a_refusal(self, drawn, monkeypatch, tmp_path):
+        weights = self.weights(tmp_path)
+        measuring.Measuring(drawn, METRICS["clip"], weights, JudgeOptions(), print).notes.mkdir(parents=True)
+        with pytest.raises(SoftREPAError, match="could not be written"):
+            self.measured(drawn, monkeypatch, Grey(), weights=weights)
 
     def test_other_weights_judge_anew(self, drawn, monkeypatch, tmp_path):
         self.measured(drawn, monkeypatch, Grey(), weights=self.weights(tmp_path))

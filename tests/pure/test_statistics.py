@@ -130,6 +130,7 @@ def test_an_interval_by_hand():
         (Difference(0.2, 0.1, 0.1, 8, 16), "+20.0 points (+10.0 to +30.0): above strength 0, from 16 pairs"),
         (Difference(-0.2, 0.1, 0.1, 8, 16), "-20.0 points (-30.0 to -10.0): below strength 0, from 16 pairs"),
         (Difference(0.0, 0.0, 0.0, 8, 16), "+0.0 points (+0.0 to +0.0): no difference from strength 0 in 16 pairs"),
+        (Difference(0.0, 0.1, 0.1, 8, 8), "+0.0 points (-10.0 to +10.0): nothing can be said from 8 prompts."),
         (Difference(0.2, math.inf, math.nan, 1, 4), "+20.0 points: nothing can be said from one of the prompts."),
         (Difference(1e-9, 1.0, 1.0, 8, 8), "takes more than 1,000,000,000 prompts (80% power)."),
     ],

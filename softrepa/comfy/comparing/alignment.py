@@ -11,9 +11,10 @@ from ...comparing.plan import GROUP
 from ...comparing.records import Record, short_hash
 from ...data.dataset import Cond
 from ...errors import SoftREPAError
+from ...numbers import check_finite
 from ...statistics import Unit
 from ...training.pairs import StepBatch
-from ..data.encoding import encode_caption, encode_images
+from ..data.encoding import encode_caption, encode_image
 from ..tokens.call_state import KEY
 from ..training.memory_use import load
 from ..training.out_of_memory import halving
@@ -60,7 +61,7 @@ class AlignmentJudge:
             return encoded[text]
 
         def score(one: Record, picture: torch.Tensor) -> float:
-            (latent,) = encode_images(compared.vae, [picture[0]], [one.file])
+            latent = encode_image(compared.vae, picture[0], one.file)
             conds = [cond(text) for text in (one.text, *self._others(texts, one.prompt))]
             wins = []
             with torch.inference_mode(False), torch.no_grad():
@@ -72,6 +73,7 @@ class AlignmentJudge:
                     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(t))
                     step = StepBatch.of_all(latents, noise, conds, t)
                     errors, _ = halving(partial(network.errors, None, step), len(conds))
+                    check_finite("The alignment judge's denoising error", errors)
                     own, *rest = errors[0].tolist()
                     wins += [float(own < other) + 0.5 * float(own == other) for other in rest]
             return sum(wins) / len(wins)

@@ -18,14 +18,14 @@ from PIL import Image
 
 from ...comparing import summary
 from ...comparing.grid import draw_grid
-from ...comparing.inputs import CompareInputs, Prompt, parse_seeds, parse_strengths
+from ...comparing.inputs import CompareInputs, Prompt, number_text, parse_seeds, parse_strengths
 from ...comparing.judging import Judge, judge_pictures
 from ...comparing.plan import plan, shown_of
-from ...comparing.records import Arm, Record, is_drawn, read_picture, write_csv, write_records
-from ...comparing.summary import Judged, Line, summarize
+from ...comparing.records import Arm, Record, is_drawn, read_picture, write_csv, write_records, write_text, write_whole
+from ...comparing.summary import Judged, Line, numbered, summarize
 from ...data.latent_lists import PIXELS
-from ...errors import SoftREPAError, shown, unwritable
-from ...files import is_file, write_atomically
+from ...errors import SoftREPAError, shown
+from ...files import is_file
 from ...tokens import SoftTokens
 from ...training.identity import tokens_hash
 from ..families import model_shape
@@ -81,7 +81,7 @@ def _settings_of(one: TokenSet) -> list[Any]:
 
 
 def arm_name(strength: float) -> str:
-    return f"strength {strength:g}"
+    return f"strength {number_text(strength)}"
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,10 @@ def compare(comparison: Comparison, tell: Told = lambda text: None) -> Outcome:
     write_records(folder, records)
     painter = Painter(comparison.models, comparison.clip, comparison.vae, comparison.inputs)
     draw_missing(painter, folder, records, tell, partial(compared_with, comparison))
-    judged = [_judged(judge, comparison, tell) for judge in comparison.judges]
+    judged = numbered([_judged(judge, comparison, tell) for judge in comparison.judges])
     lines = [line for one in judged for line in summarize(records, one)]
     grid = draw_grid(comparison.shown, reader(folder), head_of(lines), shown_scores(comparison.shown, judged))
-    _write(folder / "grid.png", lambda temporary: grid.save(temporary, "PNG"))
+    write_whole(folder / "grid.png", lambda temporary: grid.save(temporary, "PNG"))
     write_tables(folder, records, judged, lines)
     ProgressBar(1).update_absolute(1, 1, ("JPEG", grid, None))  # a node goes on showing its last preview
     return Outcome(folder, records, comparison.shown, lines, grid)
@@ -240,15 +240,7 @@ def write_tables(folder: Path, records: Sequence[Record], judged: Sequence[Judge
     )
     write_csv(folder / "scores.csv", heads, rows)
     write_csv(folder / "summary.csv", summary.COLUMNS, summary.as_rows(lines))
-    text = summary.as_text(lines) + "\n"
-    _write(folder / "summary.txt", lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _write(path: Path, fill: Callable[[Path], object]) -> None:
-    try:
-        write_atomically(path, fill)
-    except OSError as error:
-        raise unwritable(path, error) from None
+    write_text(folder / "summary.txt", summary.as_text(lines) + "\n")
 
 
 def compare_folder(filename_prefix: str) -> Path:

@@ -42,8 +42,18 @@ def encode_images(vae: comfy.sd.VAE, pixels: Sequence[Tensor], names: Sequence[s
     """
     height, width, _ = pixels[0].shape
     filled = [*pixels, *[pixels[-1]] * (images_at_once((width, height)) - len(pixels))]
+    return _latents(vae, filled, names)[: len(pixels)]
+
+
+def encode_image(vae: comfy.sd.VAE, pixels: Tensor, name: str) -> Tensor:
+    """As `encode_images`, of one image that goes through the VAE alone."""
+    return _latents(vae, [pixels], [name])[0]
+
+
+def _latents(vae: comfy.sd.VAE, pixels: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
+    """Of all of one call; of repeats at the end there are no names."""
     with torch.inference_mode():
-        latents = vae.encode(torch.stack(filled))
+        latents = vae.encode(torch.stack(list(pixels)))
     if latents.ndim != 4:
         raise SoftREPAError(
             f"vae gives latents of shape {list(latents.shape)}, expected those of still images, "
@@ -54,7 +64,7 @@ def encode_images(vae: comfy.sd.VAE, pixels: Sequence[Tensor], names: Sequence[s
             raise SoftREPAError(
                 f"vae gives NaN or infinite values for {shown(name)}, expected numbers; run ComfyUI with --fp32-vae."
             )
-    return [copied(latent) for latent in latents[: len(pixels)]]
+    return [copied(latent) for latent in latents]
 
 
 def encode_caption(clip: comfy.sd.CLIP, caption: str) -> Cond:

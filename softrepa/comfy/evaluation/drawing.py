@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import comfy.model_management as memory
@@ -16,6 +17,8 @@ from ...progress_line import time_left
 
 AHEAD = 16
 """Prompts that are encoded at once: the text encoder and the network change places in memory once for so many."""
+KEPT = 2
+"""Such groups that are held: an edit's source and its target may be of two."""
 
 
 class Encoder:
@@ -28,13 +31,13 @@ class Encoder:
         self.clip = clip
         self.texts = list(dict.fromkeys(texts))
         self.places = {text: place for place, text in enumerate(self.texts)}
-        self.encoded: dict[str, list] = {}
+        self.group = lru_cache(KEPT)(self._group)
 
     def __call__(self, text: str) -> list:
-        if text not in self.encoded:
-            start = self.places[text]
-            self.encoded = {one: self.encode(one) for one in self.texts[start : start + AHEAD]}
-        return self.encoded[text]
+        return self.group(self.places[text] // AHEAD)[text]
+
+    def _group(self, number: int) -> dict[str, list]:
+        return {text: self.encode(text) for text in self.texts[number * AHEAD : (number + 1) * AHEAD]}
 
     def encode(self, text: str) -> list:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text, disable_weights=True), show_pbar=False)

@@ -13,7 +13,7 @@ from ...data.sources import Source
 from ...evaluation.captions import Edit
 from ...evaluation.inputs import EditArm, EvaluateInputs
 from ...evaluation.pictures import sized
-from ..data.encoding import encode_images
+from ..data.encoding import encode_image
 from ..editing.checks import check_counts
 from ..editing.flowedit import FlowEditGuider, FlowEditSampler, edit_latent, edit_sigmas
 from .drawing import Prompts
@@ -54,6 +54,5 @@ class Editor:
         if self.photograph is None or self.photograph[0] != photograph:
             image = sized(photograph, (self.inputs.width, self.inputs.height))
             pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
-            (latent,) = encode_images(self.vae, [pixels], [photograph.path.name])
-            self.photograph = photograph, latent[None]
+            self.photograph = photograph, encode_image(self.vae, pixels, photograph.path.name)[None]
         return self.photograph[1]

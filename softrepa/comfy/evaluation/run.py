@@ -17,7 +17,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...comparing.inputs import MOST_SEEDS, CompareInputs, parse_seeds
-from ...comparing.records import Arm, Record, file_name, record, short_hash, write_records
+from ...comparing.plan import check_count
+from ...comparing.records import Arm, Record, file_name, record, short_hash, write_records, write_whole
 from ...configuration import CLIP
 from ...data.latent_lists import PIXELS
 from ...data.sources import Source
@@ -28,7 +29,7 @@ from ...evaluation.measuring import Drawn, measure
 from ...evaluation.metrics import JudgeOptions, check_metric
 from ...evaluation.presets import published
 from ...evaluation.ranks import Rank, wait_for_others
-from ...evaluation.report import CURVE, TABLE, Report, curve, write
+from ...evaluation.report import CURVE, TABLE, Report, curve
 from ...tokens import SoftTokens
 from ...training.identity import tokens_hash
 from .. import headless
@@ -67,6 +68,7 @@ def evaluate(inputs: EvaluateInputs, name: str, download: bool, tell: Tell) -> P
     folder = Path(inputs.output or Path(folder_paths.get_output_directory()) / FOLDER / name)
     with torch.inference_mode():
         studio = Studio.of(inputs)
+        check_count(len(task.arms), len(task.photographs), len(parse_seeds(inputs.seeds)))
         records = task.records(studio)
         if rank.is_first:
             write_records(folder, records)
@@ -83,11 +85,11 @@ def evaluate(inputs: EvaluateInputs, name: str, download: bool, tell: Tell) -> P
         measure(drawn, metric, Path(inputs.metrics[metric.name]), options, tell)
         for metric in inputs.chosen_metrics.values()
     ]
-    figures = published(inputs.preset, inputs.family, inputs.is_of_edits)
+    figures = published(inputs.preset, inputs.family, inputs.is_of_edits, asdict(inputs))
     report = Report(inputs, records, measured, figures, task.notes)
     report.write(folder)
     if (plot := task.plot(report)) is not None:
-        write(folder / CURVE, lambda temporary: plot.save(temporary, "PNG"))
+        write_whole(folder / CURVE, lambda temporary: plot.save(temporary, "PNG"))
     return folder / TABLE
 
 
@@ -154,6 +156,7 @@ class Captions:
         self.inputs = inputs
         found, left_out = read_captions(Path(inputs.captions), photograph_folder(inputs))
         self.captions: list[Caption] = found[: inputs.count or None]
+        self.arms = arms_of(inputs)
         needing = [metric.name for metric in inputs.chosen_metrics.values() if metric.needs_photographs]
         check_photographs(self.captions, needing)
         self.notes = [left_out] if left_out else []
@@ -163,7 +166,7 @@ class Captions:
         return {number: caption.photograph for number, caption in enumerate(self.captions)}
 
     def records(self, studio: Studio) -> list[Record]:
-        arms = [Arm(name, studio.settings(*way)) for name, way in arms_of(self.inputs).items()]
+        arms = [Arm(name, studio.settings(*way)) for name, way in self.arms.items()]
         return [
             record(arm, number, caption.text, seed_of(seed, number))
             for number, caption in enumerate(self.captions)
@@ -172,7 +175,7 @@ class Captions:
         ]
 
     def drawer(self, studio: Studio, records: Sequence[Record]) -> Callable[[Record], Tensor]:
-        models = {name: studio.patched(*way) for name, way in arms_of(self.inputs).items()}
+        models = {name: studio.patched(*way) for name, way in self.arms.items()}
         taken = {
             name: value for name, value in asdict(self.inputs).items() if name in CompareInputs.__dataclass_fields__
         }
@@ -197,13 +200,13 @@ class Edits:
     def __init__(self, inputs: EvaluateInputs):
         self.inputs = inputs
         images = photograph_folder(inputs)
+        self.notes: list[str] = []
         if inputs.edits:
             found = read_edits(Path(inputs.edits), images)
         else:
-            found = paired_edits(Path(inputs.source_prompts), Path(inputs.target_prompts), images)
+            found, self.notes = paired_edits(Path(inputs.source_prompts), Path(inputs.target_prompts), images)
         self.edits: list[Edit] = found[: inputs.count or None]
         self.arms = {arm.name: arm for arm in edit_arms_of(inputs)}
-        self.notes: list[str] = []
 
     @property
     def photographs(self) -> dict[int, Source | None]:
