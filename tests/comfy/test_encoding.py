@@ -10,7 +10,9 @@ import torch
 from comfyui_softrepa.softrepa.comfy.data import encoding, folder_encodings
 from comfyui_softrepa.softrepa.comfy.data.assembly import dataset_of_folder
 from comfyui_softrepa.softrepa.data import folder
+from comfyui_softrepa.softrepa.data.batches import Sampler
 from comfyui_softrepa.softrepa.data.inputs import DatasetInputs
+from PIL import Image
 
 from benchmarks import encoding as benchmark
 
@@ -249,6 +251,27 @@ def test_an_image_that_goes_away_stops_the_batch_that_needs_it(photos, clips, va
     assert [view.batch(4, left=6).keys for _ in range(4)] == names[:4]
     with pytest.raises(folder_encodings.UnusableImageError, match="cannot be used any more"):
         view.batch(4, left=2)
+
+
+def test_a_large_damaged_image_costs_the_batches_that_have_it(photos, clips, vae, monkeypatch, caplog):
+    """It shows when the image is first drawn, thousands of steps after the start perhaps."""
+    monkeypatch.setattr(folder_encodings, "UP_FRONT", 10)
+    Image.new("RGB", (900, 700), "red").save(photos / "train" / "cut.bmp")
+    (photos / "train" / "cut.bmp").write_bytes((photos / "train" / "cut.bmp").read_bytes()[:-1000])
+    (photos / "train" / "cut.txt").write_text("a large one", encoding="utf-8")
+    data = read(photos, clips, vae)
+    assert len(data) == 41
+    sampler = Sampler(data.train, 3)
+    drawn = [[one.name for one, _ in sampler.next(4)] for _ in range(20)]
+    whole = [names for names in drawn if "cut.bmp" not in " ".join(names)]
+    assert 0 < len(drawn) - len(whole) < 4
+    view = data.started(3)
+    assert [view.batch(4, left=20).keys for _ in whole] == whole
+    assert "a batch is left out: Dataset" in caplog.text
+    resumed = data.started(3)
+    resumed.restore(view.state())
+    assert resumed.batch(4).keys == view.batch(4).keys
+    assert len(list(data.started(3).one_epoch(4))) == 9
 
 
 def test_the_benchmark_of_a_large_folder(tmp_path, monkeypatch):
