@@ -10,6 +10,7 @@ import torch
 from comfyui_softrepa.softrepa.comfy.data import encoding, folder_encodings
 from comfyui_softrepa.softrepa.comfy.data.assembly import dataset_of_folder
 from comfyui_softrepa.softrepa.data import folder
+from comfyui_softrepa.softrepa.data.ahead import Needed
 from comfyui_softrepa.softrepa.data.batches import Sampler
 from comfyui_softrepa.softrepa.data.inputs import DatasetInputs
 from PIL import Image
@@ -251,6 +252,17 @@ def test_an_image_that_goes_away_stops_the_batch_that_needs_it(photos, clips, va
     assert [view.batch(4, left=6).keys for _ in range(4)] == names[:4]
     with pytest.raises(folder_encodings.UnusableImageError, match="cannot be used any more"):
         view.batch(4, left=2)
+
+
+def test_one_very_long_caption_makes_no_short_stretches(photos, clips, vae, monkeypatch):
+    monkeypatch.setattr(folder_encodings, "UP_FRONT", 10)
+    encodings = read(photos, clips, vae, 0.0).encodings
+    for caption in ("a dog " * 1000, *map(str, range(50))):
+        encodings.cond(caption)
+    usual = sum(tensor.nbytes for tensor in encoding.stored_text(encodings.cond("a dog")).values())
+    monkeypatch.setattr(folder_encodings, "MOST_HELD", 200 * usual)
+    stretch = encodings.ahead([Needed([], [f"a cat {number}"]) for number in range(80)])
+    assert len(stretch.texts) == 80
 
 
 def test_a_large_damaged_image_costs_the_batches_that_have_it(photos, clips, vae, monkeypatch, caplog):

@@ -48,7 +48,7 @@ class FolderEncodings:
         self.images, self.clip, self.vae, self.cache = images, clip, vae, cache
         self.clip_name, self.vae_name = clip_identity(clip), vae_identity(vae)
         self.share = (0, 1)
-        self._largest_text = 0
+        self._texts, self._text_bytes = 0, 0
 
     @property
     def identity(self) -> str:
@@ -148,7 +148,8 @@ class FolderEncodings:
             some = captions[start : start + CAPTIONS]
             for caption, cond in zip(some, encode_captions(self.clip, some), strict=True):
                 text = stored_text(cond)
-                self._largest_text = max(self._largest_text, sum(tensor.nbytes for tensor in text.values()))
+                self._texts += 1
+                self._text_bytes += sum(tensor.nbytes for tensor in text.values())
                 yield caption, text
 
     def encoded_images(self, examples: list[Example]) -> Iterator[tuple[Example, Entry]]:
@@ -278,8 +279,8 @@ class FolderEncodings:
         return 2 * self.empty["cross_attn"].numel()
 
     def _text_size(self) -> int:
-        """Bytes that a text may take."""
-        return max(self._largest_text, self._shortest_text)
+        """Bytes that a text takes, as those took that were encoded: one that is very long tells nothing of others."""
+        return max(self._text_bytes // max(1, self._texts), self._shortest_text)
 
     def _latent_size(self, example: Example) -> int:
         return 4 * math.prod(self._shape(example))
