@@ -7,6 +7,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -199,6 +200,13 @@ class Dataset:
         while sampler.index < len(sampler) and len(drawn) != most:
             drawn.append(sampler.next(batch_size))
         yield from self._all_encoded(drawn)
+
+    def first_latent(self) -> Tensor:
+        """(C, h, w) float32 of the first training image that is not damaged."""
+        for example in self.train[:-1]:
+            with suppress(DamagedImageError):
+                return self.encodings.latent(example)
+        return self.encodings.latent(self.train[-1])
 
     def prepare_hard_negatives(self) -> str:
         """Encodes every wrong caption that training can draw, unless they are many; says in a line what was done.
