@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -93,14 +94,13 @@ def score(args) -> None:
 
 def evaluate(args) -> None:
     from .evaluation.inputs import inputs_of  # with PIL, which other commands do without
-    from .evaluation.ranks import Rank
 
     path = Path(args.config)
     config = with_options(configuration.read_config(path), args)
     comfyui = startup.comfyui_folder(args.comfyui)
     inputs = inputs_of(config, args.edits)  # before minutes of loading
     print(f"starting ComfyUI in {printable(str(comfyui))}", file=sys.stderr)
-    startup.start(comfyui, Rank.of_environment().device_options(args.comfyui_options))
+    startup.start(comfyui, args.comfyui_options)
     from .comfy.evaluation import run  # it can be imported now
 
     with ProgressLine() as line:
@@ -126,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m softrepa", description="Soft token files, and training without ComfyUI's server.", epilog=EPILOG
     )
+    top.set_defaults(together=nullcontext)  # processes that evaluate never wait for each other
     commands = top.add_subparsers(required=True)
     command = commands.add_parser("convert", help="published .pth files, or a folder of them, to .safetensors")
     command.add_argument("inputs", nargs="+", metavar="IN")
@@ -141,14 +142,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("config", metavar="CONFIG", help="a .json of the nodes' inputs, or a trained .safetensors")
     command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the same name")
     add_place(command)
-    command.set_defaults(run=train)
+    command.set_defaults(run=train, together=joined)
     command = commands.add_parser("score", help="retrieval, contrastive loss and information, as JSON")
     command.add_argument("config", metavar="CONFIG", nargs="?", help="as for train; only its dataset is used")
     command.add_argument("--tokens", help="a token file, or its name in ComfyUI; without, the plain model")
     for field in fields(ScoreInputs):
         command.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     add_place(command)
-    command.set_defaults(run=score)
+    command.set_defaults(run=score, together=joined)
     command = commands.add_parser("evaluate", help="the paper's measures of what a model draws or edits, as a table")
     command.add_argument("config", metavar="CONFIG", help="a .json: what is drawn, in which arms, what judges it")
     command.add_argument("--edits", action="store_true", help="edits of photographs instead of pictures of captions")
@@ -167,7 +168,7 @@ def main() -> int:
     args = parser().parse_args(words[:end])
     args.comfyui_options = words[end + 1 :]
     try:
-        with joined() as args.ranks:
+        with args.together() as args.ranks:
             args.run(args)
     except SoftREPAError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,9 +3,11 @@
 import copy
 import hashlib
 import json
+import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -20,9 +22,17 @@ from .batches import Drawn, Example, Members, Sampler, by_size, compatible_batch
 from .swaps import sense, swaps
 
 TRIES = 20
-"""Images that are drawn for a caption that is wrong for a batch."""
+"""Images that are drawn for a caption that is wrong for a batch; batches, for one whose images are whole."""
 SHOWN, LONGEST = 3, 80
 """Examples named in a line of the summary, and characters of each."""
+
+
+class UnusableImageError(SoftREPAError):
+    """An image that was there when its dataset was read, and is not any more or shows now that it is damaged."""
+
+
+class DamagedImageError(UnusableImageError):
+    """The file is as it was, but only its head can be read. That is so for every process that has it."""
 
 
 class PlainCond(TypedDict):
@@ -165,13 +175,21 @@ class Dataset:
         With up to `hard_negatives` wrong captions for each image. Where an image is to be compared with more wrong
         captions, `negatives`, than the batch has, further ones are drawn, up to as many as there are. `left` batches,
         with this one, are still to be drawn at most: some of them are encoded together.
+
+        A batch with an image that turns out to be damaged is left out, and the next one drawn.
         """
         self._check_batch_size(batch_size)
         asked = (batch_size, hard_negatives, negatives)
-        plan = self._plan(self._sampler, *asked)
-        following = copy.copy(self._sampler)
-        further = (self._plan(following, *asked).needed for _ in range(left - 1))
-        return self._encoded(plan, self._ahead.at(plan.needed, self.encodings.ahead, further))
+        for _ in range(TRIES):
+            plan = self._plan(self._sampler, *asked)
+            following = copy.copy(self._sampler)
+            further = (self._plan(following, *asked).needed for _ in range(left - 1))
+            try:
+                return self._encoded(plan, self._ahead.at(plan.needed, self.encodings.ahead, further))
+            except DamagedImageError as error:
+                logging.warning("SoftREPA: a batch is left out: %s", error)
+                found = error
+        raise found
 
     def one_epoch(self, batch_size: int, most: int | None = None) -> Iterator[Batch]:
         """Batches as `batch` gives them from the start, `most` at most, each image once whatever its repeats."""
@@ -182,6 +200,13 @@ class Dataset:
         while sampler.index < len(sampler) and len(drawn) != most:
             drawn.append(sampler.next(batch_size))
         yield from self._all_encoded(drawn)
+
+    def first_latent(self) -> Tensor:
+        """(C, h, w) float32 of the first training image that is not damaged."""
+        for example in self.train[:-1]:
+            with suppress(DamagedImageError):
+                return self.encodings.latent(example)
+        return self.encodings.latent(self.train[-1])
 
     def prepare_hard_negatives(self) -> str:
         """Encodes every wrong caption that training can draw, unless they are many; says in a line what was done.
@@ -227,7 +252,10 @@ class Dataset:
         ahead, plans = Ahead(), [Plan(drawn, [[] for _ in drawn], []) for drawn in batches]
         for place, plan in enumerate(plans):
             following = (one.needed for one in plans[place + 1 :])
-            yield self._encoded(plan, ahead.at(plan.needed, self.encodings.ahead, following))
+            try:
+                yield self._encoded(plan, ahead.at(plan.needed, self.encodings.ahead, following))
+            except DamagedImageError as error:
+                logging.warning("SoftREPA: a batch is left out: %s", error)
 
     def _plan(self, sampler: Sampler, batch_size: int, hard_negatives: int, negatives: int) -> Plan:
         """Moves `sampler` on by a batch. Where it stands then decides the rest: a run that is gone on with draws the

@@ -16,7 +16,7 @@ from ..files import read_bounded, write_atomically
 from .batches import Example
 from .buckets import Size, bucket_sizes, join_small, nearest
 from .captions import EACH, LOOKED_FOR, Listing, list_folder, repeats_of
-from .dataset import divide, named_examples
+from .dataset import DamagedImageError, UnusableImageError, divide, named_examples
 from .images import UNREADABLE, prepared, upright_size
 from .sources import SMALL, Source, WholeFile, identity, identity_of, release, stamp
 
@@ -29,10 +29,6 @@ MOST_INDEX = 2**30
 MOST_SIDE = 2**31
 """Pixels of an image as an index may tell them: no format that PIL reads has more."""
 DIGEST = re.compile("[0-9a-f]{64}")
-
-
-class UnusableImageError(SoftREPAError):
-    """An image that was there when the folder was read, and is not any more or shows now that it is damaged."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +101,14 @@ class ImageFolder:
     """An image turned out to be unusable: whoever reads the folder again gets it without."""
 
     def pixels(self, example: Example) -> Tensor:
-        """(height, width, 3) float32 in 0..1 at the training size. Raises UnusableImageError."""
+        """(height, width, 3) float32 in 0..1 at the training size. Raises UnusableImageError, DamagedImageError."""
         data = self._content(example)
         try:
             return prepared(data, example.size)
         except UNREADABLE as error:
             mark, file = self.index.files[example.name]
             self.index.set(example.name, mark, replace(file, problem=_reason(error)))
-            raise self._unusable(example, _reason(error)) from None
+            raise self._unusable(example, _reason(error), DamagedImageError) from None
 
     def digest(self, example: Example) -> str:
         """That of the whole file. Read when it is first asked for, then kept. Raises UnusableImageError."""
@@ -142,9 +138,9 @@ class ImageFolder:
             self.index.set(example.name, mark, replace(file, digest=digest))
         return data
 
-    def _unusable(self, example: Example, reason: str) -> UnusableImageError:
+    def _unusable(self, example: Example, reason: str, kind=UnusableImageError) -> UnusableImageError:
         self.is_outdated = True
-        return UnusableImageError(
+        return kind(
             f'Dataset "{shown(self.name)}": {shown(example.name)} cannot be used any more ({reason}), '
             "expected the image that was there when the dataset was read; run again to read the folder anew."
         )

@@ -18,16 +18,15 @@ WAIT = 2.0
 
 @dataclass(frozen=True)
 class Rank:
-    """This process, of how many, and which one of its machine."""
+    """This process, of how many."""
 
     number: int = 0
     count: int = 1
-    local: int | None = None
 
     @classmethod
     def of_environment(cls) -> "Rank":
-        """As torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; alone without them."""
-        found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        """As torchrun sets RANK and WORLD_SIZE; alone without them."""
+        found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
         if not found["RANK"] and not found["WORLD_SIZE"]:
             return cls()
         if not all(found[name].isdecimal() for name in ("RANK", "WORLD_SIZE")) or not (
@@ -36,8 +35,7 @@ class Rank:
             raise SoftREPAError(
                 f"RANK is {found['RANK']!r} of WORLD_SIZE {found['WORLD_SIZE']!r}, expected numbers as torchrun sets."
             )
-        local = int(found["LOCAL_RANK"]) if found["LOCAL_RANK"].isdecimal() else None
-        return cls(int(found["RANK"]), int(found["WORLD_SIZE"]), local)
+        return cls(int(found["RANK"]), int(found["WORLD_SIZE"]))
 
     @property
     def is_first(self) -> bool:
@@ -49,12 +47,6 @@ class Rank:
         start, end = (len(prompts) * number // self.count for number in (self.number, self.number + 1))
         own = set(prompts[start:end])
         return [one for one in records if one.prompt in own]
-
-    def device_options(self, options: Sequence[str]) -> list[str]:
-        """ComfyUI's own options, with the graphics card of this process where none is named."""
-        if self.local is None or any(one.startswith(("--cuda-device", "--cpu")) for one in options):
-            return list(options)
-        return ["--cuda-device", str(self.local), *options]
 
 
 def wait_for_others(folder: Path, records: Sequence[Record], tell: Callable[[str], None]) -> None:

@@ -113,7 +113,16 @@ class TrainingConfig(Settings):
     @property
     def wrong_captions(self) -> int:
         """How many each image is compared with, at most."""
-        return (self.negatives or self.batch_size - 1) + self.hard_negatives
+        return self._of_other_images + self.hard_negatives
+
+    @property
+    def chance(self) -> float:
+        """Retrieval accuracy of whoever guesses: hard negatives do not count in it."""
+        return 1 / (1 + self._of_other_images)
+
+    @property
+    def _of_other_images(self) -> int:
+        return self.negatives or self.batch_size - 1
 
     def learning_rate_at(self, step: int) -> float:
         """Cosine annealing with warm restarts, moved on every `schedule_steps` iterations, after a linear warm-up."""

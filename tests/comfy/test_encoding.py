@@ -1,13 +1,19 @@
 """Several images and captions to a call of ComfyUI's encoders, a stretch of batches ahead of their use."""
 
 import threading
+from collections import Counter
 
+import comfy.model_management as memory
 import folder_paths
 import pytest
 import torch
 from comfyui_softrepa.softrepa.comfy.data import encoding, folder_encodings
 from comfyui_softrepa.softrepa.comfy.data.assembly import dataset_of_folder
+from comfyui_softrepa.softrepa.data import folder
+from comfyui_softrepa.softrepa.data.ahead import Needed
+from comfyui_softrepa.softrepa.data.batches import Sampler
 from comfyui_softrepa.softrepa.data.inputs import DatasetInputs
+from PIL import Image
 
 from benchmarks import encoding as benchmark
 
@@ -27,14 +33,14 @@ def vae():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def photos(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
     benchmark.make_folder(tmp_path / "coco", 40)
     return tmp_path / "coco"
 
 
-def read(folder, clips, vae, cache_gb=1.0):
-    return dataset_of_folder(folder, "coco", clips["CLIP-L"], vae, DatasetInputs(64, cache_gb=cache_gb))
+def read(photos, clips, vae, cache_gb=1.0):
+    return dataset_of_folder(photos, "coco", clips["CLIP-L"], vae, DatasetInputs(64, cache_gb=cache_gb))
 
 
 def equal(one, other) -> bool:
@@ -110,12 +116,12 @@ def test_text_is_kept_in_the_half_precision_that_holds_it():
 
 
 @pytest.mark.parametrize("cache_gb", [0.0, 0.0003, 1.0])
-def test_batches_do_not_depend_on_the_cache(folder, clips, vae, monkeypatch, cache_gb):
-    expected = read(folder, clips, vae).started(5)
+def test_batches_do_not_depend_on_the_cache(photos, clips, vae, monkeypatch, cache_gb):
+    expected = read(photos, clips, vae).started(5)
     expected = [expected.batch(4, 1, 5) for _ in range(12)]
     monkeypatch.setattr(folder_encodings, "UP_FRONT", 100)
-    monkeypatch.setattr(folder_paths, "user_directory", str(folder / "other user"))
-    data = read(folder, clips, vae, cache_gb)
+    monkeypatch.setattr(folder_paths, "user_directory", str(photos / "other user"))
+    data = read(photos, clips, vae, cache_gb)
     assert "40 of 40 images and 200 of 200 captions are not encoded yet" in data.summary
     log = []
     for name in ("encode_images", "encode_captions"):
@@ -133,61 +139,163 @@ def test_batches_do_not_depend_on_the_cache(folder, clips, vae, monkeypatch, cac
             when.append(step)
             assert log[before:] == sorted(log[before:])  # first all captions, then all images
     assert when == [0, 8]
-    size = sum(path.stat().st_size for path in (folder / "other user").rglob("*.safetensors"))
+    size = sum(path.stat().st_size for path in (photos / "other user").rglob("*.safetensors"))
     assert size <= cache_gb * 1e9
     log.clear()
-    resumed = read(folder, clips, vae, cache_gb).started(5)
+    resumed = read(photos, clips, vae, cache_gb).started(5)
     resumed.restore(view.state() | {"index": view.state()["index"] - 1})
     assert equal(resumed.batch(4, 1, 5), expected[-1])
     assert bool(log) == (cache_gb < 1)
 
 
-def test_processes_divide_what_is_encoded(folder, clips, vae, monkeypatch):
-    """Two that draw the same batches and share the folder of the cache; ComfyUI's encoders serve one at a time."""
-    expected = read(folder, clips, vae).started(1)
-    expected = [expected.batch(4) for _ in range(8)]
-    monkeypatch.setattr(folder_encodings, "UP_FRONT", 10)
-    monkeypatch.setattr(folder_encodings, "LEAST_PATIENCE", 300.0)
-    monkeypatch.setattr(folder_paths, "user_directory", str(folder / "other user"))
-    alone, counts, failures = threading.Lock(), {}, []
-    real = folder_encodings.encode_captions
+@pytest.fixture
+def counts(monkeypatch) -> Counter:
+    """How many captions and images each thread encodes, by its name and that of the function."""
+    alone, found = threading.Lock(), Counter()
 
-    def counted(clip, captions):
-        with alone, torch.inference_mode():
-            counts[threading.current_thread().name] = counts.get(threading.current_thread().name, 0) + len(captions)
-            return real(clip, captions)
+    def counted(name):
+        real = getattr(folder_encodings, name)
 
-    monkeypatch.setattr(folder_encodings, "encode_captions", counted)
-    views = [read(folder, clips, vae).started(1) for _ in range(2)]
+        def encode(encoder, given, *rest):
+            with alone, torch.inference_mode():  # ComfyUI's encoders serve one at a time
+                found[threading.current_thread().name, name] += len(given)
+                return real(encoder, given, *rest)
 
-    def draw(rank):
+        return encode
+
+    for name in ("encode_captions", "encode_images"):
+        monkeypatch.setattr(folder_encodings, name, counted(name))
+    return found
+
+
+def in_two(work) -> None:
+    """`work(rank)` of two processes, here threads."""
+    failures = []
+
+    def caught(rank):
         try:
-            views[rank].encodings.share = (rank, 2)
-            for step, batch in enumerate(expected):
-                assert equal(views[rank].batch(4, left=8 - step), batch)
+            work(rank)
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=draw, args=(rank,), name=str(rank)) for rank in range(2)]
+    threads = [threading.Thread(target=caught, args=(rank,), name=str(rank)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not failures
-    assert sorted(counts) == ["0", "1"]
-    assert sum(counts.values()) == len({caption for batch in expected for caption in batch.captions})
 
 
-def test_an_image_that_goes_away_stops_the_batch_that_needs_it(folder, clips, vae, monkeypatch):
+def divided(counts, captions: int, images: int, twice: int = 0) -> bool:
+    """Whether both threads did a part, and what there is was encoded once, but for a few."""
+    sums = [sum(counts[str(rank), name] for rank in range(2)) for name in ("encode_captions", "encode_images")]
+    is_once = all(0 <= found - least <= twice for found, least in zip(sums, (captions, images), strict=True))
+    return is_once and all(counts.values()) and len({rank for rank, _ in counts} - {"MainThread"}) == 2
+
+
+@pytest.mark.parametrize("known", [folder.SMALL, 100])
+def test_processes_divide_what_is_encoded(photos, clips, vae, monkeypatch, counts, known):
+    """Two draw the same batches with one folder of the cache, and one of them has encoded something before.
+
+    Files of more than `known` bytes are not read whole to know them apart.
+    """
+    expected = read(photos, clips, vae).started(1)
+    expected = [expected.batch(4) for _ in range(8)]
+    monkeypatch.setattr(folder, "SMALL", known)
     monkeypatch.setattr(folder_encodings, "UP_FRONT", 10)
-    data = read(folder, clips, vae, 0.0)
+    monkeypatch.setattr(folder_encodings, "LEAST_PATIENCE", 10.0)
+    monkeypatch.setattr(folder_paths, "user_directory", str(photos / "other user"))
+    views = [read(photos, clips, vae).started(1) for _ in range(2)]
+    first, second = (next(one for one in views[0].train if one.name == expected[step].keys[0]) for step in (0, 1))
+    views[0].encodings.latent(first)
+    views[0].encodings.cond(expected[0].captions[1])
+    views[1].encodings.latent(second)
+
+    def draw(rank):
+        views[rank].encodings.share = (rank, 2)
+        for step, batch in enumerate(expected):
+            assert equal(views[rank].batch(4, left=8 - step), batch)
+
+    in_two(draw)
+    captions, images = (
+        len({one for batch in expected for one in getattr(batch, part)}) for part in ("captions", "keys")
+    )
+    assert divided(counts, captions - 1, images - 2, twice=3)
+
+
+def test_processes_divide_what_is_encoded_before_the_first_step(photos, clips, vae, monkeypatch, counts):
+    monkeypatch.setattr(folder_encodings, "LEAST_PATIENCE", 60.0)
+    cache, inputs = [], DatasetInputs(64, cache_gb=1.0)
+
+    def fill(rank):
+        data = dataset_of_folder(photos, "coco", clips["CLIP-L"], vae, inputs, (rank, 2))
+        assert "encoded and cached" in data.summary.splitlines()
+        cache.append(data.encodings.cache)
+
+    in_two(fill)
+    assert divided(counts, 200, 40)
+    assert {one.used for one in cache} == {sum(path.stat().st_size for path in cache[0].folder.rglob("*.safetensors"))}
+
+
+def test_a_process_that_waits_for_encodings_can_be_interrupted(photos, clips, vae, monkeypatch):
+    monkeypatch.setattr(folder_encodings, "UP_FRONT", 10)
+    view = read(photos, clips, vae).started(1)
+    view.encodings.share = (0, 2)
+    waits = []
+
+    def interrupt(seconds):
+        waits.append(seconds)
+        memory.interrupt_current_processing()
+
+    monkeypatch.setattr(folder_encodings.time, "sleep", interrupt)
+    with pytest.raises(memory.InterruptProcessingException):
+        view.batch(4)
+    assert len(waits) == 1  # or the signal that torchrun sends is heard when it kills
+
+
+def test_an_image_that_goes_away_stops_the_batch_that_needs_it(photos, clips, vae, monkeypatch):
+    monkeypatch.setattr(folder_encodings, "UP_FRONT", 10)
+    data = read(photos, clips, vae, 0.0)
     view = data.started(0)
     names = [view.batch(4).keys for _ in range(6)]
-    (folder / names[4][0]).unlink()
+    (photos / names[4][0]).unlink()
     view = data.started(0)
     assert [view.batch(4, left=6).keys for _ in range(4)] == names[:4]
     with pytest.raises(folder_encodings.UnusableImageError, match="cannot be used any more"):
         view.batch(4, left=2)
+
+
+def test_one_very_long_caption_makes_no_short_stretches(photos, clips, vae, monkeypatch):
+    monkeypatch.setattr(folder_encodings, "UP_FRONT", 10)
+    encodings = read(photos, clips, vae, 0.0).encodings
+    for caption in ("a dog " * 1000, *map(str, range(50))):
+        encodings.cond(caption)
+    usual = sum(tensor.nbytes for tensor in encoding.stored_text(encodings.cond("a dog")).values())
+    monkeypatch.setattr(folder_encodings, "MOST_HELD", 200 * usual)
+    stretch = encodings.ahead([Needed([], [f"a cat {number}"]) for number in range(80)])
+    assert len(stretch.texts) == 80
+
+
+def test_a_large_damaged_image_costs_the_batches_that_have_it(photos, clips, vae, monkeypatch, caplog):
+    """It shows when the image is first drawn, thousands of steps after the start perhaps."""
+    monkeypatch.setattr(folder_encodings, "UP_FRONT", 10)
+    Image.new("RGB", (900, 700), "red").save(photos / "train" / "0.bmp")
+    (photos / "train" / "0.bmp").write_bytes((photos / "train" / "0.bmp").read_bytes()[:-1000])
+    (photos / "train" / "0.txt").write_text("a large one", encoding="utf-8")
+    data = read(photos, clips, vae)
+    assert (len(data), data.train[0].name) == (41, "train/0.bmp")
+    assert torch.equal(data.first_latent(), data.encodings.latent(data.train[1]))
+    sampler = Sampler(data.train, 3)
+    drawn = [[one.name for one, _ in sampler.next(4)] for _ in range(20)]
+    whole = [names for names in drawn if "train/0.bmp" not in names]
+    assert 0 < len(drawn) - len(whole) < 4
+    view = data.started(3)
+    assert [view.batch(4, left=20).keys for _ in whole] == whole
+    assert "a batch is left out: Dataset" in caplog.text
+    resumed = data.started(3)
+    resumed.restore(view.state())
+    assert resumed.batch(4).keys == view.batch(4).keys
+    assert len(list(data.started(3).one_epoch(4))) == 9
 
 
 def test_the_benchmark_of_a_large_folder(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from comfyui_softrepa.nodes import training as training_node
 from comfyui_softrepa.softrepa.comfy.training.live import MOST_POINTS, Curve, Live
 from comfyui_softrepa.softrepa.comfy.training.session import Session
 from comfyui_softrepa.softrepa.errors import SoftREPAError
+from comfyui_softrepa.softrepa.training.config import TrainingConfig
 from comfyui_softrepa.softrepa.training.trainer import StepRecord
 from softrepa_tests.learning import dataset, train
 
@@ -66,9 +67,7 @@ def test_messages_are_seldom_and_the_end_is_one():
     messages = []
     live = Live(messages.append, seconds=math.inf)
     session = SimpleNamespace(
-        trainer=SimpleNamespace(
-            config=SimpleNamespace(steps=9, batch_size=2, objective="contrastive", temperature_mode="fixed")
-        ),
+        trainer=SimpleNamespace(config=TrainingConfig(steps=9, batch_size=2, negatives=3)),
         records=[],
         held_out=[],
     )
@@ -77,6 +76,7 @@ def test_messages_are_seldom_and_the_end_is_one():
         live.after(record, session)
     live.ended(session)
     assert [message["step"] for message in messages] == [1, 9]
+    assert messages[0]["chance"] == 0.25  # among as many captions as an image is compared with
 
 
 def test_long_runs_send_few_points():

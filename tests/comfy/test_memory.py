@@ -5,6 +5,7 @@ from dataclasses import replace
 import comfy.model_management as memory
 import pytest
 import torch
+from comfyui_softrepa.softrepa.comfy.training import preflight
 from comfyui_softrepa.softrepa.comfy.training.memory_use import MOST_ON_CPU, RAM_SHARE, AdaptivePairs, kept_bytes
 from comfyui_softrepa.softrepa.comfy.training.out_of_memory import is_out_of_memory
 from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
@@ -12,7 +13,7 @@ from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training.loss import contrastive_loss
 from comfyui_softrepa.softrepa.training.pairs import MOST_KEPT, StepBatch, backward_through_pairs
 from softrepa_tests.golden_step import FAMILIES, TIMESTEP, batch, golden_tokens
-from softrepa_tests.learning import moved_by, same_training, train
+from softrepa_tests.learning import dataset, moved_by, same_training, train
 from softrepa_tests.sampling import relative_error
 from softrepa_tests.tiny_models import seeded
 from softrepa_tests.token_sets import tokens_for
@@ -228,3 +229,12 @@ def test_checkpointing_is_no_part_of_what_a_run_is(models, token_folder):
         assert train(models, "sd3", steps=steps, **options)[2] == steps
     with pytest.raises(SoftREPAError, match='checkpointing is "perhaps", expected one of auto, on, off, true, false'):
         train(models, "sd3", checkpointing="perhaps")
+
+
+def test_gradients_that_are_told_are_of_the_pairs_that_are_compared(models, token_folder, monkeypatch):
+    told = []
+    monkeypatch.setattr(preflight, "memory_line", lambda pairs, rows, step: told.append(step.pairs) or "")
+    options = {"dataset": dataset("sd3"), "batch_size": 4, "steps": 1, "temperature": 2.0}
+    for more in ({}, {"negatives": 1}, {"negatives": 1, "hard_negatives": 1}):
+        train(models, "sd3", **options, **more)
+    assert told == [16, 8, 12]

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from comfyui_softrepa.softrepa import __main__ as command_line
 from comfyui_softrepa.softrepa.comparing.records import Arm, record, write_picture
 from comfyui_softrepa.softrepa.data.sources import WholeFile
 from comfyui_softrepa.softrepa.errors import SoftREPAError
@@ -476,20 +477,33 @@ class TestRanks:
         assert Rank().share(records) == records
 
     def test_as_torchrun_says(self, monkeypatch):
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        for name in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
         assert Rank.of_environment() == Rank(0, 1)
-        assert Rank.of_environment().device_options(["--lowvram"]) == ["--lowvram"]
-        for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+        for name, value in (("RANK", "5"), ("WORLD_SIZE", "8")):
             monkeypatch.setenv(name, value)
         found = Rank.of_environment()
-        assert (found, found.is_first) == (Rank(5, 8, 1), False)
-        assert found.device_options(["--lowvram"]) == ["--cuda-device", "1", "--lowvram"]
-        for own in (["--cpu"], ["--cuda-device", "3"], ["--cuda-device=3"]):
-            assert found.device_options(own) == own
+        assert (found, found.is_first) == (Rank(5, 8), False)
         monkeypatch.setenv("RANK", "8")
         with pytest.raises(SoftREPAError, match="RANK is '8' of WORLD_SIZE '8', expected numbers as torchrun sets"):
             Rank.of_environment()
+
+    def test_each_has_a_device_and_waits_for_no_other(self, monkeypatch, tmp_path, capsys):
+        given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(command_line.startup, "comfyui_folder", lambda given: tmp_path)
+
+        def start(comfyui, options):
+            named = options[options.index("--cuda-device") + 1] if "--cuda-device" in options else None
+            raise SoftREPAError(f"on device {command_line.startup.device_of_process(named)}")
+
+        monkeypatch.setattr(command_line.startup, "start", start)
+        (tmp_path / "config.json").write_text(json.dumps(CAPTIONS))
+        monkeypatch.setattr("sys.argv", ["softrepa", "evaluate", str(tmp_path / "config.json")])
+        assert command_line.main() == 1
+        assert capsys.readouterr().err.endswith("error: on device 1\n")
 
     def test_the_first_waits_until_all_is_there(self, drawn, monkeypatch):
         late = drawn.records[-1]

@@ -23,7 +23,7 @@ def check_encodings(dataset: Dataset, model: ModelPatcher) -> None:
             "encode it with this model's own CLIP."
         )
     expected = model.get_model_object("latent_format").latent_channels
-    found = dataset.encodings.latent(dataset.train[0]).shape[0]
+    found = dataset.first_latent().shape[0]
     if found != expected:
         raise SoftREPAError(
             f"{dataset.label} has latents of {found} channels, expected {expected} for {family.title}: "

@@ -4,7 +4,9 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 
@@ -23,6 +25,8 @@ from ..identity import clip_identity, vae_identity
 from .encoding import encode_caption, encode_captions, encode_images, images_at_once, stored_text, text_of
 
 Entry = dict[str, Tensor]
+Encode = Callable[[list[Example], list[str]], None]
+"""Of images and captions."""
 
 CAPTIONS = 32
 """Captions that are given to the text encoder together."""
@@ -44,7 +48,7 @@ class FolderEncodings:
         self.images, self.clip, self.vae, self.cache = images, clip, vae, cache
         self.clip_name, self.vae_name = clip_identity(clip), vae_identity(vae)
         self.share = (0, 1)
-        self._largest_text = 0
+        self._texts, self._text_bytes = 0, 0
 
     @property
     def identity(self) -> str:
@@ -87,18 +91,19 @@ class FolderEncodings:
                 *(megabytes(self.cache.used), megabytes(self.cache.limit)),
             )
         bar = comfy.utils.ProgressBar(len(new_images) + len(new_texts))
-        try:
-            for example, latent in self.encoded_images(self._with_room(new_images)):
+
+        def encode(images: list[Example], some: list[str]) -> None:
+            for example, latent in self.encoded_images(self._with_room(images)):
                 self.keep(self.image_key(example), latent)
                 bar.update(1)  # an interrupt shows here
             room = max(0, self.cache.room() // self._shortest_text)
-            for caption, text in self.encoded_captions(new_texts[:room]):
+            for caption, text in self.encoded_captions(some[:room]):
                 has_room = self.keep(texts[caption], text)
                 bar.update(1)
                 if not has_room:
                     break
-        finally:
-            self.finish()
+
+        self._divided(encode, new_images, new_texts)
         absent = (
             sum(not self.has_latent(one) for one in new_images),
             sum(not self.cache.has(texts[one]) for one in new_texts),
@@ -134,7 +139,7 @@ class FolderEncodings:
             logging.info(
                 "SoftREPA: %d images and %d captions are encoded for %d batches", len(images), len(captions), count
             )
-            self._encode(stretch, list(images.values()), list(captions))
+            self._divided(stretch.encode, list(images.values()), list(captions))
         return stretch
 
     def encoded_captions(self, captions: Sequence[str]) -> Iterator[tuple[str, Entry]]:
@@ -143,7 +148,8 @@ class FolderEncodings:
             some = captions[start : start + CAPTIONS]
             for caption, cond in zip(some, encode_captions(self.clip, some), strict=True):
                 text = stored_text(cond)
-                self._largest_text = max(self._largest_text, sum(tensor.nbytes for tensor in text.values()))
+                self._texts += 1
+                self._text_bytes += sum(tensor.nbytes for tensor in text.values())
                 yield caption, text
 
     def encoded_images(self, examples: list[Example]) -> Iterator[tuple[Example, Entry]]:
@@ -210,23 +216,39 @@ class FolderEncodings:
     def text_key(self, caption: str) -> str:
         return f"text/{self.clip_name}/{hashlib.sha256(caption.encode()).hexdigest()}"
 
-    def _encode(self, stretch: "Stretch", images: list[Example], captions: list[str]) -> None:
+    def _divided(self, encode: Encode, images: list[Example], captions: list[str]) -> None:
+        """This process's share of them, and then what the others have not done in good time."""
         rank, number = self.share
         started = time.monotonic()
+        # names decide, not places: the lists of two processes differ by what one of them has already
+        theirs = [one for one in images if _owner(one.name, number) != rank]
+        texts = [one for one in captions if _owner(one, number) != rank]
         try:
-            stretch.encode(images[rank::number], captions[rank::number])
+            encode(
+                [one for one in images if _owner(one.name, number) == rank],
+                [one for one in captions if _owner(one, number) == rank],
+            )
+            self.finish()
+            if number > 1:
+                patience = LEAST_PATIENCE + 2 * (time.monotonic() - started)
+                encode(*self._waited_for(theirs, texts, patience))
         finally:
             self.finish()
-        deadline = time.monotonic() + LEAST_PATIENCE + 2 * (time.monotonic() - started)
-        while number > 1:
+
+    def _waited_for(self, images: list[Example], captions: list[str], seconds: float) -> tuple[list, list]:
+        """What other processes encode, and is not in the cache when they had their time, or when it is full."""
+        for one in images:
+            with suppress(UnusableImageError):
+                self.images.digest(one)  # by which its latent is found
+        end = time.monotonic() + seconds
+        while True:
+            comfy.model_management.throw_exception_if_processing_interrupted()
             self.cache.refresh()
-            images = [one for one in images if not stretch.has(Needed([one], []))]
-            captions = [one for one in captions if not stretch.has(Needed([], [one]))]
-            if not (images or captions):
-                break
-            if time.monotonic() > deadline or not self.cache.has_room(self._text_size()):
-                stretch.encode(images, captions)
-                break
+            images = [one for one in images if not self.has_latent(one)]
+            captions = [one for one in captions if not self.has_text(one)]
+            is_over = time.monotonic() > end or not self.cache.has_room(self._text_size())
+            if is_over or not (images or captions):
+                return images, captions
             time.sleep(0.1)
 
     def _with_room(self, examples: list[Example]) -> list[Example]:
@@ -257,8 +279,8 @@ class FolderEncodings:
         return 2 * self.empty["cross_attn"].numel()
 
     def _text_size(self) -> int:
-        """Bytes that a text may take."""
-        return max(self._largest_text, self._shortest_text)
+        """Bytes that a text takes, as those took that were encoded: one that is very long tells nothing of others."""
+        return max(self._text_bytes // max(1, self._texts), self._shortest_text)
 
     def _latent_size(self, example: Example) -> int:
         return 4 * math.prod(self._shape(example))
@@ -314,6 +336,11 @@ class Stretch:
         if not self.encodings.keep(self.encodings.image_key(example), entry):
             self.latents[example.name] = entry
         return entry
+
+
+def _owner(name: str, number: int) -> int:
+    """Which of `number` processes encodes it."""
+    return zlib.crc32(name.encode(errors="surrogatepass")) % number
 
 
 def megabytes(count: int) -> str:

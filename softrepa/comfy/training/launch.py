@@ -76,7 +76,7 @@ def reports_of(
     logs = folders.log_folder(files.tokens)
     found.append(LogFile(logs / "steps.csv"))
     if inputs.has_preview:
-        size = dataset.encodings.latent(dataset.train[0]).shape
+        size = dataset.first_latent().shape
         prompts = (inputs.preview_positive, inputs.preview_negative)
         found.append(Samples(*prompts, inputs.vae, size, inputs.preview_cfg, PREVIEW_STEPS, inputs.preview_every, logs))
     if send is not None:

@@ -42,7 +42,7 @@ class Live(Report):
             "steps": config.steps,
             "points": self.curve.points(),
             "held_out": [[step, number(loss), number(accuracy)] for step, accuracy, loss in session.held_out],
-            "chance": 1 / config.batch_size,
+            "chance": config.chance,
             "comparable": is_papers_loss(config),
             "seconds_left": self.seconds_left(done, config.steps),
             "memory": device_memory(),

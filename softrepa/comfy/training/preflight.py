@@ -12,7 +12,7 @@ from ...data.dataset import Dataset
 from ...errors import SoftREPAError
 from ...training.config import TrainingConfig
 from ...training.inputs import GO_ON, STOP
-from ...training.loss import denoising_loss
+from ...training.loss import comparison, denoising_loss
 from ...training.pairs import StepBatch
 from ...training.presets import RELATIVE
 from ..data.checks import check_encodings
@@ -59,7 +59,9 @@ def check_gradients(parts: Parts, notice: Callable[[str, str], None], on_no_cont
     rows = trainer.tokens.rows(500, pairs.embed).detach()
     whole = StepBatch.of_all(latents, noise, [*conds, *chain(*wrong)], 500)
     errors, gradients = pairs.one_by_one(rows, first_pairs(whole, 2))
-    notice("memory", memory_line(pairs, rows, whole))
+    of_each, order = [len(captions) for captions in wrong], torch.arange(len(latents))
+    compared = comparison(of_each, len(conds), trainer.config.negatives, order)
+    notice("memory", memory_line(pairs, rows, whole.only(compared)))
     for layer, norm in enumerate(gradients.flatten(2).norm(dim=-1).amax(dim=0).tolist()):
         if not norm > 0:
             raise SoftREPAError(

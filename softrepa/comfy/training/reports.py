@@ -160,7 +160,7 @@ def curves(session: Session) -> Image.Image:
     measured, *held_out = zip(*session.held_out, strict=True) if session.held_out else ((), (), ())
     accuracy, loss = (Line("held out", measured, column) for column in held_out)
     config, comparable = session.trainer.config, is_papers_loss(session.trainer.config)
-    chance = ("chance", 1 / (1 + (config.negatives or config.batch_size - 1)))
+    chance = ("chance", config.chance)
 
     def in_batch(name: str) -> Line:
         return Line("in the batch", steps, smooth([getattr(record, name) for record in session.records], SMOOTHED))
