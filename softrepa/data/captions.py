@@ -140,7 +140,7 @@ def composed(name: str) -> str:
 
 def repeats_of(root: Path, name: str) -> tuple[int, str] | None:
     """How often an image counts, and its folder's caption, where the folder is named 10_caption."""
-    folder = posixpath.basename(posixpath.dirname(name)) or root.name
+    folder = name.rpartition("/")[0].rpartition("/")[2] or root.name
     found = REPEATS.fullmatch(folder)
     return (int(found[1]), found[2].strip()) if found and found[2].strip() else None
 
@@ -154,17 +154,17 @@ def _files(root: Path, folders: dict[Path, list[str]], left_out: LeftOut) -> Ite
     counts = Counter([name for name, _ in paths] + [name_in(root, folder) for folder in folders])
     twins = {name for name, count in counts.items() if count > 1}
     for name, path in sorted(paths):
-        is_ours = path.suffix.lower() in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, SHARD_SUFFIX) or layout_of(path.name)
+        suffix = posixpath.splitext(name)[1].lower()
         if not is_text(name):
             left_out.add(name, "its name is no text that can be written")
         elif twins and not twins.isdisjoint((name, *map(str, PurePosixPath(name).parents))):
             left_out.add(name, "its name looks like another's, with accents composed and apart")
         elif not is_file(path):
-            if is_ours:
+            if suffix in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, SHARD_SUFFIX) or layout_of(path.name):
                 left_out.add(name, "no regular file that may be looked at")
         elif name.lower().endswith(COMPRESSED_SHARDS):
             left_out.add(name, f"a compressed archive, expected {SHARD_SUFFIX}")
-        elif path.suffix.lower() != SHARD_SUFFIX:
+        elif suffix != SHARD_SUFFIX:
             yield name, WholeFile(path)
         else:
             yield from _members(name, path, left_out).items()
