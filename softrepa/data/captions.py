@@ -4,6 +4,7 @@ Captions stand beside the image, in tables, in shards or in the name of the fold
 together, and the folder's name where there is none.
 """
 
+import gc
 import os
 import posixpath
 import re
@@ -11,6 +12,7 @@ import unicodedata
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -67,6 +69,19 @@ class Listing:
         known += [caption for caption in dict.fromkeys(captions) if caption not in known]
 
 
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """The collector would go through every caption again and again, and they are in no cycle."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@without_collector()
 def list_folder(root: Path, caption_lines: str = EACH, tick: Callable[[], object] = lambda: None) -> Listing:
     """All images below `root` that have captions. `tick` is called for every file and row; it may raise to stop."""
     listing, tables, beside = Listing(), [], []

@@ -167,6 +167,46 @@ def test_processes_divide_what_is_encoded(folder, clips, vae, monkeypatch):
     assert sum(counts.values()) == len({caption for batch in expected for caption in batch.captions})
 
 
+def test_processes_divide_a_small_folder(folder, clips, vae, monkeypatch):
+    """Each of two encodes its half before training, and waits for the other one's."""
+    monkeypatch.setattr(folder_encodings, "LEAST_PATIENCE", 300.0)
+    alone, ready, done = threading.Lock(), threading.Barrier(2), {}
+    encoders = {name: getattr(folder_encodings, name) for name in ("encode_images", "encode_captions")}
+    survey = folder_encodings.Cache.survey
+
+    def counted(name):
+        def encode(encoder, some, *names):
+            rank = threading.current_thread().name
+            with alone, torch.inference_mode():
+                done[rank, name] = done.get((rank, name), 0) + len(some)
+                return encoders[name](encoder, some, *names)
+
+        return encode
+
+    def surveyed(self, keep):
+        survey(self, keep)
+        ready.wait(300)  # before the other one has written
+
+    for name in encoders:
+        monkeypatch.setattr(folder_encodings, name, counted(name))
+    monkeypatch.setattr(folder_encodings.Cache, "survey", surveyed)
+    inputs, told = DatasetInputs(64, cache_gb=1.0), {}
+
+    def start(rank):
+        data = dataset_of_folder(folder, "coco", clips["CLIP-L"], vae, inputs, (rank, 2))
+        told[rank] = data.notes[-1]
+
+    threads = [threading.Thread(target=start, args=(rank,), name=str(rank)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert told == {0: "encoded and cached", 1: "encoded and cached"}
+    assert done == {
+        (str(rank), name): count for name, count in zip(encoders, (20, 100), strict=True) for rank in (0, 1)
+    }
+
+
 def test_an_image_that_goes_away_stops_the_batch_that_needs_it(folder, clips, vae, monkeypatch):
     monkeypatch.setattr(folder_encodings, "UP_FRONT", 10)
     data = read(folder, clips, vae, 0.0)

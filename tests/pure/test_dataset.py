@@ -1,5 +1,6 @@
 """Folders of captioned images: what is read, what is refused, and which batches are drawn."""
 
+import gc
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import random
 import struct
 import subprocess
 import sys
+import threading
 from collections import Counter
 from dataclasses import replace
 from io import BytesIO
@@ -656,7 +658,27 @@ def test_reading_that_is_stopped_remembers_what_it_read(photos, monkeypatch):
     assert len(inspected) == 7
 
 
+def test_files_are_looked_at_by_several_threads_and_kept_in_order(photos, monkeypatch):
+    both, real = threading.Barrier(2), folder.upright_size
+    sizes = {name: file.size for name, (_, file) in read(photos).index.files.items()}
+
+    def look(*arguments, **named):
+        both.wait(60)  # of one thread alone it would be broken
+        return real(*arguments, **named)
+
+    for name in sizes:
+        os.utime(photos / name, (1, 1))
+    monkeypatch.setattr(folder, "IN_A_ROW", 1)
+    monkeypatch.setattr(folder, "MOST_THREADS", 2)
+    monkeypatch.setattr(folder.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(folder, "upright_size", look)
+    found = {name: file.size for name, (_, file) in read(photos).index.files.items()}
+    assert list(found.items()) == list(sizes.items())
+
+
 def test_listing_can_be_stopped(photos):
+    """The collector rests meanwhile, and is back however it ends."""
+
     class Stop(BaseException):
         pass
 
@@ -665,12 +687,14 @@ def test_listing_can_be_stopped(photos):
 
     def tick(done, total):
         calls.append(total)
+        assert not gc.isenabled()
         if len(calls) == 500:
             raise Stop
 
     with pytest.raises(Stop):
         read_folder(photos, "photos", 128, False, 0.0, photos.parent / "index.json", tick)
     assert set(calls) == {0}
+    assert gc.isenabled()
 
 
 def test_an_image_that_goes_away_later(photos):

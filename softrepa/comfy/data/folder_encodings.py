@@ -4,8 +4,8 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from itertools import accumulate
 
 import comfy.model_management
@@ -87,18 +87,7 @@ class FolderEncodings:
                 *(megabytes(self.cache.used), megabytes(self.cache.limit)),
             )
         bar = comfy.utils.ProgressBar(len(new_images) + len(new_texts))
-        try:
-            for example, latent in self.encoded_images(self._with_room(new_images)):
-                self.keep(self.image_key(example), latent)
-                bar.update(1)  # an interrupt shows here
-            room = max(0, self.cache.room() // self._shortest_text)
-            for caption, text in self.encoded_captions(new_texts[:room]):
-                has_room = self.keep(texts[caption], text)
-                bar.update(1)
-                if not has_room:
-                    break
-        finally:
-            self.finish()
+        self._divide(Stretch(self), new_images, new_texts, partial(self._into_cache, bar))
         absent = (
             sum(not self.has_latent(one) for one in new_images),
             sum(not self.cache.has(texts[one]) for one in new_texts),
@@ -134,7 +123,7 @@ class FolderEncodings:
             logging.info(
                 "SoftREPA: %d images and %d captions are encoded for %d batches", len(images), len(captions), count
             )
-            self._encode(stretch, list(images.values()), list(captions))
+            self._divide(stretch, list(images.values()), list(captions), stretch.encode)
         return stretch
 
     def encoded_captions(self, captions: Sequence[str]) -> Iterator[tuple[str, Entry]]:
@@ -210,11 +199,30 @@ class FolderEncodings:
     def text_key(self, caption: str) -> str:
         return f"text/{self.clip_name}/{hashlib.sha256(caption.encode()).hexdigest()}"
 
-    def _encode(self, stretch: "Stretch", images: list[Example], captions: list[str]) -> None:
+    def _into_cache(self, bar: comfy.utils.ProgressBar, images: list[Example], captions: list[str]) -> None:
+        """As many as have room."""
+        for example, latent in self.encoded_images(self._with_room(images)):
+            self.keep(self.image_key(example), latent)
+            bar.update(1)  # an interrupt shows here
+        room = max(0, self.cache.room() // self._shortest_text)
+        for caption, text in self.encoded_captions(captions[:room]):
+            has_room = self.keep(self.text_key(caption), text)
+            bar.update(1)
+            if not has_room:
+                break
+
+    def _divide(
+        self,
+        stretch: "Stretch",
+        images: list[Example],
+        captions: list[str],
+        encode: Callable[[list[Example], list[str]], None],
+    ) -> None:
+        """Encodes this process's share, takes the rest from the others, and encodes what they do not give in time."""
         rank, number = self.share
         started = time.monotonic()
         try:
-            stretch.encode(images[rank::number], captions[rank::number])
+            encode(images[rank::number], captions[rank::number])
         finally:
             self.finish()
         deadline = time.monotonic() + LEAST_PATIENCE + 2 * (time.monotonic() - started)
@@ -225,7 +233,10 @@ class FolderEncodings:
             if not (images or captions):
                 break
             if time.monotonic() > deadline or not self.cache.has_room(self._text_size()):
-                stretch.encode(images, captions)
+                try:
+                    encode(images, captions)
+                finally:
+                    self.finish()
                 break
             time.sleep(0.1)
 
