@@ -158,7 +158,7 @@ class Cache:
         return place if place and place.path in self._files else None
 
     def _waits(self, key: str) -> bytes | None:
-        folder, name = posixpath.split(key)
+        folder, _, name = key.rpartition("/")
         return self._waiting[folder].entries.get(name) if folder in self._waiting else None
 
     def _found(self) -> Iterator[tuple[Path, os.stat_result]]:

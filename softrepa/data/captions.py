@@ -4,6 +4,7 @@ Captions stand beside the image, in tables, in shards or in the name of the fold
 together, and the folder's name where there is none.
 """
 
+import gc
 import os
 import posixpath
 import re
@@ -11,6 +12,7 @@ import unicodedata
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -67,6 +69,19 @@ class Listing:
         known += [caption for caption in dict.fromkeys(captions) if caption not in known]
 
 
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """The collector would go through every caption again and again, and they are in no cycle."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@without_collector()
 def list_folder(root: Path, caption_lines: str = EACH, tick: Callable[[], object] = lambda: None) -> Listing:
     """All images below `root` that have captions. `tick` is called for every file and row; it may raise to stop."""
     listing, tables, beside = Listing(), [], []
@@ -140,7 +155,7 @@ def composed(name: str) -> str:
 
 def repeats_of(root: Path, name: str) -> tuple[int, str] | None:
     """How often an image counts, and its folder's caption, where the folder is named 10_caption."""
-    folder = posixpath.basename(posixpath.dirname(name)) or root.name
+    folder = name.rpartition("/")[0].rpartition("/")[2] or root.name
     found = REPEATS.fullmatch(folder)
     return (int(found[1]), found[2].strip()) if found and found[2].strip() else None
 
@@ -154,17 +169,17 @@ def _files(root: Path, folders: dict[Path, list[str]], left_out: LeftOut) -> Ite
     counts = Counter([name for name, _ in paths] + [name_in(root, folder) for folder in folders])
     twins = {name for name, count in counts.items() if count > 1}
     for name, path in sorted(paths):
-        is_ours = path.suffix.lower() in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, SHARD_SUFFIX) or layout_of(path.name)
+        suffix = posixpath.splitext(name)[1].lower()
         if not is_text(name):
             left_out.add(name, "its name is no text that can be written")
         elif twins and not twins.isdisjoint((name, *map(str, PurePosixPath(name).parents))):
             left_out.add(name, "its name looks like another's, with accents composed and apart")
         elif not is_file(path):
-            if is_ours:
+            if suffix in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, SHARD_SUFFIX) or layout_of(path.name):
                 left_out.add(name, "no regular file that may be looked at")
         elif name.lower().endswith(COMPRESSED_SHARDS):
             left_out.add(name, f"a compressed archive, expected {SHARD_SUFFIX}")
-        elif path.suffix.lower() != SHARD_SUFFIX:
+        elif suffix != SHARD_SUFFIX:
             yield name, WholeFile(path)
         else:
             yield from _members(name, path, left_out).items()

@@ -1,10 +1,11 @@
 """A folder of captioned images as examples: what each file holds, its training size, and what a person should know."""
 
-import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +19,7 @@ from .buckets import Size, bucket_sizes, join_small, nearest
 from .captions import EACH, LOOKED_FOR, Listing, list_folder, repeats_of
 from .dataset import DamagedImageError, UnusableImageError, divide, named_examples
 from .images import UNREADABLE, prepared, upright_size
-from .sources import SMALL, Source, WholeFile, identity, identity_of, release, stamp
+from .sources import SMALL, Cell, Source, WholeFile, digests, identity, release, stamp
 
 Tick = Callable[[int, int], None]
 """Called with how many files are done, of how many, 0 while they are listed; may raise to stop."""
@@ -28,6 +29,8 @@ MOST_INDEX = 2**30
 """Bytes of an image file, and of an index."""
 MOST_SIDE = 2**31
 """Pixels of an image as an index may tell them: no format that PIL reads has more."""
+IN_A_ROW, MOST_THREADS = 64, 8
+"""Files that a thread looks at in one go, and threads: each may hold a decoded picture."""
 DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -131,8 +134,8 @@ class ImageFolder:
             data = self.sources[example.name].read(MOST_IMAGE)
         except OSError as error:
             raise self._unusable(example, _reason(error)) from None
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != (file.digest or digest) or identity_of(data) != file.identity:
+        found, digest = digests(data)
+        if digest != (file.digest or digest) or found != file.identity:
             raise self._unusable(example, "its content has changed")
         if not file.digest:
             self.index.set(example.name, mark, replace(file, digest=digest))
@@ -186,19 +189,32 @@ def _inspected(sources: dict[str, Source], index: Path, tick: Tick) -> Index:
     """What is known of these files, and of no others."""
     before, now = Index.read(index), Index(index)
     try:
-        for done, (name, source) in enumerate(sources.items()):
+        for done, (name, mark, file) in enumerate(_looked_at(sources, before)):
             tick(done, len(sources))
-            try:
-                mark = stamp(source)
-                file = before.get(name, mark) or _inspect(source)
-            except OSError as error:
-                mark, file = [], ImageFile("", (0, 0), _reason(error))
             now.set(name, mark, file)
     finally:  # when stopped halfway too
         now.is_changed = now.files != before.files
         now.write()
         release()
     return now
+
+
+def _looked_at(sources: dict[str, Source], before: Index) -> Iterator[tuple[str, list, ImageFile]]:
+    """Name, stamp and what is known of each, in order. PIL and digests leave the other cores to other threads."""
+    names = list(sources)
+    rows = [names[start : start + IN_A_ROW] for start in range(0, len(names), IN_A_ROW)]
+    is_in_order = any(isinstance(source, Cell) for source in sources.values())  # a cell lies behind those before it
+    with ThreadPoolExecutor(1 if is_in_order else min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        for found in pool.map(lambda row: [(name, *_look(name, sources[name], before)) for name in row], rows):
+            yield from found
+
+
+def _look(name: str, source: Source, before: Index) -> tuple[list, ImageFile]:
+    try:
+        mark = stamp(source)
+        return mark, before.get(name, mark) or _inspect(source)
+    except OSError as error:
+        return [], ImageFile("", (0, 0), _reason(error))
 
 
 def _inspect(source: Source) -> ImageFile:
@@ -209,8 +225,8 @@ def _inspect(source: Source) -> ImageFile:
             file.seek(0)
             return ImageFile(found, *_size(lambda: upright_size(file, whole=False)))
     data = source.read(MOST_IMAGE)
-    digest = hashlib.sha256(data).hexdigest()
-    return ImageFile(identity_of(data), *_size(lambda: upright_size(BytesIO(data), whole=True)), digest)
+    found, digest = digests(data)
+    return ImageFile(found, *_size(lambda: upright_size(BytesIO(data), whole=True)), digest)
 
 
 def _size(look: Callable[[], Size]) -> tuple[Size, str]:

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from functools import cache
 from io import BytesIO
 from typing import IO, cast
 
@@ -90,10 +91,16 @@ def _without_far_ends(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.crop((left, top, left + kept_width, top + kept_height))
 
 
+@cache
+def _formats() -> list[str]:
+    """Those of FORMATS that are installed."""
+    Image.init()
+    return [one for one in FORMATS if one in Image.OPEN]
+
+
 def _opened(file: IO[bytes]) -> Image.Image:
     """One still picture of a format and of pixels that are read right. Raises one of UNREADABLE."""
-    Image.init()
-    image = Image.open(file, formats=[one for one in FORMATS if one in Image.OPEN])
+    image = Image.open(file, formats=_formats())
     if getattr(image, "is_animated", False) and image.format != "MPO":  # an MPO is a photo with previews behind it
         raise ValueError("several frames or pages")
     if image.mode == "F":

@@ -113,9 +113,10 @@ def identity(file: IO[bytes], length: int) -> str:
     return digest.hexdigest()
 
 
-def identity_of(data: bytes) -> str:
-    """`identity` of a file with this content."""
-    return identity(BytesIO(data), len(data))
+def digests(data: bytes) -> tuple[str, str]:
+    """`identity` of a file with this content, and the digest of all of it."""
+    whole = hashlib.sha256(data).hexdigest()
+    return whole if len(data) <= SMALL else identity(BytesIO(data), len(data)), whole
 
 
 def tar_members(path: Path) -> Iterator[tuple[str, Part]]:

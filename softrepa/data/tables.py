@@ -8,7 +8,8 @@ import json
 import posixpath
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import shown
 from ..files import is_file
@@ -36,8 +37,7 @@ UNPAIRED = "a quote that is not closed, or stands inside of a cell"
 TOO_LONG = f"a caption of more than {LONGEST_CAPTION:,} characters"
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A file as a table calls it, and its captions; or the image itself."""
 
     reference: str
@@ -128,22 +128,22 @@ def _rows_of_coco(content: dict) -> Rows:
     images = content.get("images")
     if not isinstance(images, list):
         raise BadTable("COCO annotations without a list of images")
-    files: dict[object, set[str | None]] = {}
+    files: dict[object, str | None] = {}
     for image in images:
-        if isinstance(image, dict) and _is_id(image.get("id")):
+        if isinstance(image, dict) and _is_id(image_id := image.get("id")):
             name = image.get("file_name")
-            files.setdefault(image["id"], set()).add(name if isinstance(name, str) else None)
+            is_one = isinstance(name, str) and files.get(image_id, name) == name
+            files[image_id] = name if is_one else None
     for number, note in enumerate(content["annotations"], 1):
-        place = f"annotation {number}"
         image_id = note.get("image_id") if isinstance(note, dict) else None
-        (file, *others) = files.get(image_id, {None}) if _is_id(image_id) else {None}
-        if file is None or others:
-            yield Problem(place, "no image, or several, of this annotation's image_id")
+        file = files.get(image_id) if _is_id(image_id) else None
+        if file is None:
+            yield Problem(f"annotation {number}", "no image, or several, of this annotation's image_id")
             continue
         try:
             yield Row(file, checked([note.get("caption")]), is_apart=True)
         except BadTable as problem:
-            yield Problem(place, str(problem))
+            yield Problem(f"annotation {number}", str(problem))
 
 
 SEPARATOR = re.compile(r'"?sep=(.)"?')
@@ -218,7 +218,7 @@ def rows_of_flickr(source: Source) -> Rows:
     lines = lines_of(decoded(source.read(MOST_TABLE)))
     if not TOKEN.match(next((line for line in lines if line.strip()), "")):
         for row in rows_of_csv(source):
-            yield replace(row, is_apart=True) if isinstance(row, Row) else row
+            yield row._replace(is_apart=True) if isinstance(row, Row) else row
         return
     for number, line in enumerate(lines, 1):
         found = TOKEN.fullmatch(line)
@@ -315,13 +315,14 @@ def layout_of(file_name: str) -> Layout | None:
 
 def checked(texts: list) -> list[str]:
     """Captions that can be used, trimmed, without the empty ones. Raises BadTable."""
-    if not all(isinstance(text, str) for text in texts):
-        raise BadTable(NO_TEXT)
-    trimmed = [text.strip() for text in texts if text.strip()]
-    if any(len(text) > LONGEST_CAPTION for text in trimmed):
-        raise BadTable(TOO_LONG)
-    if not all(map(is_text, trimmed)):
-        raise BadTable(NO_TEXT)
+    trimmed = []
+    for text in texts:
+        if not isinstance(text, str) or not is_text(text):
+            raise BadTable(NO_TEXT)
+        if len(text := text.strip()) > LONGEST_CAPTION:
+            raise BadTable(TOO_LONG)
+        if text:
+            trimmed.append(text)
     return trimmed
 
 

@@ -1,5 +1,6 @@
 """Folders of captioned images: what is read, what is refused, and which batches are drawn."""
 
+import gc
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import random
 import struct
 import subprocess
 import sys
+import threading
 from collections import Counter
 from dataclasses import replace
 from io import BytesIO
@@ -19,7 +21,7 @@ from comfyui_softrepa.softrepa.data.batches import Example, Sampler, caption_key
 from comfyui_softrepa.softrepa.data.dataset import Dataset, divide
 from comfyui_softrepa.softrepa.data.folder import read_folder
 from comfyui_softrepa.softrepa.data.latent_lists import dataset_of_lists
-from comfyui_softrepa.softrepa.data.sources import WholeFile, identity_of
+from comfyui_softrepa.softrepa.data.sources import WholeFile, digests
 from comfyui_softrepa.softrepa.data.tables import TABLES
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from PIL import Image
@@ -576,7 +578,9 @@ def test_the_identity_of_a_large_file_is_of_all_its_parts(photos):
     kinds = {one.name: one.image for one in read(photos).train}
     assert kinds["a.bmp"] == kinds["copy.bmp"]
     content = (photos / "03.png").read_bytes()
-    assert kinds["03.png"] == hashlib.sha256(content).hexdigest() == identity_of(content)
+    digest = hashlib.sha256(content).hexdigest()
+    assert kinds["03.png"] == digest
+    assert digests(content) == (digest, digest)
     large(photos / "a.bmp", (9, 9, 9))
     assert {one.name: one.image for one in read(photos).train}["a.bmp"] != kinds["a.bmp"]
 
@@ -654,7 +658,27 @@ def test_reading_that_is_stopped_remembers_what_it_read(photos, monkeypatch):
     assert len(inspected) == 7
 
 
+def test_files_are_looked_at_by_several_threads_and_kept_in_order(photos, monkeypatch):
+    both, real = threading.Barrier(2), folder.upright_size
+    sizes = {name: file.size for name, (_, file) in read(photos).index.files.items()}
+
+    def look(*arguments, **named):
+        both.wait(60)  # of one thread alone it would be broken
+        return real(*arguments, **named)
+
+    for name in sizes:
+        os.utime(photos / name, (1, 1))
+    monkeypatch.setattr(folder, "IN_A_ROW", 1)
+    monkeypatch.setattr(folder, "MOST_THREADS", 2)
+    monkeypatch.setattr(folder.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(folder, "upright_size", look)
+    found = {name: file.size for name, (_, file) in read(photos).index.files.items()}
+    assert list(found.items()) == list(sizes.items())
+
+
 def test_listing_can_be_stopped(photos):
+    """The collector rests meanwhile, and is back however it ends."""
+
     class Stop(BaseException):
         pass
 
@@ -663,12 +687,14 @@ def test_listing_can_be_stopped(photos):
 
     def tick(done, total):
         calls.append(total)
+        assert not gc.isenabled()
         if len(calls) == 500:
             raise Stop
 
     with pytest.raises(Stop):
         read_folder(photos, "photos", 128, False, 0.0, photos.parent / "index.json", tick)
     assert set(calls) == {0}
+    assert gc.isenabled()
 
 
 def test_an_image_that_goes_away_later(photos):
