@@ -6,7 +6,7 @@ from comfyui_softrepa.softrepa.data.batches import Example
 from comfyui_softrepa.softrepa.data.dataset import Dataset
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests.sampling import relative_error
-from softrepa_tests.tiny_models import CHANNELS, POOLED, WIDTH, seeded
+from softrepa_tests.tiny_models import POOLED, WIDTH, latent_shape, seeded
 
 
 class InMemory:
@@ -19,7 +19,7 @@ class InMemory:
         self.empty = self.cond("")
 
     def latent(self, example: Example) -> torch.Tensor:
-        return seeded((CHANNELS[self.family], 8, 8), example.name, 1.0)
+        return seeded(latent_shape(self.family), example.name, 1.0)
 
     def cond(self, caption: str) -> dict:
         pooled = POOLED[self.family]

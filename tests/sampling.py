@@ -3,7 +3,7 @@
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
-from softrepa_tests.tiny_models import CHANNELS, LENGTH, POOLED, WIDTH, seeded
+from softrepa_tests.tiny_models import LENGTH, POOLED, WIDTH, latent_shape, seeded
 
 
 class Record(comfy.samplers.Sampler):
@@ -27,7 +27,7 @@ def prompt(family: str, name: str, batch: int = 1, length: int | None = None) ->
 
 
 def noise(family: str, batch: int = 1, size: tuple[int, int] = (8, 8), seed: int = 0) -> torch.Tensor:
-    return torch.randn((batch, CHANNELS[family], *size), generator=torch.Generator().manual_seed(seed))
+    return torch.randn((batch, *latent_shape(family, size)), generator=torch.Generator().manual_seed(seed))
 
 
 def guider(model: ModelPatcher, family: str, cfg: float = 4.0, positive=None, negative=None):

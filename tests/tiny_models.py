@@ -15,11 +15,64 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
 from comfy.model_patcher import ModelPatcher
 
 CPU = torch.device("cpu")
-CHANNELS = {"sd15": 4, "sdxl": 4, "sd3": 16}
-WIDTH = {"sd15": 768, "sdxl": 2048, "sd3": 4096}
-LENGTH = {"sd15": 77, "sdxl": 77, "sd3": 154}
-POOLED = {"sd15": None, "sdxl": 1280, "sd3": 2048}
+CHANNELS = {"sd15": 4, "sdxl": 4, "sd3": 16, "lumina2": 16, "zimage": 16}
+WIDTH = {"sd15": 768, "sdxl": 2048, "sd3": 4096, "lumina2": 2304, "zimage": 2560}
+LENGTH = {"sd15": 77, "sdxl": 77, "sd3": 154, "lumina2": 9, "zimage": 9}
+POOLED = {"sd15": None, "sdxl": 1280, "sd3": 2048, "lumina2": None, "zimage": None}
 """Width of the pooled text, where there is one."""
+HIDDEN = {"lumina2": 96, "zimage": 256}
+"""Width of the tokens of a transformer."""
+HAS_TIME_AXIS: tuple[str, ...] = ()
+"""Families whose latents are those of videos, (B, C, 1, H, W) for stills."""
+
+
+def latent_shape(family: str, size: tuple[int, int] = (8, 8)) -> tuple[int, ...]:
+    """(C, H, W), or (C, 1, H, W)."""
+    return (CHANNELS[family], *((1,) if family in HAS_TIME_AXIS else ()), *size)
+
+
+TRANSFORMERS = {
+    "lumina2": (
+        "Lumina2",
+        {
+            "image_model": "lumina2",
+            "patch_size": 2,
+            "in_channels": 16,
+            "dim": 96,
+            "cap_feat_dim": 2304,
+            "n_layers": 4,
+            "qk_norm": True,
+            "n_heads": 4,
+            "n_kv_heads": 2,
+            "axes_dims": [8, 8, 8],
+            "axes_lens": [300, 512, 512],
+            "rope_theta": 10000.0,
+            "ffn_dim_multiplier": 1.0,
+        },
+    ),
+    "zimage": (
+        "ZImage",
+        {
+            "image_model": "lumina2",
+            "patch_size": 2,
+            "in_channels": 16,
+            "dim": 256,
+            "cap_feat_dim": 2560,
+            "n_layers": 4,
+            "qk_norm": True,
+            "n_heads": 4,
+            "n_kv_heads": 4,
+            "axes_dims": [16, 24, 24],
+            "axes_lens": [1536, 512, 512],
+            "rope_theta": 256.0,
+            "ffn_dim_multiplier": 1.0,
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
+        },
+    ),
+}
+"""By family: ComfyUI's class of its models, and the configuration that its detection would find in a small file."""
 
 _UNET = {
     "image_size": 32,
@@ -66,7 +119,9 @@ def seeded(shape, name: str, std: float, mean: float = 0.0) -> torch.Tensor:
 
 
 def build(family: str) -> ModelPatcher:
-    """The tiny model of the golden vectors: "sd15", "sdxl" or "sd3"."""
+    """The tiny model of a family; those of "sd15", "sdxl" and "sd3" are the golden vectors'."""
+    if family in TRANSFORMERS:
+        return _transformer(family)
     return _mmdit() if family == "sd3" else _unet(family)
 
 
@@ -139,13 +194,28 @@ def mmdit_of(width: int, blocks: int, dtype=torch.float32, **more) -> ModelPatch
     model_config.unet_config.update(config)
     model_config.set_inference_dtype(dtype, None)
     model = comfy.model_base.SD3(model_config, device="cpu")
+    fill(model.diffusion_model)
+    return ModelPatcher(model, CPU, CPU)
+
+
+def fill(network: torch.nn.Module) -> None:
+    """Small random weights, each by its name."""
     pool = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
-    for name, tensor in model.diffusion_model.state_dict().items():
+    for name, tensor in network.state_dict().items():
         std = torch.Size(tensor.shape[1:]).numel() ** -0.5 if tensor.ndim > 1 else 0.02
         mean = 1.0 if tensor.ndim == 1 and ("norm" in name or ".ln_" in name) else 0.0
         shift = sum(name.encode()) * 97 % 4096  # a different stretch of the pool for each weight
         values = pool[shift:].repeat(tensor.numel() // (len(pool) - shift) + 1)[: tensor.numel()]
         tensor.copy_(values.view(tensor.shape) * std + mean)
+
+
+def _transformer(family: str) -> ModelPatcher:
+    kind, config = TRANSFORMERS[family]
+    model_config = getattr(comfy.supported_models, kind)(dict(config))
+    model_config.unet_config.update(config)
+    model_config.set_inference_dtype(torch.float32, None)
+    model = model_config.get_model({}, device="cpu")
+    fill(model.diffusion_model)
     return ModelPatcher(model, CPU, CPU)
 
 
