@@ -113,6 +113,12 @@ FAMILIES = {
         ),
         Family("lumina2", "Lumina 2", models=("Lumina 2",), stream="sequence", text_width=2304),
         Family("zimage", "Z-Image", models=("Z-Image",), stream="sequence", text_width=2560),
+        Family("flux", "Flux 1", models=("Flux 1",), stream="sequence", text_width=4096),
+        Family("chroma", "Chroma", models=("Chroma",), stream="sequence", text_width=4096),
+        Family("qwenimage", "Qwen-Image", models=("Qwen-Image",), stream="sequence", text_width=3584),
+        Family("flux2", "Flux 2", models=("Flux 2",), stream="sequence", text_width=None),
+        Family("krea2", "Krea 2", models=("Krea 2",), stream="sequence", text_width=30720),
+        Family("hunyuanimage", "HunyuanImage", models=("HunyuanImage",), stream="sequence", text_width=3584),
     )
 }
 

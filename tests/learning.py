@@ -22,7 +22,7 @@ class InMemory:
         return seeded(latent_shape(self.family), example.name, 1.0)
 
     def cond(self, caption: str) -> dict:
-        pooled = POOLED[self.family]
+        pooled = POOLED.get(self.family)
         return {
             "cross_attn": seeded((1, 77, WIDTH[self.family]), f"text/{caption}", 1.0),
             "pooled_output": None if pooled is None else seeded((1, pooled), f"pooled/{caption}", 1.0),

@@ -120,8 +120,9 @@ def _sequence_hooks(layer, active, call):
         shape[axis] = call["n"]
         still = torch.eye(2, dtype=rotations.dtype).expand(shape)
         length = rotations.shape[axis]
-        ahead, behind = rotations.narrow(axis, 0, call["place"]), rotations.narrow(
-            axis, call["place"], length - call["place"]
+        ahead, behind = (
+            rotations.narrow(axis, 0, call["place"]),
+            rotations.narrow(axis, call["place"], length - call["place"]),
         )
         given[names[0]] = torch.cat([text, soft], dim=1)
         given[names[2]] = torch.cat([ahead, still, behind], dim=axis)

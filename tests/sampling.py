@@ -20,8 +20,8 @@ class Record(comfy.samplers.Sampler):
 
 def prompt(family: str, name: str, batch: int = 1, length: int | None = None) -> list:
     """A CONDITIONING with seeded values."""
-    context = seeded((batch, length or LENGTH[family], WIDTH[family]), f"{family}/{name}", 1.0)
-    pooled = POOLED[family]
+    context = seeded((batch, length or LENGTH.get(family, 9), WIDTH[family]), f"{family}/{name}", 1.0)
+    pooled = POOLED.get(family)
     extra = {"pooled_output": seeded((batch, pooled), f"{family}/{name}/pooled", 1.0)} if pooled else {}
     return [[context, extra]]
 

@@ -15,14 +15,48 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
 from comfy.model_patcher import ModelPatcher
 
 CPU = torch.device("cpu")
-CHANNELS = {"sd15": 4, "sdxl": 4, "sd3": 16, "lumina2": 16, "zimage": 16}
-WIDTH = {"sd15": 768, "sdxl": 2048, "sd3": 4096, "lumina2": 2304, "zimage": 2560}
-LENGTH = {"sd15": 77, "sdxl": 77, "sd3": 154, "lumina2": 9, "zimage": 9}
-POOLED = {"sd15": None, "sdxl": 1280, "sd3": 2048, "lumina2": None, "zimage": None}
+CHANNELS = {
+    "sd15": 4,
+    "sdxl": 4,
+    "sd3": 16,
+    "lumina2": 16,
+    "zimage": 16,
+    "flux": 16,
+    "chroma": 16,
+    "qwenimage": 16,
+    "flux2": 128,
+    "krea2": 16,
+    "hunyuanimage": 64,
+}
+WIDTH = {
+    "sd15": 768,
+    "sdxl": 2048,
+    "sd3": 4096,
+    "lumina2": 2304,
+    "zimage": 2560,
+    "flux": 4096,
+    "chroma": 4096,
+    "qwenimage": 3584,
+    "flux2": 7680,
+    "krea2": 30720,
+    "hunyuanimage": 3584,
+}
+LENGTH = {"sd15": 77, "sdxl": 77, "sd3": 154}
+"""Of a text; a few tokens elsewhere."""
+POOLED = {"sdxl": 1280, "sd3": 2048, "flux": 768}
 """Width of the pooled text, where there is one."""
-HIDDEN = {"lumina2": 96, "zimage": 256}
+HIDDEN = {
+    "lumina2": 96,
+    "zimage": 256,
+    "flux": 128,
+    "chroma": 128,
+    "qwenimage": 128,
+    "flux2": 128,
+    "krea2": 128,
+    "hunyuanimage": 128,
+}
 """Width of the tokens of a transformer."""
-HAS_TIME_AXIS: tuple[str, ...] = ()
+HAS_TIME_AXIS = ("qwenimage", "krea2")
 """Families whose latents are those of videos, (B, C, 1, H, W) for stills."""
 
 
@@ -31,6 +65,21 @@ def latent_shape(family: str, size: tuple[int, int] = (8, 8)) -> tuple[int, ...]
     return (CHANNELS[family], *((1,) if family in HAS_TIME_AXIS else ()), *size)
 
 
+_DOUBLES = {
+    "in_channels": 16,
+    "hidden_size": 128,
+    "num_heads": 2,
+    "depth": 2,
+    "depth_single_blocks": 2,
+    "axes_dim": [16, 24, 24],
+    "theta": 10000,
+    "mlp_ratio": 4.0,
+    "qkv_bias": True,
+    "context_in_dim": 4096,
+    "txt_ids_dims": [],
+    "patch_size": 2,
+    "out_channels": 16,
+}
 TRANSFORMERS = {
     "lumina2": (
         "Lumina2",
@@ -69,6 +118,98 @@ TRANSFORMERS = {
             "z_image_modulation": True,
             "time_scale": 1000.0,
             "pad_tokens_multiple": 32,
+        },
+    ),
+    "flux": ("Flux", _DOUBLES | {"image_model": "flux", "guidance_embed": True, "vec_in_dim": 768}),
+    "chroma": (
+        "Chroma",
+        _DOUBLES
+        | {
+            "image_model": "chroma",
+            "in_channels": 64,
+            "out_channels": 64,
+            "vec_in_dim": None,
+            "in_dim": 64,
+            "out_dim": 128,
+            "hidden_dim": 64,
+            "n_layers": 2,
+        },
+    ),
+    "qwenimage": (
+        "QwenImage",
+        {
+            "image_model": "qwen_image",
+            "in_channels": 64,
+            "num_layers": 4,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "axes_dims_rope": [16, 24, 24],
+        },
+    ),
+    "flux2": (
+        "Flux2",
+        _DOUBLES
+        | {
+            "image_model": "flux2",
+            "in_channels": 128,
+            "out_channels": 128,
+            "context_in_dim": 7680,
+            "axes_dim": [16, 16, 16, 16],
+            "theta": 2000,
+            "mlp_ratio": 3.0,
+            "patch_size": 1,
+            "txt_ids_dims": [3],
+            "global_modulation": True,
+            "mlp_silu_act": True,
+            "qkv_bias": False,
+            "ops_bias": False,
+            "default_ref_method": "index",
+            "ref_index_scale": 10.0,
+            "guidance_embed": False,
+            "vec_in_dim": None,
+        },
+    ),
+    "krea2": (
+        "Krea2",
+        {
+            "image_model": "krea2",
+            "features": 128,
+            "channels": 16,
+            "patch": 2,
+            "layers": 4,
+            "heads": 4,
+            "kvheads": 2,
+            "tdim": 64,
+            "txtlayers": 480,  # the real one has 12 layers of width 2560, as many numbers in all
+            "txtdim": 64,
+            "txtheads": 4,
+            "txtkvheads": 4,
+            "multiplier": 1,
+        },
+    ),
+    "hunyuanimage": (
+        "HunyuanImage21",
+        {
+            "image_model": "hunyuan_video",
+            "in_channels": 64,
+            "out_channels": 64,
+            "patch_size": [1, 1],
+            "vec_in_dim": None,
+            "axes_dim": [32, 32],
+            "meanflow": False,
+            "context_in_dim": 3584,
+            "hidden_size": 128,
+            "mlp_ratio": 4.0,
+            "num_heads": 2,
+            "depth": 2,
+            "depth_single_blocks": 2,
+            "theta": 256,
+            "qkv_bias": True,
+            "byt5": False,
+            "guidance_embed": False,
+            "use_cond_type_embedding": False,
+            "vision_in_dim": None,
+            "meanflow_sum": False,
         },
     ),
 }

@@ -2,7 +2,6 @@
 
 import contextlib
 
-import comfy.ldm.modules.attention
 import pytest
 import torch
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
@@ -60,7 +59,8 @@ def test_small_strength_tends_to_the_plain_model(models, family):
     plain = sample(models[family], family)
     tokens = all_blocks(models[family], family)
     errors = [
-        relative_error(sample(apply_tokens(models[family], tokens, strength=s), family), plain) for s in (0.5, 1e-3, 1e-6)
+        relative_error(sample(apply_tokens(models[family], tokens, strength=s), family), plain)
+        for s in (0.5, 1e-3, 1e-6)
     ]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-4
@@ -159,7 +159,12 @@ def test_the_network_called_without_its_wrappers_is_refused(models, family):
     context = prompt(family, "positive")[0][0]
     with pytest.raises(SoftREPAError, match="called without its wrappers"):
         patched.model.diffusion_model(
-            noise(family), torch.ones(1), context, num_tokens=9, guidance=torch.ones(1), transformer_options=dict(options)
+            noise(family),
+            torch.ones(1),
+            context,
+            num_tokens=9,
+            guidance=torch.ones(1),
+            transformer_options=dict(options),
         )
 
 

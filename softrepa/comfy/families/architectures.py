@@ -111,7 +111,9 @@ class QwenImage:
     def blocks(self, network):
         return {("double", index): block for index, block in enumerate(network.transformer_blocks)}
 
-    def modulation(self, network, x, timestep, context, attention_mask=None, ref=None, additional_t_cond=None, *_, **__):
+    def modulation(
+        self, network, x, timestep, context, attention_mask=None, ref=None, additional_t_cond=None, *_, **__
+    ):
         return network.time_text_embed(timestep, x, additional_t_cond)
 
     def keys_values(self, name, block, rows, modulation):
@@ -119,7 +121,9 @@ class QwenImage:
         first, _ = block.txt_mod(modulation).chunk(2, dim=-1)
         shift, scale, _ = first.unsqueeze(1).chunk(3, dim=-1)
         seen = (1 + scale) * block.txt_norm1(rows.to(modulation.dtype)) + shift
-        k, v = (with_heads(projected(seen), attention.heads) for projected in (attention.add_k_proj, attention.add_v_proj))
+        k, v = (
+            with_heads(projected(seen), attention.heads) for projected in (attention.add_k_proj, attention.add_v_proj)
+        )
         return attention.norm_added_k(k), v
 
 

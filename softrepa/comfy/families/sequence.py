@@ -171,5 +171,3 @@ def with_seen(mask: Tensor | None, count: int) -> Tensor | None:
     if mask is None:
         return None
     return torch.nn.functional.pad(mask, (0, count), value=mask.dtype == torch.bool)
-
-
