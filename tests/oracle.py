@@ -28,10 +28,12 @@ def injected(model, *token_sets: SoftTokens):
                 active = [s for s in token_sets if STAGES[name.split(".")[0]] in s.blocks]
                 if active:
                     handles.append(module.register_forward_pre_hook(_context_hook(active, call), with_kwargs=True))
-    elif token_sets[0].family.stream == "sequence":
+    elif token_sets[0].family.stream in ("sequence", "cross"):
         for layer, block in enumerate(blocks_of(network)):
             active = [s for s in token_sets if layer < s.blocks]
-            if active:
+            if active and token_sets[0].family.stream == "cross":
+                handles.append(block.register_forward_pre_hook(_text_hook(layer, active, call)))
+            elif active:
                 before, after = _sequence_hooks(layer, active, call)
                 handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
                 handles.append(block.register_forward_hook(after))
@@ -87,6 +89,17 @@ def _joint_hooks(block, layer, active, call, network):
         return (text if text is None else text[:, call["n"] :], image)
 
     return [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+
+
+def _text_hook(layer, active, call):
+    """Rows behind the text that a block is called with."""
+
+    def hook(module, args):
+        x, time, text = args
+        soft = torch.cat([_rows(tokens, layer, call["t"]) for tokens in active], dim=1).to(text.dtype)
+        return x, time, torch.cat([text, soft], dim=1)
+
+    return hook
 
 
 def blocks_of(network) -> list[torch.nn.Module]:

@@ -6,8 +6,10 @@ Every weight is drawn from its own diffusers name, so any implementation can reb
 import hashlib
 
 import comfy.conds
+import comfy.ldm.anima.model
 import comfy.model_base
 import comfy.model_detection
+import comfy.ops
 import comfy.supported_models
 import comfy.utils
 import torch
@@ -27,6 +29,7 @@ CHANNELS = {
     "flux2": 128,
     "krea2": 16,
     "hunyuanimage": 64,
+    "anima": 16,
 }
 WIDTH = {
     "sd15": 768,
@@ -40,6 +43,7 @@ WIDTH = {
     "flux2": 7680,
     "krea2": 30720,
     "hunyuanimage": 3584,
+    "anima": 1024,
 }
 LENGTH = {"sd15": 77, "sdxl": 77, "sd3": 154}
 """Of a text; a few tokens elsewhere."""
@@ -54,9 +58,10 @@ HIDDEN = {
     "flux2": 128,
     "krea2": 128,
     "hunyuanimage": 128,
+    "anima": 1024,
 }
 """Width of the tokens of a transformer."""
-HAS_TIME_AXIS = ("qwenimage", "krea2")
+HAS_TIME_AXIS = ("qwenimage", "krea2", "anima")
 """Families whose latents are those of videos, (B, C, 1, H, W) for stills."""
 
 
@@ -212,6 +217,33 @@ TRANSFORMERS = {
             "meanflow_sum": False,
         },
     ),
+    "anima": (
+        "Anima",
+        {
+            "image_model": "anima",
+            "max_img_h": 240,
+            "max_img_w": 240,
+            "max_frames": 128,
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_spatial": 2,
+            "patch_temporal": 1,
+            "model_channels": 128,
+            "concat_padding_mask": True,
+            "crossattn_emb_channels": 1024,
+            "pos_emb_cls": "rope3d",
+            "pos_emb_learnable": True,
+            "pos_emb_interpolation": "crop",
+            "use_adaln_lora": True,
+            "adaln_lora_dim": 16,
+            "num_blocks": 3,
+            "num_heads": 2,
+            "extra_per_block_abs_pos_emb": False,
+            "rope_h_extrapolation_ratio": 4.0,
+            "rope_w_extrapolation_ratio": 4.0,
+            "rope_enable_fps_modulation": False,
+        },
+    ),
 }
 """By family: ComfyUI's class of its models, and the configuration that its detection would find in a small file."""
 
@@ -356,6 +388,11 @@ def _transformer(family: str) -> ModelPatcher:
     model_config.unet_config.update(config)
     model_config.set_inference_dtype(torch.float32, None)
     model = model_config.get_model({}, device="cpu")
+    if family == "anima":  # its adapter of text has one size, 130M parameters
+        small = comfy.ldm.anima.model.LLMAdapter(
+            model_dim=32, num_layers=1, num_heads=2, operations=comfy.ops.manual_cast
+        )
+        model.diffusion_model.llm_adapter = small
     fill(model.diffusion_model)
     return ModelPatcher(model, CPU, CPU)
 

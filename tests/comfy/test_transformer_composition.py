@@ -17,7 +17,7 @@ from softrepa_tests.tiny_models import seeded
 from softrepa_tests.token_sets import tokens_for
 
 EXACT = 1e-5
-TRANSFORMERS = [family.name for family in FAMILIES.values() if family.stream == "sequence"]
+TRANSFORMERS = [family.name for family in FAMILIES.values() if family.stream in ("sequence", "cross")]
 EVERY = pytest.mark.parametrize("family", TRANSFORMERS)
 
 PROJECTIONS = {
@@ -25,6 +25,7 @@ PROJECTIONS = {
     "zimage": "layers.0.attention.qkv",
     "krea2": "blocks.0.attn.wk",
     "qwenimage": "transformer_blocks.0.attn.add_k_proj",
+    "anima": "blocks.0.cross_attn.k_proj",
 }
 """What makes keys of the rows in the first block; in Flux and what descends from it the second name below."""
 

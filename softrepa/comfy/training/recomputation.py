@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 
 import comfy.model_management as memory
 import torch
@@ -103,3 +104,50 @@ class RunAgain(torch.autograd.Function):
             wanted = [leaf for leaf, is_needed in zip(leaves, needed, strict=True) if is_needed]
             found = iter(torch.autograd.grad([one for one, _ in felt], wanted, [g for _, g in felt], allow_unused=True))
         return None, None, *(next(found) if is_needed else None for is_needed in needed)
+
+
+ROTATION = "rms_rope_split_half"
+"""An operation of comfy-kitchen, which ComfyUI's Anima calls in training too."""
+
+
+@cache
+def rotations_have_a_backward() -> None:
+    """Gives `ROTATION` its gradient, which is exact, unless a later comfy-kitchen has one."""
+    if not hasattr(torch.ops.comfy_kitchen, ROTATION):
+        return
+    with torch.inference_mode(False), torch.enable_grad():
+        q = torch.ones(1, 1, 1, 2, requires_grad=True)
+        turn = torch.eye(2).view(1, 1, 1, 1, 2, 2)
+        try:
+            out, _ = getattr(torch.ops.comfy_kitchen, ROTATION)(q, q, turn, torch.ones(2), torch.ones(2), 1e-6, 0)
+            torch.autograd.grad(out.sum(), q)
+        except (RuntimeError, NotImplementedError):
+            torch.library.register_autograd(
+                f"comfy_kitchen::{ROTATION}", rotation_backward, setup_context=rotation_context
+            )
+
+
+def rotation_context(ctx, inputs, output) -> None:
+    q, k, turns, q_scale, k_scale, ctx.epsilon, ctx.width = inputs
+    scales = [q_scale.clone(), (q_scale if k_scale is None else k_scale).clone()]  # fetched ones lie in shared memory
+    ctx.save_for_backward(q, k, turns, *scales)
+
+
+def rotation_backward(ctx, *gradients):
+    q, k, turns, *scales = ctx.saved_tensors
+    found = []
+    for x, scale, gradient in zip((q, k), scales, gradients, strict=True):
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            out = rotated(leaf, turns, scale, ctx.epsilon, ctx.width)
+            found += torch.autograd.grad(out, leaf, gradient)
+    return *found, None, None, None, None, None
+
+
+def rotated(x: Tensor, turns: Tensor, scale: Tensor, epsilon: float, width: int = 0) -> Tensor:
+    """RMS norm over heads, then pairs (i, i + width / 2) of the first `width` numbers turned, all where it is 0."""
+    normed = torch.nn.functional.rms_norm(x, x.shape[-1:], weight=scale, eps=epsilon)
+    turned, rest = normed.split([width or x.shape[-1], x.shape[-1] - (width or x.shape[-1])], dim=-1)
+    pairs = turned.unflatten(-1, (2, -1)).transpose(-1, -2).to(turns.dtype)
+    pairs = turns[..., 0] * pairs[..., :1] + turns[..., 1] * pairs[..., 1:]
+    return torch.cat([pairs.transpose(-1, -2).flatten(-2).to(x.dtype), rest], dim=-1)
