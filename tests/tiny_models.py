@@ -6,7 +6,6 @@ Every weight is drawn from its own diffusers name, so any implementation can reb
 import hashlib
 
 import comfy.conds
-import comfy.ldm.anima.model
 import comfy.model_base
 import comfy.model_detection
 import comfy.ops
@@ -300,7 +299,13 @@ def build(family: str) -> ModelPatcher:
 
 def store_in(model: ModelPatcher, dtype: torch.dtype) -> None:
     """Keeps the weights in `dtype` and computes in float32, as ComfyUI does for fp8 files."""
-    model.model.diffusion_model.to(dtype)
+    network = model.model.diffusion_model
+    in_files = network.state_dict().keys()
+    made = {name: buffer for name, buffer in network.named_buffers() if name not in in_files}
+    network.to(dtype)
+    for name, buffer in made.items():
+        parent, _, own = name.rpartition(".")
+        network.get_submodule(parent)._buffers[own] = buffer
     model.model.diffusion_model.dtype = dtype
     model.model.manual_cast_dtype = torch.float32
     for module in model.model.diffusion_model.modules():

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import comfy.ldm.flux.layers
 import comfy.ldm.krea2.model
 import comfy.model_management
+import comfy.quant_ops
 import pytest
 import torch
+from comfy_kitchen.backends.eager.rope import rms_rope_split_half
 from comfyui_softrepa.softrepa.comfy.families.noising import sigma_at
 from comfyui_softrepa.softrepa.comfy.training.pairs import pair_errors
 from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
@@ -53,6 +55,7 @@ def gradients(model, family, checkpointing=True, micro_batch=2):
 def in_training(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(comfy.model_management, "in_training", True)
+        patch.setattr(comfy.quant_ops.ck, "rms_rope_split_half", rms_rope_split_half)
         with torch.autograd.graph.allow_mutation_on_saved_tensors():
             yield
 
@@ -110,6 +113,7 @@ def test_gradients_against_finite_differences(family, checkpointing, monkeypatch
     tiny_models.compute_in(model, torch.float64)
     rope = comfy.ldm.flux.layers.rope
     monkeypatch.setattr(comfy.ldm.flux.layers, "rope", lambda *args: rope(*args).double())
+    monkeypatch.setattr(comfy.quant_ops.ck, "rms_rope_split_half", rms_rope_split_half)
     monkeypatch.setattr(comfy.ldm.krea2.model.RMSNorm, "forward", in_double)  # which computes in float32
     with torch.inference_mode(False), torch.enable_grad():
         network = TrainableNetwork(model, layers_of(model), checkpointing)
