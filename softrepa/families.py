@@ -34,8 +34,8 @@ class Family:
     """One row of the table.
 
     models: the models of the family as people call them; stream: what tokens join, and so which adapter serves it:
-    the "context" of cross-attentions, which share one bank of rows, the text in "joint" blocks, the "sequence" that
-    attention sees as keys and values, or the context of blocks that "cross" it, one bank a block.
+    the "context" of cross-attentions, which share one bank of rows, the text in "joint" blocks, or the "sequence" that
+    attention sees as keys and values, one bank a block.
     text_width: of the text encoding, as the text encoder gives it; None where each model has its own. context_width:
     of the text where tokens join it, None where each model has its own width. embedded_width: of the rows that go
     through the network's own embedder of text first; None where none do.
@@ -119,7 +119,7 @@ FAMILIES = {
         Family("flux2", "Flux 2", models=("Flux 2",), stream="sequence", text_width=None),
         Family("krea2", "Krea 2", models=("Krea 2",), stream="sequence", text_width=30720),
         Family("hunyuanimage", "HunyuanImage", models=("HunyuanImage",), stream="sequence", text_width=3584),
-        Family("anima", "Anima", models=("Anima",), stream="cross", text_width=1024),
+        Family("anima", "Anima", models=("Anima",), stream="sequence", text_width=1024),
     )
 }
 

@@ -18,7 +18,7 @@ def injected(model, *token_sets: SoftTokens):
 
     def remember_timesteps(module, args, kwargs):
         call["t"] = args[1] if len(args) > 1 else kwargs["timesteps"]
-        if token_sets[0].family.stream in ("sequence", "cross"):  # some of these count their time from 0 to 1
+        if token_sets[0].family.stream == "sequence":  # some of these count their time from 0 to 1
             call["t"] = call["t"] * (1000 / model.model.model_sampling.timestep(torch.tensor(1.0)))
 
     handles.append(network.register_forward_pre_hook(remember_timesteps, with_kwargs=True))
@@ -28,10 +28,10 @@ def injected(model, *token_sets: SoftTokens):
                 active = [s for s in token_sets if STAGES[name.split(".")[0]] in s.blocks]
                 if active:
                     handles.append(module.register_forward_pre_hook(_context_hook(active, call), with_kwargs=True))
-    elif token_sets[0].family.stream in ("sequence", "cross"):
+    elif token_sets[0].family.stream == "sequence":
         for layer, block in enumerate(blocks_of(network)):
             active = [s for s in token_sets if layer < s.blocks]
-            if active and token_sets[0].family.stream == "cross":
+            if active and token_sets[0].family.name == "anima":
                 handles.append(block.register_forward_pre_hook(_text_hook(layer, active, call)))
             elif active:
                 before, after = _sequence_hooks(layer, active, call)

@@ -18,8 +18,18 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class Architecture(Protocol):
-    adds_in_place: bool
+    adds_in_place = False
     """Whether its blocks add to their inputs in place."""
+    rotates_fused = False
+    """Whether it uses comfy-kitchen's fused rotation in training too."""
+
+    def hooks(self, options: dict) -> dict:
+        """Transformer options of a call that it needs besides."""
+        return {}
+
+    def is_joint(self, options: dict) -> bool:
+        """Whether the attention that is asked for, in a block with rows, is the one that sees them."""
+        return True
 
     def family(self, network) -> str | None:
         """The family's name; None for a network of the class that no family has."""
@@ -41,10 +51,8 @@ def with_heads(projected: Tensor, heads: int) -> Tensor:
     return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-class NextDiT:
+class NextDiT(Architecture):
     """Lumina 2 and Z-Image: one sequence of text and image. Its refiners run before, without a name."""
-
-    adds_in_place = False
 
     def family(self, network) -> str | None:
         if network.clip_text_pooled_proj is not None:  # NewBie's time hears the text as well
@@ -71,10 +79,8 @@ class NextDiT:
         return attention.k_norm(with_heads(k, groups)), with_heads(v, groups)
 
 
-class Krea2:
+class Krea2(Architecture):
     """Krea 2: one sequence, of which each block makes its modulation from one that all share."""
-
-    adds_in_place = False
 
     def family(self, network) -> str | None:
         return "krea2"
@@ -97,10 +103,8 @@ class Krea2:
         return attention.qknorm.knorm(k), v
 
 
-class QwenImage:
+class QwenImage(Architecture):
     """Qwen-Image: text and image in streams of their own, joined in each attention."""
-
-    adds_in_place = False
 
     def family(self, network) -> str | None:
         return "qwenimage"
@@ -127,7 +131,7 @@ class QwenImage:
         return attention.norm_added_k(k), v
 
 
-class Doubles:
+class Doubles(Architecture):
     """Flux and what descends from it: double blocks with a stream of text, then single blocks with one sequence."""
 
     adds_in_place = True
@@ -220,6 +224,49 @@ class HunyuanImage(Doubles):
         return time
 
 
+class Anima(Architecture):
+    """Anima: text that blocks attend to apart from the image. Rows are of its width and not modulated, as it is not."""
+
+    rotates_fused = True
+
+    def family(self, network) -> str | None:
+        return "anima"
+
+    def width(self, network) -> int:
+        return network.blocks[0].cross_attn.context_dim
+
+    def blocks(self, network):
+        return {(None, index): block for index, block in enumerate(network.blocks)}
+
+    def modulation(self, network, x, timestep, *_, **__):
+        return None
+
+    def hooks(self, options):
+        patches = options.get("patches", {})
+        return {CROSSING: [], "patches": patches | {"attn2_patch": [*patches.get("attn2_patch", []), crosses]}}
+
+    def is_joint(self, options):
+        announced = bool(options[CROSSING])
+        options[CROSSING].clear()
+        return announced
+
+    def keys_values(self, name, block, rows, modulation):
+        attention = block.cross_attn
+        k, v = (with_heads(projected(rows), attention.n_heads) for projected in (attention.k_proj, attention.v_proj))
+        return attention.k_norm(k), attention.v_norm(v)
+
+
+CROSSING = "softrepa_crossing"
+"""Key of a list in transformer options that holds something while a block attends to the text."""
+
+
+@torch.compiler.disable
+def crosses(q, k, v, pe=None, attn_mask=None, extra_options=None) -> dict:
+    """attn2 patch of Anima's own kind that changes nothing: the next attention is the one to the text."""
+    extra_options[CROSSING].append(True)
+    return {}
+
+
 def next_time(options: dict) -> Tensor | None:
     """The noise level that a step of sampling ends at, which distilled models hear besides its own."""
     steps = options["sample_sigmas"]
@@ -234,5 +281,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "comfy.ldm.flux.model.Flux": Flux(),
     "comfy.ldm.chroma.model.Chroma": Chroma(),
     "comfy.ldm.hunyuan_video.model.HunyuanVideo": HunyuanImage(),
+    "comfy.ldm.anima.model.Anima": Anima(),
 }
 """By the class of the network."""

@@ -4,7 +4,7 @@ Rows are dropped behind each block, so inside it they act as keys and values and
 gets those that the block itself would make of its rows: by its own norm, the modulation of this call's time, its
 projection and its norm of keys. They are not rotated, which is position 0: that of all text in Flux 1, Chroma,
 HunyuanImage and Krea 2, the place before the first word in Lumina 2 and Z-Image, that of the first in Flux 2, and the
-middle of the picture in Qwen-Image.
+middle of the picture in Qwen-Image. Text has no positions in the cross-attention of Anima.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from ...families import FAMILIES
 from ..tokens.attention import OVERRIDE, key_bias
 from ..tokens.call_state import KEY, CallState, Place, call_state, refuse_unweighed
 from ..training.frozen import ForeignTensors
-from ..training.recomputation import recomputed
+from ..training.recomputation import recomputed, rotations_have_a_backward
 from .adapter import ModelShape
 from .architectures import ARCHITECTURES, Architecture, BlockName, Modulation
 from .noising import NOISINGS
@@ -27,15 +27,14 @@ BLOCK = ("block_type", "block_index")
 """Where networks write the name of the block that runs, in transformer options; some into the caller's own."""
 
 
-class Wrapped:
-    """What adapters share whose networks run wrappers around a call: there the hooks come into its own options."""
+class Sequences:
+    """The adapter: a place is a block by its order, whatever its kind, and each has rows of its own."""
 
-    stream: str
-    architectures: Mapping[str, Architecture]
+    stream = "sequence"
     noisings = NOISINGS
 
     def recognised(self, network, config) -> ModelShape | None:
-        architecture = self._architecture(network)
+        architecture = ARCHITECTURES.get(class_name(network))
         name = architecture and architecture.family(network)
         if architecture is None or name is None:
             return None
@@ -49,8 +48,7 @@ class Wrapped:
         return int(place)
 
     def blocks(self, network) -> list[nn.Module]:
-        architecture = self._architecture(network)
-        return list(architecture.blocks(network).values()) if architecture else []
+        return list(known(network).blocks(network).values())
 
     def guard(self, model, places) -> None:
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, guard, model.model_options, is_model_options=True)
@@ -73,9 +71,10 @@ class Wrapped:
         return model
 
     def recomputing(self, network, checkpointing: bool, foreign: ForeignTensors):
-        architecture = self._architecture(network)
-        adds_in_place = architecture is not None and architecture.adds_in_place
-        return recomputed(self.blocks(network), checkpointing, adds_in_place, foreign)
+        architecture = known(network)
+        if architecture.rotates_fused:
+            rotations_have_a_backward()
+        return recomputed(self.blocks(network), checkpointing, architecture.adds_in_place, foreign)
 
     def embedder(self, network):
         return None
@@ -83,20 +82,31 @@ class Wrapped:
     def most_cells(self, network) -> int | None:
         return None
 
-    def _architecture(self, network: nn.Module) -> Architecture | None:
-        """By the name of its class: not every ComfyUI has all of them, and none need be imported."""
-        return self.architectures.get(f"{type(network).__module__}.{type(network).__qualname__}")
-
+    @torch.compiler.disable(recursive=False)
     def _enter(self, executor, *args, **kwargs):
-        """DIFFUSION_MODEL wrapper: the network gets options of its own, with the hooks in them."""
+        """DIFFUSION_MODEL wrapper: the network gets options of its own, with the hooks in them.
+
+        ComfyUI's compile node drops guards on options, so what reads them must not be part of a graph.
+        """
         options = options_among(args, kwargs)
         fresh = {key: value for key, value in options.items() if key not in BLOCK}
-        fresh = self._hooked(fresh, executor.class_obj, args, kwargs)
+        architecture = known(executor.class_obj)
+        modulation = architecture.modulation(executor.class_obj, *args, **kwargs)
+        blocks = architecture.blocks(executor.class_obj)
+        fresh |= architecture.hooks(fresh)
+        fresh[OVERRIDE] = RowsAsKeys(architecture, blocks, modulation, options.get(OVERRIDE))
         args = tuple(fresh if one is options else one for one in args)
         return executor(*args, **{name: fresh if one is options else one for name, one in kwargs.items()})
 
-    def _hooked(self, options: dict, network: nn.Module, args: tuple, kwargs: dict) -> dict:
-        raise NotImplementedError
+
+def class_name(network: nn.Module) -> str:
+    """Not every ComfyUI has all classes, and none need be imported to tell them apart."""
+    return f"{type(network).__module__}.{type(network).__qualname__}"
+
+
+def known(network: nn.Module) -> Architecture:
+    """Of a network that has been recognised."""
+    return ARCHITECTURES[class_name(network)]
 
 
 def options_among(args: tuple, kwargs: dict) -> dict:
@@ -112,19 +122,6 @@ def guard(executor, *args, **kwargs):
     return executor(*args, **kwargs)
 
 
-class Sequences(Wrapped):
-    """The adapter: a place is a block by its order, whatever its kind, and each has rows of its own."""
-
-    stream = "sequence"
-    architectures = ARCHITECTURES
-
-    def _hooked(self, options, network, args, kwargs):
-        architecture = self.architectures[f"{type(network).__module__}.{type(network).__qualname__}"]
-        modulation = architecture.modulation(network, *args, **kwargs)
-        below = options.get(OVERRIDE)
-        return options | {OVERRIDE: RowsAsKeys(architecture, architecture.blocks(network), modulation, below)}
-
-
 class RowsAsKeys:
     """`optimized_attention_override` of one call: what belongs to a block with rows sees them as further keys."""
 
@@ -134,11 +131,12 @@ class RowsAsKeys:
         self.architecture, self.modulation, self.below = architecture, modulation, below
         self.places = {name: (place, block) for place, (name, block) in enumerate(blocks.items())}
 
+    @torch.compiler.disable
     def __call__(self, func, q, k, v, heads, mask=None, **kwargs):
         options = kwargs["transformer_options"]
         state, name = call_state(options), (options.get(BLOCK[0]), options.get(BLOCK[1]))
         place, block = self.places.get(name, (None, None))
-        rows = None if place is None else state.rows.get(place)
+        rows = state.rows.get(place) if self.architecture.is_joint(options) and place is not None else None
         if rows is None:
             return self._attention(func, q, k, v, heads, mask, kwargs)
         if len(k) != len(rows):
