@@ -293,7 +293,7 @@ def seeded(shape, name: str, std: float, mean: float = 0.0) -> torch.Tensor:
 def build(family: str) -> ModelPatcher:
     """The tiny model of a family; those of "sd15", "sdxl" and "sd3" are the golden vectors'."""
     if family in TRANSFORMERS:
-        return _transformer(family)
+        return with_network(*TRANSFORMERS[family])
     return _mmdit() if family == "sd3" else _unet(family)
 
 
@@ -387,13 +387,13 @@ def fill(network: torch.nn.Module) -> None:
         tensor.copy_(values.view(tensor.shape) * std + mean)
 
 
-def _transformer(family: str) -> ModelPatcher:
-    kind, config = TRANSFORMERS[family]
+def with_network(kind: str, config: dict) -> ModelPatcher:
+    """A model of ComfyUI's class `kind` with small random weights."""
     model_config = getattr(comfy.supported_models, kind)(dict(config))
     model_config.unet_config.update(config)
     model_config.set_inference_dtype(torch.float32, None)
     model = model_config.get_model({}, device="cpu")
-    if family == "anima":  # its adapter of text has one size, 130M parameters
+    if hasattr(model.diffusion_model, "llm_adapter"):  # Anima's own has one size, 130M parameters
         small = comfy.ldm.anima.model.LLMAdapter(
             model_dim=32, num_layers=1, num_heads=2, operations=comfy.ops.manual_cast
         )

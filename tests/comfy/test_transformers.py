@@ -4,10 +4,12 @@ import contextlib
 
 import pytest
 import torch
+from comfyui_softrepa.softrepa import token_files
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES
 from comfyui_softrepa.softrepa.tokens import SoftTokens
+from softrepa_tests import tiny_models
 from softrepa_tests.oracle import blocks_of, injected
 from softrepa_tests.sampling import guider, noise, prompt, record, relative_error, sample, sigmas_of
 from softrepa_tests.tiny_models import HIDDEN, seeded
@@ -193,3 +195,36 @@ def test_another_nodes_kernel_sees_the_rows(models, family):
     ours = sample(apply_tokens(model, tokens), family, steps=1)
     assert torch.equal(ours, sample(apply_tokens(models[family], tokens), family, steps=1))
     assert sum(keys[: len(plain)]) - sum(plain) == 4 * tokens.layers
+
+
+@pytest.mark.parametrize(
+    ("like", "kind", "change"),
+    [
+        ("anima", "CosmosT2IPredict2", {"image_model": "cosmos_predict2"}),
+        ("hunyuanimage", "HunyuanImage21", {"patch_size": [1, 1, 1], "axes_dim": [16, 24, 24]}),
+        ("lumina2", "Lumina2", {"clip_text_dim": 32}),
+        ("flux", "LongCatImage", {"guidance_embed": False, "vec_in_dim": None, "txt_ids_dims": [1, 2]}),
+    ],
+    ids=["Cosmos Predict2", "HunyuanVideo", "NewBie", "LongCat-Image"],
+)
+def test_networks_of_the_same_classes_that_no_family_has(like, kind, change):
+    model = tiny_models.with_network(kind, tiny_models.TRANSFORMERS[like][1] | change)
+    with pytest.raises(SoftREPAError, match="Model is .*, expected SD1.5, SDXL, SD3, SD3.5, Lumina 2, .* or Anima"):
+        apply_tokens(model, tokens_for(like))
+
+
+@EVERY
+def test_tokens_of_another_family_are_refused(models, family):
+    other = "zimage" if family != "zimage" else "flux"
+    with pytest.raises(SoftREPAError, match=rf"are for {other} \(.*\), but this model is {FAMILIES[family].title} \("):
+        apply_tokens(models[family], tokens_for(other))
+
+
+@EVERY
+def test_a_files_family_is_what_it_says(models, family, tmp_path):
+    tokens = tokens_for(family, banks=True)
+    read = token_files.load(token_files.save(tokens, tmp_path / "mine.safetensors"))
+    assert read.family is FAMILIES[family]
+    assert torch.equal(read.time_table, tokens.time_table)
+    assert torch.equal(read.negative_tokens, tokens.negative_tokens)
+    assert token_files.summary(read)[0] == f"family      {family} ({FAMILIES[family].title})"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...data.dataset import Cond
-from ...data.latent_lists import cond_of
+from ...data.latent_lists import are_stills, cond_of
 from ...errors import SoftREPAError, shown
 
 REST = "rest/"
@@ -18,10 +18,10 @@ REST = "rest/"
 
 
 def encode_image(vae: comfy.sd.VAE, pixels: Tensor, name: str) -> Tensor:
-    """(C, h, w) of pixels (H, W, 3); `name` is the image's, for errors. Raises SoftREPAError for no still image."""
+    """(C, h, w), or (C, 1, h, w) by a video VAE, of pixels (H, W, 3); `name` is the image's, for errors. Raises SoftREPAError for no still image."""
     with torch.inference_mode():
         latent = vae.encode(pixels.unsqueeze(0))
-    if latent.ndim != 4:
+    if not are_stills(latent):
         raise SoftREPAError(
             f"vae gives latents of shape {list(latent.shape)}, expected those of still images, "
             "[1, channels, height, width]."

@@ -125,9 +125,10 @@ class FolderEncodings:
     def _latent_size(self, example: Example) -> int:
         return 4 * math.prod(self._latent_shape(example))
 
-    def _latent_shape(self, example: Example) -> tuple[int, int, int]:
+    def _latent_shape(self, example: Example) -> tuple[int, ...]:
         width, height = (side // self.vae.spacial_compression_encode() for side in example.size)
-        return self.vae.latent_channels, height, width
+        frames = (1,) if getattr(self.vae, "latent_dim", 2) == 3 else ()
+        return self.vae.latent_channels, *frames, height, width
 
     def _kept(
         self, key: str, is_right: Callable[[dict[str, Tensor]], bool], make: Callable[[], dict[str, Tensor]]

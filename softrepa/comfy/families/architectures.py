@@ -1,7 +1,8 @@
 """What differs between transformers whose attention sees soft rows as further keys: names of their parts, and time."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from comfy.ldm.flux.layers import timestep_embedding
@@ -17,7 +18,9 @@ KeysValues = tuple[Tensor, Tensor]
 """(B, heads, n, D) each, of as many heads as the block projects to."""
 
 
-class Architecture(Protocol):
+class Architecture(ABC):
+    """One class of networks."""
+
     adds_in_place = False
     """Whether its blocks add to their inputs in place."""
     rotates_fused = False
@@ -31,17 +34,22 @@ class Architecture(Protocol):
         """Whether the attention that is asked for, in a block with rows, is the one that sees them."""
         return True
 
+    @abstractmethod
     def family(self, network) -> str | None:
         """The family's name; None for a network of the class that no family has."""
 
+    @abstractmethod
     def width(self, network) -> int: ...
 
+    @abstractmethod
     def blocks(self, network) -> dict[BlockName, nn.Module]:
         """In the order in which they run."""
 
+    @abstractmethod
     def modulation(self, network, x: Tensor, timestep: Tensor, *args, **kwargs) -> Modulation:
         """From what the network is called with."""
 
+    @abstractmethod
     def keys_values(self, name: BlockName, block, rows: Tensor, modulation: Modulation) -> KeysValues:
         """As a block makes them of rows (B, n, d) in its stream of text."""
 
@@ -65,8 +73,8 @@ class NextDiT(Architecture):
     def blocks(self, network):
         return {("double", index): block for index, block in enumerate(network.layers)}
 
-    def modulation(self, network, x, timesteps, *_, **__):
-        return network.t_embedder((1.0 - timesteps) * network.time_scale, dtype=x.dtype)
+    def modulation(self, network, x, timestep, *_, **__):
+        return network.t_embedder((1.0 - timestep) * network.time_scale, dtype=x.dtype)
 
     def keys_values(self, name, block, rows, modulation):
         attention = block.attention
@@ -91,8 +99,8 @@ class Krea2(Architecture):
     def blocks(self, network):
         return {("single", index): block for index, block in enumerate(network.blocks)}
 
-    def modulation(self, network, x, timesteps, *_, **__):
-        embedded = timestep_embedding(timesteps, network.tdim).unsqueeze(1).to(x.dtype)
+    def modulation(self, network, x, timestep, *_, **__):
+        embedded = timestep_embedding(timestep, network.tdim).unsqueeze(1).to(x.dtype)
         return network.tproj(network.tmlp(embedded))
 
     def keys_values(self, name, block, rows, modulation):

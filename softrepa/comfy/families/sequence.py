@@ -35,7 +35,7 @@ class Sequences:
 
     def recognised(self, network, config) -> ModelShape | None:
         architecture = ARCHITECTURES.get(class_name(network))
-        name = architecture and architecture.family(network)
+        name = None if architecture is None else architecture.family(network)
         if architecture is None or name is None:
             return None
         family, width, layers = FAMILIES[name], architecture.width(network), len(architecture.blocks(network))

@@ -101,7 +101,7 @@ class RunAgain(torch.autograd.Function):
             outputs = ctx.run(*leaves)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             felt = [(one, g) for one, g in zip(outputs, gradients, strict=True) if one.requires_grad]
-            wanted = [leaf for leaf, is_needed in zip(leaves, needed, strict=True) if is_needed]
+            wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
             found = iter(torch.autograd.grad([one for one, _ in felt], wanted, [g for _, g in felt], allow_unused=True))
         return None, None, *(next(found) if is_needed else None for is_needed in needed)
 
