@@ -394,10 +394,9 @@ def with_network(kind: str, config: dict) -> ModelPatcher:
     model_config.set_inference_dtype(torch.float32, None)
     model = model_config.get_model({}, device="cpu")
     if hasattr(model.diffusion_model, "llm_adapter"):  # Anima's own has one size, 130M parameters
-        small = comfy.ldm.anima.model.LLMAdapter(
-            model_dim=32, num_layers=1, num_heads=2, operations=comfy.ops.manual_cast
-        )
-        model.diffusion_model.llm_adapter = small
+        size = {"model_dim": 32, "num_layers": 1, "num_heads": 2}
+        kind = type(model.diffusion_model.llm_adapter)
+        model.diffusion_model.llm_adapter = kind(**size, operations=comfy.ops.manual_cast)
     fill(model.diffusion_model)
     return ModelPatcher(model, CPU, CPU)
 

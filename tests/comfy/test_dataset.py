@@ -4,6 +4,7 @@ import errno
 import os
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.model_management
 import folder_paths
@@ -620,3 +621,13 @@ def test_what_an_encoder_gives_besides_reaches_the_network(encoders, photos, mon
         PairNetwork(models["sd15"]).prepared(step)
     assert all({"attention_mask", "t5xxl_ids", "cross_attn"} <= given.keys() for given in seen)
     assert "rest" not in seen[0]
+
+
+def test_a_video_vae_gives_stills_of_one_frame():
+    def vae(frames):
+        return SimpleNamespace(encode=lambda pixels: torch.ones(1, 16, frames, 8, 8))
+
+    pixels = torch.zeros(64, 64, 3)
+    assert encoding.encode_image(vae(1), pixels, "a.png").shape == (16, 1, 8, 8)
+    with pytest.raises(SoftREPAError, match=r"vae gives latents of shape \[1, 16, 2, 8, 8\], expected those of still"):
+        encoding.encode_image(vae(2), pixels, "a.png")

@@ -181,3 +181,41 @@ def test_nothing_is_left_on_the_network(models, family, checkpointing):
     gradients(models[family], family, checkpointing)
     assert not any("forward" in vars(module) for module in network.modules())
     assert comfy.model_management.in_training is False
+
+
+@pytest.mark.parametrize("family", ["lumina2", "qwenimage", "hunyuanimage"])
+def test_captions_of_other_lengths_masks_and_counts(models, family):
+    """What an encoder says besides may be a number, and there for some captions only; each keeps its own."""
+    batch, rows = step(family), rows_for(models[family], family)
+    short = InMemory(family).cond("short")
+    short["cross_attn"] = short["cross_attn"][:, :5]
+    masked = InMemory(family).cond("masked")
+    masked["rest"] = {"attention_mask": (torch.arange(77) < 70).long()[None]}
+    whole = InMemory(family).cond("whole") | {"rest": {"attention_mask": torch.ones(1, 77, dtype=torch.long)}}
+    conds = [*batch.conds, short, masked, whole]
+    at_once = 1 if family == "hunyuanimage" else 4  # whose network takes a mask for one sample only
+    with torch.inference_mode(False), torch.enable_grad():
+        network = TrainableNetwork(models[family], len(rows))
+        errors, found = network.gradients(rows, StepBatch.of_all(batch.latents, batch.noise, conds, TIME), at_once)
+        for j, cond in enumerate(conds):
+            one, gradient = network.gradients(rows, StepBatch.of_all(batch.latents, batch.noise, [cond], TIME), 1)
+            assert relative_error(errors[:, j : j + 1], one) <= 1e-5
+            assert relative_error(found.unflatten(0, (2, len(conds)))[:, j], gradient) <= 1e-4
+
+
+def test_the_words_of_anima_stay_whole_numbers(models):
+    """Its own adapter of text reads them inside the network, which must give what a text read before gives."""
+    batch, rows = step("anima"), rows_for(models["anima"], "anima")
+    ids, weights = torch.arange(3, 12), torch.linspace(0.5, 1.5, 9)
+    conds = [InMemory("anima").cond(name) | {"rest": {"t5xxl_ids": ids, "t5xxl_weights": weights}} for name in "ab"]
+    adapter = models["anima"].model.diffusion_model.preprocess_text_embeds
+    read = [
+        {"cross_attn": adapter(cond["cross_attn"], ids[None], weights[None, :, None]), "pooled_output": None}
+        for cond in conds
+    ]
+    with torch.inference_mode(False), torch.enable_grad():
+        network = TrainableNetwork(models["anima"], len(rows))
+        errors, found = network.gradients(rows, StepBatch.of_all(batch.latents, batch.noise, conds, TIME), 2)
+        expected = network.gradients(rows, StepBatch.of_all(batch.latents, batch.noise, read, TIME), 2)
+    assert relative_error(errors, expected[0]) <= 1e-5
+    assert relative_error(found, expected[1]) <= 1e-4

@@ -180,6 +180,22 @@ def test_nothing_stays_in_the_callers_options(models, family):
 
 
 @EVERY
+def test_a_network_that_is_called_twice_in_a_call(models, family):
+    """By another node's wrapper, with the same options: what ran last must not be taken for what runs first."""
+    tokens = all_blocks(models[family], family)
+    patched = apply_tokens(models[family], tokens)
+    expected = sample(patched, family, steps=1)
+    twice = patched.clone()
+
+    def again(executor, *args, **kwargs):
+        executor(*args, **kwargs)
+        return executor(*args, **kwargs)
+
+    twice.add_wrapper("diffusion_model", again)
+    assert torch.equal(sample(twice, family, steps=1), expected)
+
+
+@EVERY
 def test_another_nodes_kernel_sees_the_rows(models, family):
     keys = []
 

@@ -18,7 +18,10 @@ REST = "rest/"
 
 
 def encode_image(vae: comfy.sd.VAE, pixels: Tensor, name: str) -> Tensor:
-    """(C, h, w), or (C, 1, h, w) by a video VAE, of pixels (H, W, 3); `name` is the image's, for errors. Raises SoftREPAError for no still image."""
+    """(C, h, w), or (C, 1, h, w) by a video VAE, of pixels (H, W, 3); `name` is the image's, for errors.
+
+    Raises SoftREPAError for no still image.
+    """
     with torch.inference_mode():
         latent = vae.encode(pixels.unsqueeze(0))
     if not are_stills(latent):

@@ -18,7 +18,7 @@ from .frozen import ForeignTensors
 @contextmanager
 def plain_operations() -> Iterator[None]:
     """Within it networks use PyTorch's operations where fused ones have no backward; a global of ComfyUI says so."""
-    before = memory.in_training
+    before = getattr(memory, "in_training", False)  # not in ComfyUI 0.3.75
     memory.in_training = True
     try:
         yield
