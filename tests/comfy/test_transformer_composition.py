@@ -110,12 +110,17 @@ def test_weights_in_other_dtypes(family, dtype):
 @EVERY
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_half_precision_compute(family, strength):
-    model = tiny_models.build(family)
-    full = sample(apply_tokens(model, tokens_for(family), strength=strength), family, steps=1)
+    """As close to full precision as the plain network is."""
+    model, tokens = tiny_models.build(family), tokens_for(family)
+
+    def both():
+        return [sample(one, family, steps=1) for one in (model, apply_tokens(model, tokens, strength=strength))]
+
+    plain, full = both()
     tiny_models.compute_in(model, torch.bfloat16)
-    half = sample(apply_tokens(model, tokens_for(family), strength=strength), family, steps=1)
+    half_plain, half = both()
     assert torch.isfinite(half).all()
-    assert relative_error(half, full) < 0.1
+    assert relative_error(half, full) < max(0.1, 1.5 * relative_error(half_plain, plain))
 
 
 @EVERY

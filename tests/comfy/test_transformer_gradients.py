@@ -2,6 +2,9 @@
 
 import contextlib
 import copy
+import inspect
+import re
+import textwrap
 from types import SimpleNamespace
 
 import comfy.ldm.flux.layers
@@ -56,8 +59,19 @@ def in_training(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(comfy.model_management, "in_training", True)
         patch.setattr(comfy.quant_ops.ck, "rms_rope_split_half", rms_rope_split_half)
-        with torch.autograd.graph.allow_mutation_on_saved_tensors():
-            yield
+        for block in (comfy.ldm.flux.layers.DoubleStreamBlock, comfy.ldm.flux.layers.SingleStreamBlock):
+            patch.setattr(block, "forward", without_adding_in_place(block.forward))
+        yield
+
+
+def without_adding_in_place(forward):
+    """The same function, by its source."""
+    source = textwrap.dedent(inspect.getsource(forward))
+    changed = re.sub(r"(\w+) \+= (.*)", r"\1 = \1 + \2", source)
+    assert changed != source
+    found = {}
+    exec(changed, vars(comfy.ldm.flux.layers), found)
+    return found["forward"]
 
 
 def one_graph(model, family, monkeypatch):
@@ -192,7 +206,7 @@ def test_captions_of_other_lengths_masks_and_counts(models, family):
     masked = InMemory(family).cond("masked")
     masked["rest"] = {"attention_mask": (torch.arange(77) < 70).long()[None]}
     whole = InMemory(family).cond("whole") | {"rest": {"attention_mask": torch.ones(1, 77, dtype=torch.long)}}
-    conds = [*batch.conds, short, masked, whole]
+    conds = [batch.conds[0], masked, batch.conds[1], whole, short]  # no four in a row are of one form
     at_once = 1 if family == "hunyuanimage" else 4  # whose network takes a mask for one sample only
     with torch.inference_mode(False), torch.enable_grad():
         network = TrainableNetwork(models[family], len(rows))

@@ -8,7 +8,7 @@ from functools import cache
 import comfy.model_management as memory
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import allow_mutation_on_saved_tensors
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..tokens.call_state import KEY, Place, call_state
@@ -32,13 +32,12 @@ def recomputed(
 ) -> Iterator[None]:
     """Within it autograd goes through `blocks`, the places of soft rows by index.
 
-    With `checkpointing` each keeps only its inputs and runs again for the gradient. Blocks that add to their inputs in
-    place overwrite what autograd has saved: then it keeps copies of that.
+    With `checkpointing` each keeps only its inputs and runs again for the gradient.
     """
     with ExitStack() as undo:
         undo.enter_context(plain_operations())
         if not checkpointing:
-            undo.enter_context(allow_mutation_on_saved_tensors() if adds_in_place else nullcontext())
+            undo.enter_context(OutOfPlace() if adds_in_place else nullcontext())
         for place, block in enumerate(blocks if checkpointing else ()):
             own = vars(block).get("forward")
             undo.callback(restore_forward, block, own)
@@ -73,27 +72,39 @@ class RecomputedBlock:
                 filled[index] = tensor.clone() if self.adds_in_place else tensor
             args, kwargs = tree_unflatten(filled, form)
             own = {} if rows is None else {self.place: rows}
-            with self.foreign.made_ordinary():
+            with OutOfPlace() if self.adds_in_place else nullcontext(), self.foreign.made_ordinary():
                 inner = options | {KEY: replace(state, rows=own)}
                 return self.forward(*args, transformer_options=inner, **kwargs)
 
-        around = allow_mutation_on_saved_tensors if self.adds_in_place else nullcontext
-        return RunAgain.apply(run, around, rows, *(leaves[index] for index in where))
+        return RunAgain.apply(run, rows, *(leaves[index] for index in where))
+
+
+class OutOfPlace(TorchFunctionMode):
+    """Within it `x += y` with a graph gives x a new tensor: autograd has saved the old one.
+
+    `torch.autograd.graph.allow_mutation_on_saved_tensors` is for the same, but knows tensors by addresses, which are
+    used again: one gradient of Flux in 25 came out 2 % wrong.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.add_ and any(isinstance(one, Tensor) and one.requires_grad for one in args):
+            return torch.add(*args, **(kwargs or {})).to(args[0].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 class RunAgain(torch.autograd.Function):
     """run(*tensors), a tensor or several, of which only the inputs are kept."""
 
     @staticmethod
-    def forward(ctx, run, around, *tensors):
-        ctx.run, ctx.around = run, around
+    def forward(ctx, run, *tensors):
+        ctx.run = run
         ctx.save_for_backward(*tensors)
         return run(*tensors)
 
     @staticmethod
     def backward(ctx, *gradients):
-        needed = ctx.needs_input_grad[2:]
-        with torch.enable_grad(), ctx.around():
+        needed = ctx.needs_input_grad[1:]
+        with torch.enable_grad():
             leaves = [
                 None if tensor is None else tensor.detach().requires_grad_(is_needed)
                 for tensor, is_needed in zip(ctx.saved_tensors, needed, strict=True)
@@ -103,7 +114,7 @@ class RunAgain(torch.autograd.Function):
             felt = [(one, g) for one, g in zip(outputs, gradients, strict=True) if one.requires_grad]
             wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
             found = iter(torch.autograd.grad([one for one, _ in felt], wanted, [g for _, g in felt], allow_unused=True))
-        return None, None, *(next(found) if is_needed else None for is_needed in needed)
+        return None, *(next(found) if is_needed else None for is_needed in needed)
 
 
 ROTATION = "rms_rope_split_half"
