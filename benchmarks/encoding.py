@@ -204,7 +204,7 @@ def speeds(clips: dict, vae, rounds: int, count: int = 64) -> dict[str, object]:
     rng = random.Random(1)
     captions = [" ".join(rng.choices(WORDS, k=12)) + f" {number}" for number in range(count)]
     pixels = list(torch.rand(count, SIDE, SIDE, 3))
-    at_once = images_at_once((SIDE, SIDE))
+    at_once = images_at_once(vae, (SIDE, SIDE))
 
     def plain_captions(clip):
         for caption in captions:

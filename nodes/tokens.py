@@ -64,7 +64,7 @@ def application_inputs() -> list[io.Input]:
             optional=True,
             default="auto",
             tooltip="Where the tokens act. auto: as the file says. SD1.5, SDXL: a list of down, mid, up. "
-            "SD3: how many of the first joint blocks.",
+            "Other models: how many of the first blocks.",
             **ADVANCED,
         ),
         io.Combo.Input(
@@ -94,7 +94,11 @@ class LoadTokens(io.ComfyNode):
             description="Loads soft text tokens and adds them to the model, so that images follow the prompt better. "
             "Goes between the checkpoint loader and the sampler. Files live in models/softrepa.",
             inputs=[
-                io.Model.Input("model", tooltip="SD1.5, SDXL, SD3 or SD3.5. It is not changed; a copy goes out."),
+                io.Model.Input(
+                    "model",
+                    tooltip="SD1.5, SDXL, SD3, Flux, Chroma, Qwen-Image, Z-Image, Lumina 2, Krea 2, HunyuanImage or "
+                    "Anima. It is not changed; a copy goes out.",
+                ),
                 io.Combo.Input(
                     "tokens_name",
                     options=list(folders.token_paths()),

@@ -42,12 +42,12 @@ def training_inputs() -> dict[str, io.Input]:
         widget("n_tokens", "Tokens a block. 0: 4, as published (paper: 8 for SD1.5, SDXL).", min=0, max=64),
         widget(
             "blocks",
-            "SD1.5, SDXL: a list of down, mid, up. SD3: how many first blocks. auto: as the published "
-            "tokens, down for SD1.5 (paper: down,mid), down,mid for SDXL, 5 for SD3.",
+            "SD1.5, SDXL: a list of down, mid, up. Others: how many first blocks. auto: as the published "
+            "tokens, down for SD1.5 (paper: down,mid), down,mid for SDXL, 5 for SD3 and newer models.",
         ),
         widget(
             "time_table",
-            "Tokens that change with the timestep. auto: on for SD1.5 and SD3, off for SDXL.",
+            "Tokens that change with the timestep. auto: off for SDXL, on for all others.",
             options=list(TIME_TABLE),
             **ADVANCED,
         ),
@@ -91,7 +91,7 @@ def training_inputs() -> dict[str, io.Input]:
         widget("logit_scale", "Scale of the logits.", min=0.01, max=100.0, step=0.1, **ADVANCED),
         widget(
             "denoising_weight",
-            "Weight of the plain denoising loss. -1: the paper's, 10 for SD1.5 and SDXL, 0 for SD3.",
+            "Weight of the plain denoising loss. -1: the paper's, 10 for SD1.5 and SDXL, else 0.",
             min=-1.0,
             max=1000.0,
             step=0.1,

@@ -34,30 +34,29 @@ class Family:
     """One row of the table.
 
     models: the models of the family as people call them; stream: what tokens join, and so which adapter serves it:
-    the "context" of cross-attentions, which share one bank of rows, or the text in "joint" blocks, one bank a block.
-    context_width: of the text where tokens join it, None where each model has its own width. embedded_width: of the
-    text before the network's own embedder, which rows of that width go through first; None where there is no embedder.
-    published_blocks: where the published files act; empty where they say it themselves.
+    the "context" of cross-attentions, which share one bank of rows, the text in "joint" blocks, or the "sequence" that
+    attention sees as keys and values, one bank a block.
+    text_width: of the text encoding, as the text encoder gives it; None where each model has its own. context_width:
+    of the text where tokens join it, None where each model has its own width. embedded_width: of the rows that go
+    through the network's own embedder of text first; None where none do.
+    published_blocks: where the published files act; empty where they say it themselves. recipe: by default SD3's, for
+    nobody has published another for a transformer.
     """
 
     name: str
     title: str
     models: tuple[str, ...]
     stream: str
-    context_width: int | None
-    embedded_width: int | None
-    published_blocks: tuple[str, ...]
-    recipe: Recipe
+    text_width: int | None
+    context_width: int | None = None
+    embedded_width: int | None = None
+    published_blocks: tuple[str, ...] = ()
+    recipe: Recipe = Recipe(4, 5, has_time_table=True, starts_from_bos=False, denoising_weight=0.0)
 
     @property
     def is_layered(self) -> bool:
         """Whether every place has a bank of rows of its own."""
         return self.stream != "context"
-
-    @property
-    def text_width(self) -> int | None:
-        """Of the text encoding, as the text encoder gives it."""
-        return self.embedded_width or self.context_width
 
     def usual_blocks(self, layers: int) -> Blocks:
         """Where tokens act by the recipe, in a model of so many layers."""
@@ -89,8 +88,8 @@ FAMILIES = {
             "SD1.5",
             models=("SD1.5",),
             stream="context",
+            text_width=768,
             context_width=768,
-            embedded_width=None,
             published_blocks=("down",),
             recipe=Recipe(4, 1, has_time_table=True, starts_from_bos=True, denoising_weight=10.0),
         ),
@@ -99,8 +98,8 @@ FAMILIES = {
             "SDXL",
             models=("SDXL",),
             stream="context",
+            text_width=2048,
             context_width=2048,
-            embedded_width=None,
             published_blocks=("down", "mid"),
             recipe=Recipe(4, 1, has_time_table=False, starts_from_bos=False, denoising_weight=10.0),
         ),
@@ -109,13 +108,23 @@ FAMILIES = {
             "SD3",
             models=("SD3", "SD3.5"),
             stream="joint",
-            context_width=None,
+            text_width=4096,
             embedded_width=4096,
-            published_blocks=(),
-            recipe=Recipe(4, 5, has_time_table=True, starts_from_bos=False, denoising_weight=0.0),
         ),
+        Family("lumina2", "Lumina 2", models=("Lumina 2",), stream="sequence", text_width=2304),
+        Family("zimage", "Z-Image", models=("Z-Image",), stream="sequence", text_width=2560),
+        Family("flux", "Flux 1", models=("Flux 1",), stream="sequence", text_width=4096),
+        Family("chroma", "Chroma", models=("Chroma",), stream="sequence", text_width=4096),
+        Family("qwenimage", "Qwen-Image", models=("Qwen-Image",), stream="sequence", text_width=3584),
+        Family("flux2", "Flux 2", models=("Flux 2",), stream="sequence", text_width=None),
+        Family("krea2", "Krea 2", models=("Krea 2",), stream="sequence", text_width=30720),
+        Family("hunyuanimage", "HunyuanImage", models=("HunyuanImage",), stream="sequence", text_width=3584),
+        Family("anima", "Anima", models=("Anima",), stream="sequence", text_width=1024),
     )
 }
+
+PUBLISHED = ("sd15", "sdxl", "sd3")
+"""Whose published files say nothing of themselves; the files of all others name their family."""
 
 
 def family_named(name: str, label: str) -> Family:
@@ -127,10 +136,11 @@ def family_named(name: str, label: str) -> Family:
 
 def family_of_shape(shape: tuple[int, ...], label: str) -> Family:
     """The family that a (m, d) or (L, m, d) token tensor without metadata belongs to."""
-    for family in FAMILIES.values():
+    families = [FAMILIES[name] for name in PUBLISHED]
+    for family in families:
         if family.fits(shape):
             return family
-    *others, last = (f"{family.shape_text} ({family.title})" for family in FAMILIES.values())
+    *others, last = (f"{family.shape_text} ({family.title})" for family in families)
     raise SoftREPAError(f"{label}: tokens have shape {list(shape)}, expected {', '.join(others)} or {last}.")
 
 

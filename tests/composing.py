@@ -31,3 +31,20 @@ def small_controlnet() -> comfy.controlnet.ControlNet:
     net.load_state_dict(weights)
     control = comfy.controlnet.ControlNet(net.float().eval(), load_device=torch.device("cpu"))
     return control.set_cond_hint(seeded((1, 3, 64, 64), "control/hint", 0.3), strength=0.8)
+
+
+def one_by_one(apply_model, args):
+    """A model function wrapper that splits the batch of conds, as memory savers do."""
+    parts = []
+    count = len(args["cond_or_uncond"])
+    for index in range(count):
+        c = dict(args["c"])
+        for key, value in c.items():
+            if torch.is_tensor(value):
+                c[key] = value.chunk(count)[index]
+        options = c["transformer_options"] = dict(c["transformer_options"])
+        for key in ("cond_or_uncond", "uuids"):
+            options[key] = [options[key][index]]
+        chunks = (args["input"].chunk(count)[index], args["timestep"].chunk(count)[index])
+        parts.append(apply_model(*chunks, **c))
+    return torch.cat(parts)

@@ -7,7 +7,7 @@ from comfyui_softrepa.softrepa.data.batches import Example
 from comfyui_softrepa.softrepa.data.dataset import Dataset
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests.sampling import relative_error
-from softrepa_tests.tiny_models import CHANNELS, POOLED, WIDTH, seeded
+from softrepa_tests.tiny_models import POOLED, WIDTH, latent_shape, seeded
 
 
 class InMemory(AtHand):
@@ -20,10 +20,10 @@ class InMemory(AtHand):
         self.empty = self.cond("")
 
     def latent(self, example: Example) -> torch.Tensor:
-        return seeded((CHANNELS[self.family], 8, 8), example.name, 1.0)
+        return seeded(latent_shape(self.family), example.name, 1.0)
 
     def cond(self, caption: str) -> dict:
-        pooled = POOLED[self.family]
+        pooled = POOLED.get(self.family)
         return {
             "cross_attn": seeded((1, 77, WIDTH[self.family]), f"text/{caption}", 1.0),
             "pooled_output": None if pooled is None else seeded((1, pooled), f"pooled/{caption}", 1.0),

@@ -1,5 +1,6 @@
 """Soft tokens inserted by plain module hooks: a second, independent implementation to compare the patch with."""
 
+import inspect
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +18,8 @@ def injected(model, *token_sets: SoftTokens):
 
     def remember_timesteps(module, args, kwargs):
         call["t"] = args[1] if len(args) > 1 else kwargs["timesteps"]
+        if token_sets[0].family.stream == "sequence":  # some of these count their time from 0 to 1
+            call["t"] = call["t"] * (1000 / model.model.model_sampling.timestep(torch.tensor(1.0)))
 
     handles.append(network.register_forward_pre_hook(remember_timesteps, with_kwargs=True))
     if token_sets[0].family.stream == "context":
@@ -25,6 +28,15 @@ def injected(model, *token_sets: SoftTokens):
                 active = [s for s in token_sets if STAGES[name.split(".")[0]] in s.blocks]
                 if active:
                     handles.append(module.register_forward_pre_hook(_context_hook(active, call), with_kwargs=True))
+    elif token_sets[0].family.stream == "sequence":
+        for layer, block in enumerate(blocks_of(network)):
+            active = [s for s in token_sets if layer < s.blocks]
+            if active and token_sets[0].family.name == "anima":
+                handles.append(block.register_forward_pre_hook(_text_hook(layer, active, call)))
+            elif active:
+                before, after = _sequence_hooks(layer, active, call)
+                handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(block.register_forward_hook(after))
     else:
         for layer, block in enumerate(network.joint_blocks):
             active = [s for s in token_sets if layer < s.blocks]
@@ -77,3 +89,71 @@ def _joint_hooks(block, layer, active, call, network):
         return (text if text is None else text[:, call["n"] :], image)
 
     return [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+
+
+def _text_hook(layer, active, call):
+    """Rows behind the text that a block is called with."""
+
+    def hook(module, args):
+        x, time, text = args
+        soft = torch.cat([_rows(tokens, layer, call["t"]) for tokens in active], dim=1).to(text.dtype)
+        return x, time, torch.cat([text, soft], dim=1)
+
+    return hook
+
+
+def blocks_of(network) -> list[torch.nn.Module]:
+    """The blocks of a transformer, in the order in which they run."""
+    lists = ("layers", "blocks", "transformer_blocks", "double_blocks", "single_blocks")
+    return [block for name in lists for block in getattr(network, name, ())]
+
+
+SEQUENCES = {
+    "JointTransformerBlock": ("x", "x_mask", "freqs_cis"),
+    "QwenImageTransformerBlock": ("encoder_hidden_states", "encoder_hidden_states_mask", "image_rotary_emb"),
+    "DoubleStreamBlock": ("txt", "attn_mask", "pe"),
+    "SingleStreamBlock": ("x", "attn_mask", "pe"),
+    "comfy.ldm.krea2.model": ("x", "mask", "freqs"),
+}
+"""By class or module of a block, what it calls its text, the mask of keys and the rotations."""
+
+
+def _sequence_hooks(layer, active, call):
+    """Rows stand behind the text, or behind a sequence of both, unrotated, as queries too; afterwards they are cut."""
+
+    def before(module, args, kwargs):
+        names = SEQUENCES.get(type(module).__module__) or SEQUENCES[type(module).__name__]
+        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        given.pop("self")
+        text, mask, rotations = (given.get(name) for name in names)
+        soft = torch.cat([_rows(tokens, layer, call["t"]) for tokens in active], dim=1).to(text.dtype)
+        call["place"], call["n"] = text.shape[1], soft.shape[1]
+        axis = 1 if type(module).__name__ == "JointTransformerBlock" else 2
+        shape = list(rotations.shape)
+        shape[axis] = call["n"]
+        still = torch.eye(2, dtype=rotations.dtype).expand(shape)
+        length = rotations.shape[axis]
+        ahead, behind = (
+            rotations.narrow(axis, 0, call["place"]),
+            rotations.narrow(axis, call["place"], length - call["place"]),
+        )
+        given[names[0]] = torch.cat([text, soft], dim=1)
+        given[names[2]] = torch.cat([ahead, still, behind], dim=axis)
+        if mask is not None:
+            seen = torch.full((*mask.shape[:-1], call["n"]), 0, dtype=mask.dtype)
+            parts = [mask[..., : call["place"]], seen, mask[..., call["place"] :]]
+            given[names[1]] = torch.cat(parts, dim=-1)
+        return (), given
+
+    def after(module, args, output):
+        place, n = call["place"], call["n"]
+
+        def cut(sequence):
+            return torch.cat([sequence[:, :place], sequence[:, place + n :]], dim=1)
+
+        if not isinstance(output, tuple):
+            return cut(output)
+        text_is = 0 if type(module).__name__ == "QwenImageTransformerBlock" else 1
+        return tuple(cut(one) if index == text_is else one for index, one in enumerate(output))
+
+    return before, after

@@ -3,7 +3,7 @@
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
-from softrepa_tests.tiny_models import CHANNELS, LENGTH, POOLED, WIDTH, seeded
+from softrepa_tests.tiny_models import LENGTH, POOLED, WIDTH, latent_shape, seeded
 
 
 class Record(comfy.samplers.Sampler):
@@ -20,14 +20,14 @@ class Record(comfy.samplers.Sampler):
 
 def prompt(family: str, name: str, batch: int = 1, length: int | None = None) -> list:
     """A CONDITIONING with seeded values."""
-    context = seeded((batch, length or LENGTH[family], WIDTH[family]), f"{family}/{name}", 1.0)
-    pooled = POOLED[family]
+    context = seeded((batch, length or LENGTH.get(family, 9), WIDTH[family]), f"{family}/{name}", 1.0)
+    pooled = POOLED.get(family)
     extra = {"pooled_output": seeded((batch, pooled), f"{family}/{name}/pooled", 1.0)} if pooled else {}
     return [[context, extra]]
 
 
 def noise(family: str, batch: int = 1, size: tuple[int, int] = (8, 8), seed: int = 0) -> torch.Tensor:
-    return torch.randn((batch, CHANNELS[family], *size), generator=torch.Generator().manual_seed(seed))
+    return torch.randn((batch, *latent_shape(family, size)), generator=torch.Generator().manual_seed(seed))
 
 
 def guider(model: ModelPatcher, family: str, cfg: float = 4.0, positive=None, negative=None):

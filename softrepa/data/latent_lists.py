@@ -71,9 +71,14 @@ def cond_of(entry: list, label: str) -> Cond:
     return {"cross_attn": context.cpu(), "pooled_output": None if pooled is None else pooled.cpu()}
 
 
+def are_stills(samples: Tensor) -> bool:
+    """Whether latents are (B, C, H, W), or those of a video VAE of one frame each, (B, C, 1, H, W)."""
+    return samples.ndim == 4 or (samples.ndim == 5 and samples.shape[2] == 1)
+
+
 def _images_of(latent: dict) -> list[Tensor]:
     samples = latent["samples"]
-    if samples.ndim != 4:
+    if not are_stills(samples):
         raise SoftREPAError(
             f"latents have one of shape {list(samples.shape)}, expected still images, [batch, channels, height, width]."
         )

@@ -59,12 +59,16 @@ def token_folder(comfy_folders):
 
 @pytest.fixture(scope="session")
 def models():
-    """The tiny golden models by family; tests clone, never change them."""
-    from comfyui_softrepa.softrepa.families import FAMILIES
+    """The tiny models by family, each built when it is asked for; tests clone, never change them."""
     from softrepa_tests import tiny_models
 
-    with torch.inference_mode():
-        return {family: tiny_models.build(family) for family in FAMILIES}
+    class Models(dict):
+        def __missing__(self, family: str):
+            with torch.inference_mode():
+                self[family] = tiny_models.build(family)
+            return self[family]
+
+    return Models()
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests import tiny_models
-from softrepa_tests.composing import lora_for, small_controlnet
+from softrepa_tests.composing import lora_for, one_by_one, small_controlnet
 from softrepa_tests.oracle import injected
 from softrepa_tests.sampling import Record, guider, noise, prompt, record, relative_error, sample, sigmas_of
 from softrepa_tests.tiny_models import seeded
@@ -201,23 +201,6 @@ def test_area_and_mask(models, family, strength):
         patched.model_options["model_function_wrapper"] = one_by_one
         expected = sample(patched, family, **conds)
     assert relative_error(ours, expected) <= EXACT
-
-
-def one_by_one(apply_model, args):
-    """A model function wrapper that splits the batch of conds, as memory savers do."""
-    parts = []
-    count = len(args["cond_or_uncond"])
-    for index in range(count):
-        c = dict(args["c"])
-        for key, value in c.items():
-            if torch.is_tensor(value):
-                c[key] = value.chunk(count)[index]
-        options = c["transformer_options"] = dict(c["transformer_options"])
-        for key in ("cond_or_uncond", "uuids"):
-            options[key] = [options[key][index]]
-        chunks = (args["input"].chunk(count)[index], args["timestep"].chunk(count)[index])
-        parts.append(apply_model(*chunks, **c))
-    return torch.cat(parts)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])

@@ -4,6 +4,7 @@ import errno
 import os
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.model_management
 import folder_paths
@@ -379,7 +380,7 @@ def test_an_interrupted_run_is_taken_up(encoders, photos, encoded, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(encoders[1], "encode", interrupting)
-        patch.setattr(folder_encodings, "images_at_once", lambda size: 1)
+        patch.setattr(folder_encodings, "images_at_once", lambda vae, size: 1)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             read(encoders)
     assert len(cached(tmp_path)) == 1
@@ -628,3 +629,13 @@ def test_what_an_encoder_gives_besides_reaches_the_network(encoders, photos, mon
         PairNetwork(models["sd15"]).prepared(step)
     assert all({"attention_mask", "t5xxl_ids", "cross_attn"} <= given.keys() for given in seen)
     assert "rest" not in seen[0]
+
+
+def test_a_video_vae_gives_stills_of_one_frame():
+    def vae(frames):
+        return SimpleNamespace(encode=lambda pixels: torch.ones(1, 16, frames, 8, 8))
+
+    pixels = torch.zeros(64, 64, 3)
+    assert encoding.encode_image(vae(1), pixels, "a.png").shape == (16, 1, 8, 8)
+    with pytest.raises(SoftREPAError, match=r"vae gives latents of shape \[1, 16, 2, 8, 8\], expected those of still"):
+        encoding.encode_image(vae(2), pixels, "a.png")

@@ -88,7 +88,7 @@ def test_an_encoder_that_fails_is_left_as_it_was(clips, monkeypatch):
 
 def test_images_are_encoded_the_same_whatever_is_encoded_with_them(vae):
     for side, most in ((64, 8), (512, 2), (1024, 1)):
-        assert encoding.images_at_once((side, side)) == most
+        assert encoding.images_at_once(vae, (side, side)) == most
     pixels = list(torch.rand(8, 64, 64, 3))
     together = encoding.encode_images(vae, pixels, [""] * 8)
     for one, latent in zip(pixels, together, strict=True):

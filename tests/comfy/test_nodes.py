@@ -215,7 +215,7 @@ def test_too_many_blocks(pack, models, saved):
     )
 
 
-def test_foreign_models(pack, models, saved):
+def test_models_of_another_family(pack, models, saved):
     import comfy.ldm.flux.model
     import comfy.model_base
     import comfy.model_patcher
@@ -242,7 +242,8 @@ def test_foreign_models(pack, models, saved):
         config["txt_ids_dims"] = []
     flux = comfy.model_base.Flux(comfy.supported_models.Flux(config), device="cpu")
     patcher = comfy.model_patcher.ModelPatcher(flux, torch.device("cpu"), torch.device("cpu"))
-    assert refusal(pack, patcher, saved["sd3"]) == "Model is Flux, expected SD1.5, SDXL, SD3 or SD3.5."
+    expected = 'Tokens "sd3.safetensors" are for sd3 (5 layers x 384), but this model is Flux 1 (2 blocks x 128).'
+    assert refusal(pack, patcher, saved["sd3"]) == expected
 
 
 def test_names_that_are_not_there(pack, token_folder, saved):

@@ -17,7 +17,7 @@ def check_encodings(dataset: Dataset, model: ModelPatcher) -> None:
         check_positions(f"{dataset.label}: an image", model, width // PIXELS, height // PIXELS)
     expected = family.text_width
     found = dataset.empty["cross_attn"].shape[-1]
-    if found != expected:
+    if expected is not None and found != expected:
         raise SoftREPAError(
             f"{dataset.label} has text of width {found}, expected {expected} for {family.title}: "
             "encode it with this model's own CLIP."

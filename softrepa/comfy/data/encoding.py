@@ -18,7 +18,7 @@ from comfy.sd1_clip import SDClipModel
 from torch import Tensor
 
 from ...data.dataset import Cond
-from ...data.latent_lists import cond_of
+from ...data.latent_lists import are_stills, cond_of
 from ...errors import SoftREPAError, shown
 
 REST = "rest/"
@@ -30,18 +30,24 @@ MOST_TOKENS, MOST_PIXELS = 2**10, 2**19
 """In such a call, of more than one."""
 
 
-def images_at_once(size: tuple[int, int]) -> int:
-    """How many images of a size (width, height) go through the VAE in a call."""
-    return max(1, min(AT_ONCE, MOST_PIXELS // (size[0] * size[1])))
+def images_at_once(vae: comfy.sd.VAE, size: tuple[int, int]) -> int:
+    """How many images of a size (width, height) go through the VAE in a call; a video VAE takes several for frames."""
+    return 1 if is_of_video(vae) else max(1, min(AT_ONCE, MOST_PIXELS // (size[0] * size[1])))
+
+
+def is_of_video(vae: comfy.sd.VAE) -> bool:
+    """Whether its latents have frames, of which a still has one."""
+    return getattr(vae, "latent_dim", 2) == 3
 
 
 def encode_images(vae: comfy.sd.VAE, pixels: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
-    """(C, h, w) of each of `images_at_once` images at most, (H, W, 3) of one size; `names` are theirs, for errors.
+    """(C, h, w) of each of `images_at_once` images at most, (H, W, 3) of one size; (C, 1, h, w) by a video VAE.
 
-    Raises SoftREPAError for latents that are not of still images, and for those that are no numbers.
+    `names` are theirs, for errors. Raises SoftREPAError for latents that are not of still images, and for those that
+    are no numbers.
     """
     height, width, _ = pixels[0].shape
-    filled = [*pixels, *[pixels[-1]] * (images_at_once((width, height)) - len(pixels))]
+    filled = [*pixels, *[pixels[-1]] * (images_at_once(vae, (width, height)) - len(pixels))]
     return _latents(vae, filled, names)[: len(pixels)]
 
 
@@ -54,7 +60,7 @@ def _latents(vae: comfy.sd.VAE, pixels: Sequence[Tensor], names: Sequence[str]) 
     """Of all of one call; of repeats at the end there are no names."""
     with torch.inference_mode():
         latents = vae.encode(torch.stack(list(pixels)))
-    if latents.ndim != 4:
+    if not are_stills(latents):
         raise SoftREPAError(
             f"vae gives latents of shape {list(latents.shape)}, expected those of still images, "
             "[images, channels, height, width]."

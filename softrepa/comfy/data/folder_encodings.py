@@ -22,7 +22,7 @@ from ...data.dataset import Cond
 from ...data.folder import ImageFolder, UnusableImageError
 from ...data.images import PREPARATION
 from ..identity import clip_identity, vae_identity
-from .encoding import encode_caption, encode_captions, encode_images, images_at_once, stored_text, text_of
+from .encoding import encode_caption, encode_captions, encode_images, images_at_once, is_of_video, stored_text, text_of
 
 Entry = dict[str, Tensor]
 Encode = Callable[[list[Example], list[str]], None]
@@ -156,7 +156,7 @@ class FolderEncodings:
         """Without those that have turned out to be unusable: whoever draws or reads them again is told."""
         for size, group in by_size(examples).items():
             group.sort(key=lambda one: one.name)  # as they lie in shards
-            count = images_at_once(size)
+            count = images_at_once(self.vae, size)
             for start in range(0, len(group), count):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 usable, pixels = [], []
@@ -285,9 +285,10 @@ class FolderEncodings:
     def _latent_size(self, example: Example) -> int:
         return 4 * math.prod(self._shape(example))
 
-    def _shape(self, example: Example) -> tuple[int, int, int]:
+    def _shape(self, example: Example) -> tuple[int, ...]:
         width, height = (side // self.vae.spacial_compression_encode() for side in example.size)
-        return self.vae.latent_channels, height, width
+        frames = (1,) if is_of_video(self.vae) else ()
+        return self.vae.latent_channels, *frames, height, width
 
 
 class Stretch:

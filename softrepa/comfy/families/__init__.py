@@ -7,11 +7,12 @@ from ...errors import SoftREPAError
 from ...families import FAMILIES, Family
 from .adapter import Adapter, ModelShape
 from .joint import Joint
+from .sequence import Sequences
 from .unet import UNet
 
 __all__ = ["ADAPTERS", "Adapter", "ModelShape", "adapter_of", "is_guard", "model_shape", "most_cells"]
 
-ADAPTERS: dict[str, Adapter] = {adapter.stream: adapter for adapter in (UNet(), Joint())}
+ADAPTERS: dict[str, Adapter] = {adapter.stream: adapter for adapter in (UNet(), Joint(), Sequences())}
 """By the `stream` of a family's row."""
 
 

@@ -12,7 +12,11 @@ from ...training.noising import noised_eps, noised_flow
 Noising = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Latents, noise and sigma -> what the network sees, and what its raw output is compared with."""
 
-NOISINGS: Mapping[ModelType, Noising] = {ModelType.EPS: noised_eps, ModelType.FLOW: noised_flow}
+NOISINGS: Mapping[ModelType, Noising] = {
+    ModelType.EPS: noised_eps,
+    ModelType.FLOW: noised_flow,
+    ModelType.FLUX: noised_flow,
+}
 """By what the network predicts, for the adapters to choose from."""
 
 

@@ -90,7 +90,7 @@ def check_preview(model, inputs: TrainingInputs) -> None:
     expected = family.text_width
     for name in ("preview_positive", "preview_negative"):
         cond = getattr(inputs, name)
-        if not cond or cond[0][0].shape[-1] != expected:
+        if not cond or expected not in (None, cond[0][0].shape[-1]):
             found = f"text of width {cond[0][0].shape[-1]}" if cond else "nothing"
             raise SoftREPAError(f"{name} holds {found}, expected width {expected} for {family.title}.")
     channels, of_vae = model.model.latent_format.latent_channels, getattr(inputs.vae, "latent_channels", None)

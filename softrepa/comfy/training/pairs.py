@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_management as memory
 import torch
@@ -44,25 +45,29 @@ def pair_errors(
 
 @dataclass(frozen=True)
 class Captions:
-    """Each caption as keyword tensors of the network, (1, ...) each, wherever they lie."""
+    """Each caption as keywords of the network: tensors (1, ...), wherever they lie, and what is none."""
 
-    of: list[dict[str, Tensor]]
+    of: list[dict[str, Any]]
 
-    def joined(self, indices: list[int], device: torch.device) -> dict[str, Tensor]:
-        """(P, ...) each, on `device`; a caption of several pairs is brought there once."""
+    def joined(self, indices: list[int], device: torch.device) -> dict[str, Any]:
+        """Of captions of one form: (P, ...) each, on `device`; a caption of several pairs is brought there once."""
         distinct = sorted(set(indices))
         places = [distinct.index(j) for j in indices]
-        return {key: torch.cat([self.of[j][key] for j in distinct]).to(device)[places] for key in self.of[0]}
+        return {
+            key: torch.cat([self.of[j][key] for j in distinct]).to(device)[places] if isinstance(one, Tensor) else one
+            for key, one in self.of[distinct[0]].items()
+        }
 
     def runs(self, micro_batch: int, compared: Tensor) -> Iterator[tuple[list[int], list[int]]]:
         """The pairs of `compared` (B, J) as (image indices, caption indices).
 
-        At most `micro_batch` at a time, of one text length each.
+        At most `micro_batch` at a time, of captions of one form each: tensors of the same shapes, all else the same.
         """
-        lengths: dict[torch.Size, list[int]] = {}
+        forms: dict[str, list[int]] = {}
         for j, caption in enumerate(self.of):
-            lengths.setdefault(caption["c_crossattn"].shape, []).append(j)
-        for captions in lengths.values():
+            form = {key: value.shape if isinstance(value, Tensor) else value for key, value in caption.items()}
+            forms.setdefault(str(sorted(form.items())), []).append(j)
+        for captions in forms.values():
             pairs = [(i, j) for j in captions for i in compared[:, j].nonzero().flatten().tolist()]
             for start in range(0, len(pairs), micro_batch):
                 run = pairs[start : start + micro_batch]
@@ -114,10 +119,11 @@ class PairNetwork:
             given = {key: value for key, value in cond.items() if value is not None and key != "rest"}
             given |= cond.get("rest", {})
             encoded = self.base_model.extra_conds(**(sizes | given), noise=latents[:1], device=self.device)
-            captions.append({key: ordinary(value.cond) for key, value in encoded.items()})
+            found = {key: value.cond for key, value in encoded.items()}
+            captions.append({key: ordinary(one) if isinstance(one, Tensor) else one for key, one in found.items()})
         return sigma, seen, target, Captions(captions)
 
-    def output(self, seen: Tensor, sigma: Tensor, texts: dict[str, Tensor], rows: Tensor | None = None) -> Tensor:
+    def output(self, seen: Tensor, sigma: Tensor, texts: dict[str, Any], rows: Tensor | None = None) -> Tensor:
         """The network's raw output (P, C, H, W) for P pairs, each with its own `rows` (P, L, m, d) where given.
 
         With the graph of the rows; a denoised prediction instead would have to be divided by sigma.
@@ -125,7 +131,10 @@ class PairNetwork:
 
         def raw(x, sigma, c_concat, c_crossattn, control, transformer_options, **extra):
             dtype = compute_dtype(self.base_model)
-            extra = {key: value.to(dtype) if value.is_floating_point() else value for key, value in extra.items()}
+            extra = {
+                key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+                for key, value in extra.items()
+            }
             t = self.base_model.model_sampling.timestep(sigma).float()
             network, context = self.base_model.diffusion_model, c_crossattn.to(dtype)
             return network(x.to(dtype), t, context=context, transformer_options=transformer_options, **extra)
