@@ -248,11 +248,12 @@ def test_entries_of_other_names_and_shapes_are_made_anew(encoders, photos, encod
 
 def test_files_of_an_older_version_are_the_first_to_go(encoders, photos, encoded, tmp_path):
     expected = drawn(read(encoders))
+    needed = sum(path.stat().st_size for path in cached(tmp_path))
     for path in cached(tmp_path):
         path.with_name("0" * 64 + ".safetensors").write_bytes(path.read_bytes())
         path.unlink()
     encoded.clear()
-    dataset = read(encoders, cache_gb=0.0007)
+    dataset = read(encoders, cache_gb=(needed + 2000) / 10**9)
     assert "encoded and cached" in dataset.summary.splitlines()
     assert same(drawn(dataset), expected)
     assert encoded.count("image") == 4
