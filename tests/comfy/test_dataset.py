@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -540,12 +541,13 @@ def test_wrong_inputs(encoders, photos):
 
 
 def test_a_vae_that_gives_no_numbers(encoders, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoders[1], "encode", lambda pixels: torch.full((1, 4, 8, 8), torch.nan))
+    monkeypatch.setattr(encoders[1], "encode", lambda pixels: torch.full((len(pixels), 4, 8, 8), torch.nan))
     with pytest.raises(SoftREPAError, match=r"vae gives NaN or infinite values for 0.png"):
         read(encoders)
-    monkeypatch.setattr(encoders[1], "encode", lambda pixels: torch.zeros(1, 16, 1, 8, 8))
-    with pytest.raises(SoftREPAError, match=r"vae gives latents of shape \[1, 16, 1, 8, 8\], expected"):
-        read(encoders)
+    for shape in ((8, 16, 2, 8, 8), (1, 4, 8, 8)):  # two frames each; fewer than the images of a call
+        monkeypatch.setattr(encoders[1], "encode", lambda pixels, shape=shape: torch.zeros(shape))
+        with pytest.raises(SoftREPAError, match=re.escape(f"vae gives latents of shape {list(shape)}, expected")):
+            read(encoders)
     assert not cached(tmp_path)
 
 

@@ -60,10 +60,10 @@ def _latents(vae: comfy.sd.VAE, pixels: Sequence[Tensor], names: Sequence[str]) 
     """Of all of one call; of repeats at the end there are no names."""
     with torch.inference_mode():
         latents = vae.encode(torch.stack(list(pixels)))
-    if not are_stills(latents):
+    if not are_stills(latents) or len(latents) != len(pixels):
         raise SoftREPAError(
             f"vae gives latents of shape {list(latents.shape)}, expected those of still images, "
-            "[images, channels, height, width]."
+            f"[{len(pixels)}, channels, height, width]."
         )
     for latent, name in zip(latents, names, strict=False):
         if not latent.isfinite().all():
