@@ -125,11 +125,12 @@ def backward_through_pairs(
 
 
 def weighted_sum(weights: Tensor, gradients: Tensor) -> Tensor:
-    """sum_p w_p g_p of (P,) and (P, ...), in float64 and so on the CPU: a device may not have it."""
-    total = torch.zeros(gradients.shape[1:], dtype=torch.float64)
-    for weight, gradient in zip(weights.tolist(), gradients.detach().cpu(), strict=True):
+    """sum_p w_p g_p of (P,) and (P, ...), in float64, on the CPU; summed there where the device has no float64."""
+    device = torch.device("cpu") if gradients.device.type == "mps" else gradients.device
+    total = torch.zeros(gradients.shape[1:], dtype=torch.float64, device=device)
+    for weight, gradient in zip(weights.tolist(), gradients.detach().to(device), strict=True):
         total.add_(gradient, alpha=weight)
-    return total
+    return total.cpu()
 
 
 def loss_weights(errors: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ temperature. What each gives, `benchmarks/alignment.py` says."""
 def with_preset(preset: str, given: dict) -> dict:
     """`given` and what `preset` sets. Raises SoftREPAError where `given` says something else."""
     if preset not in PRESETS:
-        raise SoftREPAError(f'preset is "{shown(preset)}", expected one of {", ".join(PRESETS)}.')
+        raise SoftREPAError(f'preset is "{shown(preset)}", expected one of {"; ".join(PRESETS)}.')
     defaults = {name: field.default for name, field in TrainingConfig.__dataclass_fields__.items()}
     for name, value in PRESETS[preset].items():
         if given.get(name, defaults[name]) not in (defaults[name], value):

@@ -62,7 +62,7 @@ def workflow(name: str, **edit) -> dict:
 def edited_and_source(server, graph) -> tuple[np.ndarray, np.ndarray]:
     images = server.run(graph, timeout=300).images
     both, source = (np.asarray(Image.open(images[node][0]).convert("RGB")).astype(int) for node in ("11", "21"))
-    return both[:, -SIZE:], source  # the workflow saves the source and the edit side by side
+    return both[:, SIZE : 2 * SIZE], source  # the workflow saves source, edit and difference side by side
 
 
 def test_the_whole_picture(server):

@@ -52,9 +52,6 @@ def test_defaults_and_kinds_are_the_lists(pack, name):
         if field.default is None or field.name in WITHOUT_A_WIDGET:
             continue
         entry = entries[field.name]
-        if field.name == "checkpointing":  # saved graphs hold a boolean here
-            assert entry.default is True and entry.io_type == "BOOLEAN"
-            continue
         assert entry.default == field.default, field.name
         assert type(entry.default) is type(field.default), field.name
         assert entry.io_type in IO_TYPES[type(field.default)], field.name

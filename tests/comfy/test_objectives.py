@@ -197,5 +197,8 @@ def test_the_preset_of_hard_negatives_is_its_inputs(models, token_folder):
 def test_presets_are_not_overruled_silently(models, token_folder):
     with pytest.raises(SoftREPAError, match='objective is denoising, expected agsm as preset "AGSM" sets it'):
         train(models, "sd3", preset="AGSM", objective="denoising")
-    with pytest.raises(SoftREPAError, match='preset is "best", expected one of paper, hard negatives, AGSM'):
+    with pytest.raises(
+        SoftREPAError,
+        match='preset is "best", expected one of paper; paper, relative temperature; hard negatives; AGSM',
+    ):
         train(models, "sd3", preset="best")

@@ -52,7 +52,7 @@ def run(ranks, models, family, data=None, **options):
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(Trainer, "_contrast", spied)
         data = data or dataset(family)
-        trained = launch(models[family], data, said.append, TrainingInputs(**inputs | options), ranks)
+        trained = launch(models[family], data, said.append, TrainingInputs(**inputs | options), ranks=ranks)
     return trained, errors, said
 
 
