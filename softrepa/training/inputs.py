@@ -76,6 +76,10 @@ class TrainingInputs(Settings):
             raise SoftREPAError(
                 f'checkpointing is "{shown(self.checkpointing)}", expected one of {", ".join(TIME_TABLE)}, true, false.'
             )
+        if self.on_no_contrast not in ON_NO_CONTRAST:
+            raise SoftREPAError(
+                f'on_no_contrast is "{shown(self.on_no_contrast)}", expected one of {", ".join(ON_NO_CONTRAST)}.'
+            )
         missing = [name for name in PREVIEW if getattr(self, name) is None]
         if missing and len(missing) < len(PREVIEW):
             raise SoftREPAError(f"{', '.join(missing)} is not connected, expected all of {', '.join(PREVIEW)} or none.")
