@@ -1,10 +1,13 @@
-"""A LoRA and a ControlNet that fit the tiny models."""
+"""What a model with tokens is composed with: a LoRA and a ControlNet that fit the tiny models, and compilation."""
 
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.ops
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from softrepa_tests import tiny_models
+from softrepa_tests.sampling import guider, noise, record, relative_error, sigmas_of
 from softrepa_tests.tiny_models import seeded
 
 LORA_KEYS = {
@@ -48,3 +51,24 @@ def one_by_one(apply_model, args):
         chunks = (args["input"].chunk(count)[index], args["timestep"].chunk(count)[index])
         parts.append(apply_model(*chunks, **c))
     return torch.cat(parts)
+
+
+def same_when_compiled(patched, family: str, steps: int, tolerance: float) -> None:
+    """By ComfyUI's compile node `patched` gives the same at every step, and compiles nothing after the second one."""
+    torch.compiler.reset()
+    expected = record(guider(patched, family), noise(family), sigmas_of(patched, steps))
+    compiled = patched.clone()
+    set_torch_compile_wrapper(compiled, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
+    graphs = []
+
+    def count(args):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return args["denoised"]
+
+    compiled.set_model_sampler_post_cfg_function(count)
+    torch._dynamo.utils.counters.clear()
+    outputs = record(guider(compiled, family), noise(family), sigmas_of(patched, steps))
+    assert graphs[0] > 0
+    assert graphs[1] == graphs[-1]
+    for step, (ours, reference) in enumerate(zip(outputs, expected, strict=True)):
+        assert relative_error(ours, reference) <= tolerance, step

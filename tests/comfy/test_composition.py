@@ -12,18 +12,16 @@ import comfy.sd
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_nag import NAGuidance
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sd3 import SkipLayerGuidanceSD3
-from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests import tiny_models
-from softrepa_tests.composing import lora_for, one_by_one, small_controlnet
+from softrepa_tests.composing import lora_for, one_by_one, same_when_compiled, small_controlnet
 from softrepa_tests.oracle import injected
-from softrepa_tests.sampling import Record, guider, noise, prompt, record, relative_error, sample, sigmas_of
+from softrepa_tests.sampling import Record, guider, noise, prompt, relative_error, sample, sigmas_of
 from softrepa_tests.tiny_models import seeded
 from softrepa_tests.token_sets import tokens_for
 
@@ -227,24 +225,7 @@ def test_conditioning_hooks_with_a_schedule(models, family):
 )
 def test_torch_compile(models, family, options):
     """As ComfyUI's compile node does it: the same result, and no recompilation after step 2."""
-    torch.compiler.reset()
-    patched = apply_tokens(models[family], tokens_for(family), **options)
-    expected = record(guider(patched, family), noise(family), sigmas_of(patched, 10))
-    compiled = patched.clone()
-    set_torch_compile_wrapper(compiled, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
-    graphs = []
-
-    def count(args):
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        return args["denoised"]
-
-    compiled.set_model_sampler_post_cfg_function(count)
-    torch._dynamo.utils.counters.clear()
-    outputs = record(guider(compiled, family), noise(family), sigmas_of(patched, 10))
-    assert graphs[0] > 0
-    assert graphs[1] == graphs[-1]
-    for step, (ours, reference) in enumerate(zip(outputs, expected, strict=True)):
-        assert relative_error(ours, reference) <= EXACT, step
+    same_when_compiled(apply_tokens(models[family], tokens_for(family), **options), family, steps=10, tolerance=EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])

@@ -4,15 +4,13 @@ import comfy.hooks
 import comfy.sd
 import pytest
 import torch
-from comfy_api.torch_helpers import set_torch_compile_wrapper
-from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES
 from softrepa_tests import foreign, tiny_models
-from softrepa_tests.composing import one_by_one
+from softrepa_tests.composing import one_by_one, same_when_compiled
 from softrepa_tests.oracle import injected
-from softrepa_tests.sampling import guider, noise, prompt, record, relative_error, sample, sigmas_of
+from softrepa_tests.sampling import prompt, relative_error, sample
 from softrepa_tests.tiny_models import seeded
 from softrepa_tests.token_sets import tokens_for
 
@@ -75,24 +73,7 @@ def test_conditioning_hooks_with_a_schedule(models, family):
 @pytest.mark.parametrize("options", [{}, {"strength": 0.5, "start_percent": 0.3, "apply_to": "positive"}])
 def test_torch_compile(models, family, options):
     """As ComfyUI's compile node does it: the same result, and no recompilation after step 2."""
-    torch.compiler.reset()
-    patched = apply_tokens(models[family], tokens_for(family), **options)
-    expected = record(guider(patched, family), noise(family), sigmas_of(patched, 6))
-    compiled = patched.clone()
-    set_torch_compile_wrapper(compiled, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
-    graphs = []
-
-    def count(args):
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        return args["denoised"]
-
-    compiled.set_model_sampler_post_cfg_function(count)
-    torch._dynamo.utils.counters.clear()
-    outputs = record(guider(compiled, family), noise(family), sigmas_of(patched, 6))
-    assert graphs[0] > 0
-    assert graphs[1] == graphs[-1]
-    for step, (ours, reference) in enumerate(zip(outputs, expected, strict=True)):
-        assert relative_error(ours, reference) <= EXACT, step
+    same_when_compiled(apply_tokens(models[family], tokens_for(family), **options), family, steps=6, tolerance=EXACT)
 
 
 @EVERY

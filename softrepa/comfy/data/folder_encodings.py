@@ -228,8 +228,8 @@ class FolderEncodings:
                 [one for one in images if _owner(one.name, number) == rank],
                 [one for one in captions if _owner(one, number) == rank],
             )
-            self.finish()
             if number > 1:
+                self.finish()  # the others wait for it
                 patience = LEAST_PATIENCE + 2 * (time.monotonic() - started)
                 encode(*self._waited_for(theirs, texts, patience))
         finally:
