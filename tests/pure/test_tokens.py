@@ -55,7 +55,7 @@ def test_half_precision_files_become_float32():
         (lambda: SoftTokens.of(torch.full((4, 768), torch.nan), "sd15", ("down",)), "3072 NaN or infinite values"),
         (lambda: SoftTokens.of(torch.ones(4, 768).int(), "sd15", ("down",)), "tokens is int32"),
         (lambda: SoftTokens.of(torch.empty(0, 768), "sd15", ("down",)), r"empty, of shape \[0, 768\]"),
-        (lambda: SoftTokens.of(torch.randn(4, 768), "flux", ("down",)), 'family is "flux", expected one of sd15'),
+        (lambda: SoftTokens.of(torch.randn(4, 768), "pixart", ("down",)), 'family is "pixart", expected one of sd15'),
         (lambda: SoftTokens.of(torch.randn(5, 4, 64), "sd3", 6), "blocks is 6, expected at most the file's 5"),
         (
             lambda: SoftTokens.of(torch.randn(4, 768), "sd15", ("down",), time_table=torch.randn(50, 768)),
