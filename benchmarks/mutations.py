@@ -83,6 +83,10 @@ def whole_token_files() -> dict[str, bytes]:
     return {
         "sd3.safetensors": save(sd3, ours | {"family": "sd3", "blocks": "2"}),
         "sd15.safetensors": save({"tokens": numbers(1, 768).half()}, ours | {"family": "sd15", "blocks": "down,mid"}),
+        "anima_lora.safetensors": save(
+            {"tokens": numbers(2, 2, 2, 8), "t_offsets.weight": numbers(5, 32)},
+            {"ss_splice_position": "front_of_padding"},
+        ),
         "bare.safetensors": save({"tokens": numbers(2, 2, 8)}),
         "dc_tokens.pth": _saved(torch.nn.Parameter(numbers(2, 2, 8))),
         "plain.pth": _saved(numbers(2, 8, 2).transpose(1, 2)),
@@ -120,7 +124,7 @@ def _reheaded(content: bytes, rng: random.Random) -> bytes:
             text = json.dumps(odd(header, rng)).encode()
         case 2:
             metadata = header.setdefault("__metadata__", {})
-            key = rng.choice(("family", "blocks", "format", "format_version", "inputs", "any\nkey"))
+            key = rng.choice(("family", "blocks", "format", "format_version", "splice_position", "inputs", "any\nkey"))
             values = (*ODD_NUMBERS, "x" * 5000, "\x1b[2J\n\u202e", "down", "7", "mid,up,down", "[" * 5000)
             metadata[key] = rng.choice(values)
             text = json.dumps(header).encode()
@@ -135,7 +139,9 @@ def _reheaded(content: bytes, rng: random.Random) -> bytes:
             text = json.dumps(header).encode()
         case _:
             names = list(header)
-            header[rng.choice(("tokens", "time_table", "x" * 500, "negative_tokens"))] = header.pop(rng.choice(names))
+            header[rng.choice(("tokens", "time_table", "t_offsets.weight", "x" * 500, "negative_tokens"))] = header.pop(
+                rng.choice(names)
+            )
             text = json.dumps(header).encode()
             data = damaged(data, rng) if rng.random() < 0.5 else data
     if rng.random() < 0.1:

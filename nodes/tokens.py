@@ -81,7 +81,8 @@ def application_inputs() -> list[io.Input]:
 def description_line(tokens: SoftTokens) -> str:
     """What was loaded, in a line for the node."""
     time = "with time table" if tokens.time_table is not None else "no time table: static tokens"
-    return f"{tokens.family.title}, {tokens.count} tokens, {where(tokens.blocks)}, {time}"
+    padding = f", in place of padding ({tokens.splice})" if tokens.splice is not None else ""
+    return f"{tokens.family.title}, {tokens.count} tokens, {where(tokens.blocks)}, {time}{padding}"
 
 
 class LoadTokens(io.ComfyNode):

@@ -126,6 +126,9 @@ FAMILIES = {
 PUBLISHED = ("sd15", "sdxl", "sd3")
 """Whose published files say nothing of themselves; the files of all others name their family."""
 
+PADDED = FAMILIES["anima"]
+"""Whose attention sees the text filled up with zeros: the tokens that anima_lora trains take the place of some."""
+
 
 def family_named(name: str, label: str) -> Family:
     """The row called `name`; `label` is who asks, for the error."""

@@ -1,4 +1,4 @@
-"""Token files: our safetensors format, and the .pth pairs that SoftREPA and AGSM publish.
+"""Token files: our safetensors format, that of anima_lora, and the .pth pairs that SoftREPA and AGSM publish.
 
 No pickle is executed: `softrepa.pth` says how `.pth` files are read.
 """
@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 
 from .errors import SoftREPAError, said, shown
-from .families import Blocks, Family, family_named, family_of_shape, format_blocks, parse_blocks, where
+from .families import PADDED, Blocks, Family, family_named, family_of_shape, format_blocks, parse_blocks, where
 from .files import is_file, is_folder, read_tensors, write_tensors
 from .pth import read_pth
-from .tokens import SoftTokens
+from .tokens import END, SoftTokens
 
 FORMAT = "softrepa"
 FORMAT_VERSION = "1"
 TENSORS = ("tokens", "time_table", "negative_tokens")
+SPLICE = "splice_position"
+OURS = ("format", "format_version", "family", "blocks", SPLICE)
+"""What the metadata says of the tokens themselves."""
+OF_ANIMA_LORA = {"tokens", "t_offsets.weight"}
+"""What sorryhyun/anima_lora's networks/methods/soft_tokens.py saves."""
 
 PUBLISHED = {"dc_tokens.pth": "dc_t_tokens.pth", "soft_tokens.pth": "soft_t_tokens.pth"}
 """Published token files (SoftREPA, AGSM) and the time table that stands beside each."""
@@ -58,6 +63,8 @@ def save(tokens: SoftTokens, path: str | Path) -> Path:
         "family": tokens.family.name,
         "blocks": format_blocks(tokens.blocks),
     }
+    if tokens.splice is not None:
+        metadata[SPLICE] = tokens.splice
     write_tensors(path, tensors, metadata)
     return path
 
@@ -96,6 +103,8 @@ def _read_safetensors(path: Path, label: str) -> tuple[dict[str, Tensor], dict[s
         ) from None
     if metadata.get("format", FORMAT) not in (FORMAT, "pt"):  # "pt" is what safetensors' own savers write
         raise SoftREPAError(f'{label}: format is "{shown(metadata["format"])}", expected "{FORMAT}".')
+    if tensors.keys() == OF_ANIMA_LORA:
+        return _of_anima_lora(tensors, metadata, label)
     foreign = sorted(tensors.keys() - set(TENSORS))
     if tensors.keys() == {"time_table"}:
         raise SoftREPAError(f"{label}: the file has a time table without tokens, expected both.")
@@ -111,6 +120,22 @@ def _read_safetensors(path: Path, label: str) -> tuple[dict[str, Tensor], dict[s
             f'{label}: format_version is "{shown(version)}", expected "{FORMAT_VERSION}"; update this pack.'
         )
     return tensors, metadata
+
+
+def _of_anima_lora(tensors: dict[str, Tensor], metadata: dict[str, str], label: str):
+    """In our terms: [L, m, d] with a table [n, L d], or of each two, of which the first is for sampling."""
+    tokens, table = tensors["tokens"], tensors["t_offsets.weight"]
+    says = {"family": PADDED.name, SPLICE: metadata.get("ss_splice_position", END)}
+    if tokens.ndim == 4:
+        columns = tokens.shape[1] * tokens.shape[3]
+        if len(tokens) != 2 or table.shape[1:] != (2 * columns,):
+            raise SoftREPAError(
+                f"{label}: tokens have shape {list(tokens.shape)} and t_offsets.weight {list(table.shape)}, expected "
+                "[2, layers, m, width] and [n, 2 x layers x width]."
+            )
+        tokens, table = tokens[0], table[:, :columns]
+        says["bank"] = "the first of two, as anima_lora samples; its other one is for training"
+    return {"tokens": tokens, "time_table": table}, metadata | says
 
 
 def _read_published(path: Path, label: str) -> dict[str, Tensor]:
@@ -148,7 +173,7 @@ def _assemble(
     row: Family = family_named(family_name, label) if family_name else family_of_shape(shape, label)
     blocks_text = blocks or metadata.get("blocks")
     parsed = parse_blocks(blocks_text, row, label) if blocks_text else _published_blocks(row, shape)
-    kept = {key: text for key, text in metadata.items() if key not in ("format", "format_version", "family", "blocks")}
+    kept = {key: text for key, text in metadata.items() if key not in OURS}
     return SoftTokens(
         tensors["tokens"],
         row,
@@ -157,6 +182,7 @@ def _assemble(
         negative_tokens=tensors.get("negative_tokens"),
         metadata=kept,
         name=name,
+        splice=metadata.get(SPLICE),
     )
 
 
@@ -176,6 +202,8 @@ def summary(tokens: SoftTokens) -> list[str]:
     else:
         rows = tokens.time_table.unflatten(1, (tokens.layers, -1))
         lines.append(f"time table  {list(tokens.time_table.shape)}, mean norm {rows.norm(dim=-1).mean():.4g}")
+    if tokens.splice is not None:
+        lines.append(f"padding     the tokens take its place in the text, {tokens.splice}")
     if tokens.negative_tokens is not None:
         lines.append(f"negative    a second bank, mean norm {tokens.negative_tokens.norm(dim=-1).mean():.4g}")
     texts = [f"{shown(key, 80):11} {shown(text, SHOWN_TEXT)}" for key, text in sorted(tokens.metadata.items())]

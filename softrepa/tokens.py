@@ -7,16 +7,34 @@ import torch
 from torch import Tensor
 
 from .errors import SoftREPAError, shown
-from .families import Blocks, Family, depth, family_named
+from .families import PADDED, Blocks, Family, depth, family_named
 from .numbers import check_finite
 
 BUCKETS = 100
 """Rows of a time table: ten timesteps share one."""
 
+END = "end_of_sequence"
+SPLICES = (END, "front_of_padding")
+"""Where rows stand that take the place of padding, as anima_lora calls it: at its end, or behind the last word.
 
-def bucket(timestep: Tensor) -> Tensor:
-    """Row of the time table for timesteps on the model's 0..1000 scale."""
-    return timestep.long().clamp(0, 999) // 10
+One is like the other to attention: its keys have no order, and those of padding are all the same.
+"""
+
+
+def bucket(timestep: Tensor, count: int = BUCKETS) -> Tensor:
+    """Row of a time table of `count` rows for timesteps on the model's 0..1000 scale."""
+    return (timestep * count / 1000).long().clamp(0, count - 1)
+
+
+def check_padding(text: Tensor, count: int, label: str) -> None:
+    """Raises SoftREPAError unless each of the texts (B, N, d) leaves `count` rows of padding, which are zeros."""
+    if (text[:, -count:] != 0).any():
+        rows = torch.arange(1, text.shape[1] + 1, device=text.device)
+        longest = int(((text != 0).any(dim=-1) * rows).max())
+        raise SoftREPAError(
+            f"{label} take the place of {count} rows of a text's padding, but a text fills {longest} of "
+            f"{text.shape[1]} rows, expected at most {max(0, text.shape[1] - count)}."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +43,7 @@ class SoftTokens:
 
     tokens: (m, d) for a UNet, (L, m, d) for an MMDiT. d is the context width, or for an MMDiT also 4096.
     time_table: (100, d) or (100, L * hidden width), layer-major; None for static tokens.
+    splice: one of `SPLICES` for rows that take the place of padding; their time table may have any number of rows.
     negative_tokens: a second bank for the unconditional half, shaped like `tokens`; the time table is shared.
     blocks: where the file says they act; metadata: the file's other strings.
     """
@@ -36,6 +55,7 @@ class SoftTokens:
     negative_tokens: Tensor | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     name: str = "tokens"
+    splice: str | None = None
 
     def __post_init__(self):
         for key in ("tokens", "time_table", "negative_tokens"):
@@ -44,6 +64,7 @@ class SoftTokens:
                 object.__setattr__(self, key, self._checked(key, tensor))
         self._check_shapes()
         self._check_blocks()
+        self._check_splice()
 
     @classmethod
     def of(cls, tokens: Tensor, family: str, blocks: Blocks, **rest) -> "SoftTokens":
@@ -95,7 +116,7 @@ class SoftTokens:
             rows = embed(rows)
         if self.time_table is None:
             return rows.expand(len(timestep), -1, -1, -1)
-        shift = self.time_table[bucket(timestep)].unflatten(1, (self.layers, -1))
+        shift = self.time_table[bucket(timestep, len(self.time_table))].unflatten(1, (self.layers, -1))
         return rows + shift.unsqueeze(2)
 
     def to(self, device: torch.device) -> "SoftTokens":
@@ -131,17 +152,31 @@ class SoftTokens:
         if self.time_table is None:
             return
         table = list(self.time_table.shape)
+        buckets = table[0] if self.splice and table else BUCKETS
         if self.is_text_width:
-            fits = len(table) == 2 and table[0] == BUCKETS and table[1] % self.layers == 0
+            fits = len(table) == 2 and table[0] == buckets and table[1] % self.layers == 0
             width = f"{self.layers} x the model's hidden width"
         else:
             width = str(self.layers * self.width)
-            fits = table == [BUCKETS, self.layers * self.width]
+            fits = table == [buckets, self.layers * self.width]
         if not fits:
-            raise SoftREPAError(f"{self.label}: time_table has shape {table}, expected [{BUCKETS}, {width}].")
+            raise SoftREPAError(f"{self.label}: time_table has shape {table}, expected [{buckets}, {width}].")
 
     def _check_blocks(self):
         if depth(self.blocks) > self.layers:
             raise SoftREPAError(
                 f"{self.label}: blocks is {self.blocks}, expected at most the file's {self.layers} layers."
+            )
+
+    def _check_splice(self):
+        if self.splice is None:
+            return
+        if self.splice not in SPLICES:
+            raise SoftREPAError(
+                f'{self.label}: splice_position is "{shown(self.splice)}", expected one of {", ".join(SPLICES)}.'
+            )
+        if self.family is not PADDED:
+            raise SoftREPAError(
+                f"{self.label}: splice_position is {self.splice} for {self.family.title}, expected it for "
+                f"{PADDED.title} only, whose text has padding."
             )

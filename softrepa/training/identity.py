@@ -47,7 +47,7 @@ def run_identity(
 
 
 def tokens_hash(tokens: SoftTokens) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256((tokens.splice or "").encode())
     for tensor in (tokens.tokens, tokens.time_table, tokens.negative_tokens):
         if tensor is not None:
             digest.update(tensor.float().cpu().contiguous().numpy().tobytes())

@@ -138,9 +138,9 @@ class Trainer:
         source = self.average if self.config.ema_decay else dict(self.tokens.named_parameters())
         copies = {key: value.detach().clone().cpu() for key, value in source.items()}
         family, blocks = self.tokens.family, self.tokens.blocks
-        banks = {key: copies[key].view(self.tokens.shape) for key in ("tokens", "negative_tokens") if key in copies}
-        table = copies.get("time_table")
-        return SoftTokens(**banks, family=family, blocks=blocks, time_table=table, name=name, metadata=metadata)
+        shape, table, second = self.tokens.shape, copies.get("time_table"), copies.get("negative_tokens")
+        second = None if second is None else second.view(shape)
+        return SoftTokens(copies["tokens"].view(shape), family, blocks, table, second, metadata, name)
 
     def _average_gradients(self, batches: int) -> float:
         """Of `batches` added ones, clipped; returns their norm before that."""

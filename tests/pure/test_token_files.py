@@ -194,6 +194,21 @@ def test_bad_safetensors_are_refused(tmp_path):
         token_files.load(path)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "table"),
+    [((2, 3, 2, 8), (64, 24)), ((2, 3, 2, 8), (48,)), ((3, 3, 2, 8), (64, 72)), ((0, 3, 2, 8), (64, 0))],
+    ids=["a table of one bank", "no table", "three banks", "no bank"],
+)
+def test_bad_files_of_anima_lora_are_refused(tmp_path, tokens, table):
+    path = tmp_path / "a.safetensors"
+    save_file({"tokens": torch.ones(tokens), "t_offsets.weight": torch.ones(table)}, path)
+    with pytest.raises(SoftREPAError, match=r"expected \[2, layers, m, width\] and \[n, 2 x layers x width\]"):
+        token_files.load(path)
+    save_file({"tokens": torch.ones(3, 2, 8), "t_offsets.weight": torch.ones(64, 48)}, path)
+    with pytest.raises(SoftREPAError, match=r"time_table has shape \[64, 48\], expected \[64, 24\]"):
+        token_files.load(path)
+
+
 def test_other_formats_and_scalars_are_refused(tmp_path):
     path = tmp_path / "tokens.safetensors"
     save_file({"tokens": torch.ones(4, 768)}, path, metadata={"format": "lora"})

@@ -9,6 +9,19 @@ from comfyui_softrepa.softrepa.tokens import SoftTokens, bucket
 def test_buckets():
     timesteps = torch.tensor([0.0, 9.99, 10, 499.9, 500, 989, 990, 999, 999.9, 1000])
     assert bucket(timesteps).tolist() == [0, 0, 1, 49, 50, 98, 99, 99, 99, 99]
+    assert bucket(torch.arange(1000)).tolist() == [t // 10 for t in range(1000)]
+
+
+def test_the_last_number_below_a_timestep_is_of_the_bucket_before():
+    for edge in range(10, 1000, 10):
+        below = torch.nextafter(torch.tensor(float(edge)), torch.tensor(0.0))
+        assert bucket(torch.stack([below, torch.tensor(float(edge))])).tolist() == [edge // 10 - 1, edge // 10]
+
+
+def test_a_table_of_any_number_of_rows():
+    """floor(sigma n) of n, at t = 1000 sigma."""
+    sigma = torch.tensor([0.0, 0.0157, 0.25, 0.999, 1.0])
+    assert bucket(1000 * sigma, 64).tolist() == [0, 1, 16, 63, 63]
 
 
 def test_unet_rows_are_tokens_plus_their_bucket():
@@ -68,6 +81,18 @@ def test_half_precision_files_become_float32():
         (
             lambda: SoftTokens.of(torch.randn(4, 768), "sd15", ("down",), negative_tokens=torch.randn(2, 768)),
             r"negative_tokens have shape \[2, 768\]",
+        ),
+        (
+            lambda: SoftTokens.of(torch.randn(2, 3, 8), "anima", 2, time_table=torch.randn(64, 16)),
+            r"time_table has shape \[64, 16\], expected \[100, 16\]",
+        ),
+        (
+            lambda: SoftTokens.of(torch.randn(2, 3, 8), "anima", 2, splice="middle"),
+            'splice_position is "middle", expected one of end_of_sequence, front_of_padding',
+        ),
+        (
+            lambda: SoftTokens.of(torch.randn(2, 3, 8), "flux", 2, splice="end_of_sequence"),
+            "splice_position is end_of_sequence for Flux 1, expected it for Anima only",
         ),
     ],
 )

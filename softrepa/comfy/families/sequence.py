@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import SoftREPAError
 from ...families import FAMILIES
+from ...tokens import check_padding
 from ..tokens.attention import OVERRIDE, key_bias
 from ..tokens.call_state import KEY, CallState, Place, call_state, refuse_unweighed
 from ..training.frozen import ForeignTensors
@@ -90,7 +91,9 @@ class Sequences:
         """
         options = options_among(args, kwargs)
         fresh = {key: value for key, value in options.items() if key not in BLOCK}
-        architecture = known(executor.class_obj)
+        architecture, state = known(executor.class_obj), call_state(options)
+        if state.padding:
+            check_padding(text_among(*args, **kwargs), max(state.padding.values()), state.label)
         modulation = architecture.modulation(executor.class_obj, *args, **kwargs)
         blocks = architecture.blocks(executor.class_obj)
         fresh |= architecture.hooks(fresh)
@@ -114,6 +117,11 @@ def options_among(args: tuple, kwargs: dict) -> dict:
     found = [one for one in (*args, *kwargs.values()) if isinstance(one, dict) and KEY in one]
     call_state(found[0] if found else {})
     return found[0]
+
+
+def text_among(x: Tensor, timestep: Tensor, context: Tensor, *args, **kwargs) -> Tensor:
+    """(B, N, d), of what networks are called with."""
+    return context
 
 
 def guard(executor, *args, **kwargs):
@@ -145,7 +153,8 @@ class RowsAsKeys:
                 "for each; remove that node."
             )
         if place in state.bias:
-            state.attention.expect(key_bias(state.bias[place], k.shape[-2], 0))
+            # Keys have no order: rows stand at the place of padding where they are seen and it is not.
+            state.attention.expect(key_bias(state.bias[place], k.shape[-2] - state.padding.get(place, 0), 0))
         soft = self.architecture.keys_values(name, block, rows, self.modulation)
         k, v = (with_rows(one, more) for one, more in zip((k, v), soft, strict=True))
         out = self._attention(func, q, k, v, heads, with_seen(mask, rows.shape[1]), kwargs)

@@ -23,6 +23,8 @@ class CallState:
     """Per place the rows (B, n, d) of this call and, unless all strengths are 1, their logit bias (B, n).
 
     label: whose rows they are, for errors; timestep (B,); negative: which of the B samples are negative prompts'.
+    padding: by place, how many rows of the text's padding these rows take the place of; their bias (B, padding + n)
+    begins with what the padding keeps.
     blocks: the joint blocks of the very network that is called (each device has its own); none for a UNet.
     made_for: the state for other texts than one a sample; None where a call can have no others.
     """
@@ -33,6 +35,7 @@ class CallState:
     rows: dict[Place, Tensor] = field(default_factory=dict)
     bias: dict[Place, Tensor] = field(default_factory=dict)
     attention: SoftKeyBias = field(default_factory=SoftKeyBias)
+    padding: dict[Place, int] = field(default_factory=dict)
     blocks: Sequence[nn.Module] = ()
     has_roles: bool = False
     made_for: Callable[[Entries], "CallState"] | None = None

@@ -101,8 +101,19 @@ def apply_tokens(
     patched = model.clone()
     if strength > 0:
         before = model.get_attachment(KEY)
-        SoftTokenPatch((*before.sets, added) if before else (added,)).install(patched)
+        sets = (*before.sets, added) if before else (added,)
+        refuse_two_in_padding(sets)
+        SoftTokenPatch(sets).install(patched)
     return patched
+
+
+def refuse_two_in_padding(sets: Sequence[TokenSet]) -> None:
+    labels = [one.tokens.label for one in sets if one.tokens.splice is not None]
+    if len(labels) > 1:
+        raise SoftREPAError(
+            f"{labels[-1]} take the place of the text's padding, which {labels[0]} have taken, expected one such set "
+            "on a model."
+        )
 
 
 class SoftTokenPatch:
@@ -174,6 +185,7 @@ class SoftTokenPatch:
         """
         rows: dict[Place, list[Tensor]] = {}
         strengths: dict[Place, list[list[float]]] = {}
+        padding: dict[Place, int] = {}
         device = sigma.device
         sigma = sigma.expand(len(negative))
         timestep = timestep_at(base_model.model_sampling, sigma)
@@ -185,7 +197,11 @@ class SoftTokenPatch:
             layers = self._rows(base_model, token_set, tokens, timestep, negative)
             for place in self.adapter.places(token_set.blocks):
                 rows.setdefault(place, []).append(layers[:, self.adapter.layer(place)])
-                strengths.setdefault(place, []).extend([per_sample] * tokens.count)
+                columns = strengths.setdefault(place, [])
+                columns.extend([per_sample] * tokens.count)
+                if tokens.splice is not None:
+                    columns[:0] = [[max(0.0, 1.0 - strength) for strength in per_sample]] * tokens.count
+                    padding[place] = tokens.count
         dtype = compute_dtype(base_model)
 
         def made_for(entries: Entries) -> CallState:
@@ -199,6 +215,7 @@ class SoftTokenPatch:
             rows={
                 place: (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(dtype) for place, parts in rows.items()
             },
+            padding=padding,
             blocks=self.adapter.blocks(base_model.diffusion_model),
             has_roles=self.has_roles,
             made_for=made_for,

@@ -43,6 +43,8 @@ class TokenPlan:
 
     def checked(self, tokens: SoftTokens) -> SoftTokens:
         """`tokens` to go on from. Raises SoftREPAError where they are not what is asked for."""
+        if tokens.splice is not None:
+            raise SoftREPAError(f"{tokens.label} take the place of padding, expected tokens that join the text.")
         if tokens.negative_tokens is not None and not self.two_banks:
             raise SoftREPAError(f"{tokens.label} have a second bank, expected one: training would leave it behind.")
         if tokens.negative_tokens is None and self.two_banks:
