@@ -15,8 +15,10 @@ import pytest
 import torch
 from comfy_kitchen.backends.eager.rope import rms_rope_split_half
 from comfyui_softrepa.softrepa.comfy.families.noising import sigma_at
+from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.comfy.training.pairs import pair_errors
 from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
+from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from comfyui_softrepa.softrepa.training.pairs import StepBatch
@@ -24,8 +26,9 @@ from softrepa_tests import tiny_models
 from softrepa_tests.learning import InMemory
 from softrepa_tests.offloading import shared_buffers
 from softrepa_tests.oracle import blocks_of, injected
-from softrepa_tests.sampling import relative_error
+from softrepa_tests.sampling import relative_error, sample
 from softrepa_tests.tiny_models import HIDDEN, latent_shape, seeded
+from softrepa_tests.token_sets import tokens_for
 
 TRANSFORMERS = [family.name for family in FAMILIES.values() if family.stream == "sequence"]
 EVERY = pytest.mark.parametrize("family", TRANSFORMERS)
@@ -203,18 +206,36 @@ def test_captions_of_other_lengths_masks_and_counts(models, family):
     batch, rows = step(family), rows_for(models[family], family)
     short = InMemory(family).cond("short")
     short["cross_attn"] = short["cross_attn"][:, :5]
-    masked = InMemory(family).cond("masked")
-    masked["rest"] = {"attention_mask": (torch.arange(77) < 70).long()[None]}
+    masked, more_masked = (
+        InMemory(family).cond(f"masked {seen}") | {"rest": {"attention_mask": (torch.arange(77) < seen).long()[None]}}
+        for seen in (70, 30)
+    )
     whole = InMemory(family).cond("whole") | {"rest": {"attention_mask": torch.ones(1, 77, dtype=torch.long)}}
-    conds = [batch.conds[0], masked, batch.conds[1], whole, short]  # no four in a row are of one form
-    at_once = 1 if family == "hunyuanimage" else 4  # whose network takes a mask for one sample only
+    conds = [batch.conds[0], masked, batch.conds[1], whole, more_masked, short]  # no four in a row are of one form
     with torch.inference_mode(False), torch.enable_grad():
         network = TrainableNetwork(models[family], len(rows))
-        errors, found = network.gradients(rows, StepBatch.of_all(batch.latents, batch.noise, conds, TIME), at_once)
+        errors, found = network.gradients(rows, StepBatch.of_all(batch.latents, batch.noise, conds, TIME), 4)
         for j, cond in enumerate(conds):
             one, gradient = network.gradients(rows, StepBatch.of_all(batch.latents, batch.noise, [cond], TIME), 1)
             assert relative_error(errors[:, j : j + 1], one) <= 1e-5
             assert relative_error(found.unflatten(0, (2, len(conds)))[:, j], gradient) <= 1e-4
+
+
+def test_a_model_that_hears_the_steps_of_sampling_is_not_measured(models):
+    """HunyuanImage's distilled one: it samples with tokens, and there is no error of it at a single noise level."""
+    config = tiny_models.TRANSFORMERS["hunyuanimage"][1] | {"meanflow": True, "meanflow_sum": True}
+    model, family = tiny_models.with_network("HunyuanImage21", config), "hunyuanimage"
+    with injected(model, tokens_for(family)):
+        expected = sample(model, family)
+    assert relative_error(sample(apply_tokens(model, tokens_for(family)), family), expected) <= 1e-5
+    assert relative_error(sample(model, family), expected) > 1e-3
+    batch = step(family)
+    for measured in (
+        lambda: gradients(model, family),
+        lambda: pair_errors(model, None, batch.latents, batch.noise, batch.conds, TIME, 2),
+    ):
+        with pytest.raises(SoftREPAError, match="distilled to jump from one step of its sampling to the next"):
+            measured()
 
 
 def test_the_words_of_anima_stay_whole_numbers(models):

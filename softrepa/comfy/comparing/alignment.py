@@ -40,6 +40,7 @@ class AlignmentJudge:
             )
         if compared.model.get_attachment(KEY) is not None:
             raise SoftREPAError("Model has soft tokens on it, expected the plain model, which judges all arms.")
+        PairNetwork(compared.model)  # refuses a model of which no errors can be measured
 
     def key(self, compared: Compared) -> str:
         texts = short_hash("\n".join(one.text for one in compared.prompts))

@@ -1,6 +1,6 @@
 """What an adapter says of its networks."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -67,6 +67,12 @@ class Adapter(Protocol):
 
     def embedder(self, network: nn.Module) -> nn.Module | None:
         """What rows of the text's width go through before they join the stream; None where they join it as they are."""
+
+    def hears_steps(self, network: nn.Module) -> bool:
+        """Whether it must be told the steps of a sampling, and so can be called in no other way."""
+
+    def of_all_samples(self, network: nn.Module) -> Collection[str]:
+        """What it takes one of for all samples of a call, by its keyword."""
 
     def most_cells(self, network: nn.Module) -> int | None:
         """The longest side of a latent that a network of this adapter has positions for; None for any other."""

@@ -1,7 +1,7 @@
 """What differs between transformers whose attention sees soft rows as further keys: names of their parts, and time."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class Architecture(ABC):
     """Whether its blocks add to their inputs in place."""
     rotates_fused = False
     """Whether it uses comfy-kitchen's fused rotation in training too."""
+    of_all_samples: Collection[str] = ()
+    """What it takes one of for all samples of a call, by its keyword."""
 
     def hooks(self, options: dict) -> dict:
         """Transformer options of a call that it needs besides."""
@@ -40,6 +42,10 @@ class Architecture(ABC):
 
     @abstractmethod
     def width(self, network) -> int: ...
+
+    def hears_steps(self, network) -> bool:
+        """Whether it must be told the steps of a sampling."""
+        return False
 
     @abstractmethod
     def blocks(self, network) -> dict[BlockName, nn.Module]:
@@ -217,8 +223,13 @@ class Chroma(Doubles):
 class HunyuanImage(Doubles):
     """HunyuanImage 2.1; HunyuanVideo and the refiner are networks of the same class for latents with a time axis."""
 
+    of_all_samples = ("attention_mask",)
+
     def family(self, network) -> str | None:
         return "hunyuanimage" if len(network.patch_size) == 2 else None
+
+    def hears_steps(self, network) -> bool:
+        return network.time_r_in is not None
 
     def modulation(self, network, x, timestep, context, y=None, byt5=None, clip=None, guidance=None, *rest, **more):
         time = network.time_in(timestep_embedding(timestep, 256, time_factor=1.0).to(x.dtype))

@@ -70,6 +70,12 @@ class Joint:
     def embedder(self, network):
         return network.context_embedder
 
+    def hears_steps(self, network) -> bool:
+        return False
+
+    def of_all_samples(self, network):
+        return ()
+
     def most_cells(self, network) -> int | None:
         has_table = isinstance(network, MMDiT) and network.pos_embed is not None
         return network.pos_embed_max_size * network.patch_size if has_table else None

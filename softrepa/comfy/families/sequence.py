@@ -80,6 +80,12 @@ class Sequences:
     def embedder(self, network):
         return None
 
+    def hears_steps(self, network) -> bool:
+        return known(network).hears_steps(network)
+
+    def of_all_samples(self, network):
+        return known(network).of_all_samples
+
     def most_cells(self, network) -> int | None:
         return None
 

@@ -95,6 +95,12 @@ class UNet:
     def embedder(self, network):
         return None
 
+    def hears_steps(self, network) -> bool:
+        return False
+
+    def of_all_samples(self, network):
+        return ()
+
     def most_cells(self, network) -> int | None:
         return None
 

@@ -1,6 +1,6 @@
 """Denoising errors of image-caption pairs by a MODEL's own network."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,27 +45,44 @@ def pair_errors(
 
 @dataclass(frozen=True)
 class Captions:
-    """Each caption as keywords of the network: tensors (1, ...), wherever they lie, and what is none."""
+    """Each caption as keywords of the network: tensors (1, ...), wherever they lie, and what is none.
+
+    of_all: keywords of which the network takes one for all pairs that run at once.
+    """
 
     of: list[dict[str, Any]]
+    of_all: Collection[str] = ()
 
     def joined(self, indices: list[int], device: torch.device) -> dict[str, Any]:
         """Of captions of one form: (P, ...) each, on `device`; a caption of several pairs is brought there once."""
         distinct = sorted(set(indices))
         places = [distinct.index(j) for j in indices]
-        return {
-            key: torch.cat([self.of[j][key] for j in distinct]).to(device)[places] if isinstance(one, Tensor) else one
-            for key, one in self.of[distinct[0]].items()
-        }
+
+        def of_pairs(key: str, one: Any) -> Any:
+            if not isinstance(one, Tensor):
+                return one
+            return (
+                one.to(device)
+                if key in self.of_all
+                else torch.cat([self.of[j][key] for j in distinct]).to(device)[places]
+            )
+
+        return {key: of_pairs(key, one) for key, one in self.of[distinct[0]].items()}
 
     def runs(self, micro_batch: int, compared: Tensor) -> Iterator[tuple[list[int], list[int]]]:
         """The pairs of `compared` (B, J) as (image indices, caption indices).
 
         At most `micro_batch` at a time, of captions of one form each: tensors of the same shapes, all else the same.
         """
+
+        def form_of(key: str, one: Any) -> Any:
+            if not isinstance(one, Tensor):
+                return one
+            return one.tolist() if key in self.of_all else one.shape
+
         forms: dict[str, list[int]] = {}
         for j, caption in enumerate(self.of):
-            form = {key: value.shape if isinstance(value, Tensor) else value for key, value in caption.items()}
+            form = {key: form_of(key, one) for key, one in caption.items()}
             forms.setdefault(str(sorted(form.items())), []).append(j)
         for captions in forms.values():
             pairs = [(i, j) for j in captions for i in compared[:, j].nonzero().flatten().tolist()]
@@ -86,6 +103,11 @@ class PairNetwork:
         if kind not in known:
             expected = " or ".join(one.name for one in known)
             raise SoftREPAError(f"Model predicts {kind.name}, expected {expected}.")
+        if self.adapter.hears_steps(self.base_model.diffusion_model):
+            raise SoftREPAError(
+                "Model is distilled to jump from one step of its sampling to the next (meanflow), expected one that is "
+                "not: no error at a single noise level can be measured of it."
+            )
         self.noised = known[kind]
         self.options = copy_nested_dicts(model.model_options["transformer_options"])
         merge_nested_dicts(self.options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
@@ -121,7 +143,7 @@ class PairNetwork:
             encoded = self.base_model.extra_conds(**(sizes | given), noise=latents[:1], device=self.device)
             found = {key: value.cond for key, value in encoded.items()}
             captions.append({key: ordinary(one) if isinstance(one, Tensor) else one for key, one in found.items()})
-        return sigma, seen, target, Captions(captions)
+        return sigma, seen, target, Captions(captions, self.adapter.of_all_samples(self.base_model.diffusion_model))
 
     def output(self, seen: Tensor, sigma: Tensor, texts: dict[str, Any], rows: Tensor | None = None) -> Tensor:
         """The network's raw output (P, C, H, W) for P pairs, each with its own `rows` (P, L, m, d) where given.
