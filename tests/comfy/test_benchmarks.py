@@ -11,7 +11,7 @@ from comfyui_softrepa.softrepa.comfy.training.run import outside_inference
 from softrepa_tests.conftest import ROOT
 from softrepa_tests.sampling import relative_error
 
-from benchmarks import flowedit, gpu, ranks, sampling, training
+from benchmarks import flowedit, gpu, memory, ranks, sampling, training
 from benchmarks.cases import build, soft_tokens
 from benchmarks.reference import Reference
 from softrepa.comfy.training.trainable import TrainableNetwork
@@ -87,6 +87,31 @@ def test_the_training_command():
     lines = [line for line in done.stdout.splitlines() if line.startswith("B = ")]
     assert [line[8:38].strip() for line in lines] == 2 * [way.title for way in training.WAYS]
     assert "out of memory" not in done.stdout
+
+
+def test_the_count_of_bytes():
+    done = command("--doubles", "1", "--singles", "1", "--size", "128", module="memory")
+    assert done.returncode == 0, done.stderr
+    cells = [line.split("|")[1:3] for line in done.stdout.splitlines() if line.startswith("| ")]
+    weights, kept, most, resident, half, offloaded = (float(found) for _, found in cells[1:])
+    assert weights == 0.55  # 2 x 170M in the double block, 142M in the single one, 64M in all else
+    assert 0 < kept < most
+    assert offloaded < half < resident
+    assert resident == pytest.approx(weights + most, abs=0.02)
+
+
+def test_bytes_are_counted_while_a_tensor_lives():
+    with memory.counting() as counter:
+        first = torch.ones(1000, device="meta")
+        second = first + 1
+        del first
+        view = second.view(10, 100)
+        assert (counter.now, counter.most) == (4000, 8000)
+        del second
+        third = torch.ones(3000, device="meta")
+        assert (counter.now, counter.most) == (16000, 16000)
+        del view, third
+        assert (counter.now, counter.most) == (0, 16000)
 
 
 def command(*arguments: str, module: str = "gpu") -> subprocess.CompletedProcess:
