@@ -17,6 +17,8 @@ CATEGORY = "SoftREPA"
 Tokens = io.Custom("SOFTREPA_TOKENS")
 Dataset = io.Custom("SOFTREPA_DATASET")
 TrainingOptions = io.Custom("SOFTREPA_TRAINING_OPTIONS")
+Curve = io.Custom("CURVE")
+"""ComfyUI's own type, which 0.3.75 does not have; only ever a socket, where core's `io.Curve` is a widget."""
 
 ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Float.Input.__init__).parameters else {}
 """Marks an input as advanced where this ComfyUI knows the word."""

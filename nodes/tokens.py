@@ -11,7 +11,7 @@ from ..softrepa.errors import SoftREPAError, printable, shown, unwritable
 from ..softrepa.families import where
 from ..softrepa.tokens import SoftTokens
 from . import token_plot
-from .schema import ADVANCED, Tokens, schema, show_on_node, tell_of_new_tokens, users_theme
+from .schema import ADVANCED, Curve, Tokens, schema, show_on_node, tell_of_new_tokens, users_theme
 
 ALIASES = ["soft tokens", "soft prompt", "repa", "prompt adherence", "text alignment", "dc_tokens"]
 
@@ -74,6 +74,13 @@ def application_inputs() -> list[io.Input]:
             default="positive",
             tooltip="For files with two banks (AGSM): which one the negative prompt sees.",
             **ADVANCED,
+        ),
+        Curve.Input(
+            "strength_curve",
+            optional=True,
+            tooltip="From ComfyUI's Curve Editor: what strength is multiplied by over the sampling. Left is the first "
+            "step, right the last.",
+            extra_dict={"forceInput": True},
         ),
     ]
 

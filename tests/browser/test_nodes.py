@@ -98,6 +98,27 @@ def test_widgets_and_tooltips(frontend, info):
         assert tip.inner_text().split() == inputs[widget][1]["tooltip"].split(), name
 
 
+def test_cores_curve_weighs_the_tokens(frontend):
+    """A graph that knows no curve gets a socket, never a widget of a curve; connected, it runs."""
+    frontend.open_template("Try it without a download")
+    frontend.set_widgets({"KSampler": {"steps": 2}, "SoftREPAFlowEdit": {"steps": 2, "n_max": 1}})
+    assert "strength_curve" not in frontend.prompt()["2"]["inputs"]
+    frontend.page.evaluate(
+        """() => {
+            const curve = LiteGraph.createNode('CurveEditor')
+            curve.pos = [-500, 700]
+            app.graph.add(curve)
+            const apply = app.graph._nodes.find(node => node.type === 'SoftREPAApplyTokens')
+            curve.connect(0, apply, apply.inputs.findIndex(input => input.name === 'strength_curve'))
+        }"""
+    )
+    frontend.settle()
+    frontend.screenshot("strength_curve")
+    source, slot = frontend.prompt()["2"]["inputs"]["strength_curve"]
+    assert (frontend.prompt()[source]["class_type"], slot) == ("CurveEditor", 0)
+    assert frontend.run()["error"] is None
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_help(frontend, name):
     frontend.clear()

@@ -77,7 +77,7 @@ class Ways:
 def _settings_of(one: TokenSet) -> list[Any]:
     """What of tokens on a MODEL decides its pictures."""
     acts = (one.strength, one.start_percent, one.end_percent, one.apply_to, one.uncond_bank)
-    return [tokens_hash(one.tokens), str(one.blocks), *acts]
+    return [tokens_hash(one.tokens), str(one.blocks), *acts, *(one.curve.facts if one.curve else ())]
 
 
 def arm_name(strength: float) -> str:
