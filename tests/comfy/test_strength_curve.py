@@ -158,3 +158,13 @@ def test_a_window_takes_what_is_outside_of_it(models):
     (one,) = model.get_attachment(KEY).sets
     at = [share_of_strength(one, sampling, torch.tensor([sampling.percent_to_sigma(p)])) for p in (0.3, 0.5)]
     assert at == [0, 0.5]
+
+
+def test_under_torch_compile_every_call_inserts_and_weighs(models):
+    """A compiled network may not see whether it does."""
+    patch = apply_tokens(models["sd3"], tokens_for("sd3"), strength_curve=EARLY).get_attachment(KEY)
+    model = models["sd3"].model
+    for share in (0.2, 0.8):
+        sigma = torch.tensor([model.model_sampling.percent_to_sigma(share)])
+        state = patch.state(model, sigma, [False], is_fixed=True)
+        assert state.rows.keys() == state.bias.keys() != set()
