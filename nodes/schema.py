@@ -18,7 +18,10 @@ Tokens = io.Custom("SOFTREPA_TOKENS")
 Dataset = io.Custom("SOFTREPA_DATASET")
 TrainingOptions = io.Custom("SOFTREPA_TRAINING_OPTIONS")
 Curve = io.Custom("CURVE")
-"""ComfyUI's own type, which 0.3.75 does not have; only ever a socket, where core's `io.Curve` is a widget."""
+"""ComfyUI's own type, which 0.3.75 does not have; only ever a socket, where core's `io.Curve` is a widget.
+
+The search dialog draws the widget all the same, of the default that the input gives.
+"""
 
 ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Float.Input.__init__).parameters else {}
 """Marks an input as advanced where this ComfyUI knows the word."""

@@ -80,7 +80,7 @@ def application_inputs() -> list[io.Input]:
             optional=True,
             tooltip="From ComfyUI's Curve Editor: what strength is multiplied by over the sampling. Left is the first "
             "step, right the last.",
-            extra_dict={"forceInput": True},
+            extra_dict={"forceInput": True, "default": {"points": [[0, 1], [1, 1]], "interpolation": "linear"}},
         ),
     ]
 

@@ -94,7 +94,8 @@ def test_object_info(server):
     assert list(info["input"]["required"]) == ["model", "tokens_name"]
     assert list(info["input"]["optional"]) == OPTIONS
     defaults = [info["input"]["optional"][name][1].get("default") for name in OPTIONS]
-    assert defaults == [1.0, 0.0, 1.0, "both", "auto", "positive", None]
+    flat = {"points": [[0, 1], [1, 1]], "interpolation": "linear"}
+    assert defaults == [1.0, 0.0, 1.0, "both", "auto", "positive", flat]
     assert info["input"]["optional"]["strength_curve"][1]["forceInput"]  # core has a widget of that type
     assert info["output"] == ["MODEL", "SOFTREPA_TOKENS"]
     for name in ("SoftREPALoadTokens", "SoftREPAApplyTokens", "SoftREPASaveTokens", "SoftREPAPreviewTokens"):
