@@ -95,7 +95,7 @@ def test_the_count_of_bytes():
     cells = [line.split("|")[1:3] for line in done.stdout.splitlines() if line.startswith("| ")]
     weights, kept, most, resident, half, offloaded = (float(found) for _, found in cells[1:])
     assert weights == 0.55  # 2 x 170M in the double block, 142M in the single one, 64M in all else
-    assert 0 < kept < most
+    assert 0 < kept < most < 0.25  # in which is the largest layer in bfloat16, 0.13
     assert offloaded < half < resident
     assert resident == pytest.approx(weights + most, abs=0.02)
 

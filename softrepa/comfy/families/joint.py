@@ -1,4 +1,8 @@
-"""SD3 and SD3.5: before a joint block the text stream becomes [soft ; text], after it the soft rows are dropped."""
+"""SD3 and SD3.5: before a joint block the text stream becomes [soft ; text], after it the soft rows are dropped.
+
+Rows as further keys and values alone, as in `sequence`, are the same function and no faster: on one CPU thread a block
+of width 1536 with 154 tokens of text and 1024 of image took 0.998 of the time (8 rounds; quartiles 0.96, 1.10).
+"""
 
 from contextlib import nullcontext
 
