@@ -9,7 +9,8 @@ from ...errors import SoftREPAError
 from ...families import FAMILIES
 from ..tokens.attention import key_bias
 from ..tokens.call_state import CallState, Place, call_state, refuse_unweighed, with_appended
-from ..training.frozen import ForeignTensors, Recomputed
+from ..training.frozen import ForeignTensors
+from ..training.recomputation import Recomputed
 from .adapter import ModelShape
 from .noising import NOISINGS
 

@@ -51,12 +51,13 @@ class Captions:
 
     def joined(self, indices: list[int], device: torch.device) -> dict[str, Any]:
         """Of captions of one form: (P, ...) each, on `device`; a caption of several pairs is brought there once."""
-        distinct = sorted(set(indices))
-        places = [distinct.index(j) for j in indices]
-        return {
-            key: torch.cat([self.of[j][key] for j in distinct]).to(device)[places] if isinstance(one, Tensor) else one
-            for key, one in self.of[distinct[0]].items()
-        }
+        found = {}
+        for key, one in self.of[indices[0]].items():
+            if isinstance(one, Tensor):
+                there = {j: self.of[j][key].to(device) for j in set(indices)}
+                one = torch.cat([there[j] for j in indices])
+            found[key] = one
+        return found
 
     def runs(self, micro_batch: int, compared: Tensor) -> Iterator[tuple[list[int], list[int]]]:
         """The pairs of `compared` (B, J) as (image indices, caption indices).

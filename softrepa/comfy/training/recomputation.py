@@ -41,7 +41,7 @@ def recomputed(
         for place, block in enumerate(blocks if checkpointing else ()):
             own = vars(block).get("forward")
             undo.callback(restore_forward, block, own)
-            block.forward = RecomputedBlock(block.forward, place, adds_in_place, foreign)
+            block.forward = Recomputed(block.forward, foreign, at(place), adds_in_place)
         yield
 
 
@@ -51,30 +51,47 @@ def restore_forward(block: nn.Module, own: Callable | None) -> None:
         block.forward = own
 
 
-class RecomputedBlock:
+def at(place: Place | None) -> Callable[[dict], Place | None]:
+    """The same place in every call."""
+    return lambda options: place
+
+
+NOWHERE = at(None)
+
+
+class Recomputed:
     """A block that keeps its inputs, soft rows among them, and runs again in the backward pass.
 
-    PyTorch's own checkpoint gives wrong gradients, without an error, for blocks that add in place.
+    `place` says by its transformer options which rows these are. PyTorch's own checkpoint gives wrong gradients,
+    without an error, for blocks that add in place, and takes Python's time for every tensor that autograd saves.
     """
 
-    def __init__(self, forward: Callable, place: Place, adds_in_place: bool, foreign: ForeignTensors):
-        self.forward, self.place, self.adds_in_place, self.foreign = forward, place, adds_in_place, foreign
+    def __init__(
+        self,
+        forward: Callable,
+        foreign: ForeignTensors,
+        place: Callable[[dict], Place | None] = NOWHERE,
+        adds_in_place: bool = False,
+    ):
+        self.forward, self.foreign, self.place, self.adds_in_place = forward, foreign, place, adds_in_place
 
-    def __call__(self, *args, transformer_options: dict, **kwargs):
+    def __call__(self, *args, transformer_options: dict | None = None, **kwargs):
         leaves, form = tree_flatten((args, kwargs))
         where = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        state, options = call_state(transformer_options), dict(transformer_options)
-        rows = state.rows.get(self.place)
+        options = dict(transformer_options or {})  # a UNet goes on to write its place into them
+        place = self.place(options)
+        rows = None if place is None else call_state(options).rows.get(place)
 
         def run(rows: Tensor | None, *tensors: Tensor):
             filled = list(leaves)
             for index, tensor in zip(where, tensors, strict=True):
                 filled[index] = tensor.clone() if self.adds_in_place else tensor
             args, kwargs = tree_unflatten(filled, form)
-            own = {} if rows is None else {self.place: rows}
+            if transformer_options is not None:
+                own = {} if place is None or rows is None else {KEY: replace(call_state(options), rows={place: rows})}
+                kwargs["transformer_options"] = options | own
             with OutOfPlace() if self.adds_in_place else nullcontext(), self.foreign.made_ordinary():
-                inner = options | {KEY: replace(state, rows=own)}
-                return self.forward(*args, transformer_options=inner, **kwargs)
+                return self.forward(*args, **kwargs)
 
         return RunAgain.apply(run, rows, *(leaves[index] for index in where))
 
@@ -111,7 +128,9 @@ class RunAgain(torch.autograd.Function):
             ]
             outputs = ctx.run(*leaves)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            felt = [(one, g) for one, g in zip(outputs, gradients, strict=True) if one.requires_grad]
+            felt = [
+                (one, g) for one, g in zip(outputs, gradients, strict=True) if one is not None and one.requires_grad
+            ]
             wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
             found = iter(torch.autograd.grad([one for one, _ in felt], wanted, [g for _, g in felt], allow_unused=True))
         return None, *(next(found) if is_needed else None for is_needed in needed)
