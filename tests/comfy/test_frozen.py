@@ -136,16 +136,15 @@ BIASED = [
 @pytest.mark.parametrize(("make", "shape", "stays"), BIASED)
 def test_a_bias_stays_what_it_is_where_autograd_does_not_save_it(make, shape, stays, is_moved, needs_gradient, dtype):
     """Of layers that were made in inference mode, and perhaps moved outside of it."""
-    layer = make().to(dtype)
+    layer = make().to(dtype).requires_grad_(needs_gradient)
     for name, weight in layer.named_parameters():
-        weight.copy_(seeded(weight.shape, name, 1.0))
+        weight.detach().copy_(seeded(weight.shape, name, 1.0))
     with torch.inference_mode(False), torch.enable_grad():
         if is_moved:
             layer._apply(torch.clone)
         else:
             assert layer.weight.is_inference()
         usual = copy.deepcopy(layer).requires_grad_(False)
-        layer.requires_grad_(needs_gradient)
         x, bias = seeded(shape, "x", 1.0).to(dtype).requires_grad_(), layer.bias
         assert not is_ordinary(bias)
         with frozen(layer):
