@@ -13,8 +13,7 @@ from ...errors import SoftREPAError
 from ...families import FAMILIES
 from ..tokens.attention import key_bias
 from ..tokens.call_state import CallState, Entries, Place, call_state, refuse_unweighed, with_appended
-from ..training.frozen import ForeignTensors
-from ..training.recomputation import Recomputed
+from ..training.frozen import ForeignTensors, Recomputed
 from .adapter import ModelShape
 from .noising import NOISINGS
 
@@ -106,25 +105,19 @@ def guard(query, context, value, extra_options):
     return query, context, value
 
 
-def stage(options: dict) -> Place | None:
-    """Of the block that runs; None where ComfyUI does not say."""
-    block = options.get("block")
-    return None if block is None else block[0]
-
-
 def insert_rows(query, context, value, extra_options):
     """attn2 patch: inserts this call's rows into context and value, (B, N, d) -> (B, N + n per chunk, d)."""
     call = call_state(extra_options)
-    place = stage(extra_options)
-    if place is None:
+    block = extra_options.get("block")
+    if block is None:
         return query, context, value
     state = for_texts(call, len(context), len(query), extra_options)
-    rows = state.rows.get(place)
+    rows = state.rows.get(block[0])
     if rows is None:
         return query, context, value
-    if place in state.bias:
+    if block[0] in state.bias:
         chunks = chunk_count(context)
-        one = key_bias(state.bias[place], 1, context.shape[1] // chunks - 1)
+        one = key_bias(state.bias[block[0]], 1, context.shape[1] // chunks - 1)
         call.attention.expect(one.repeat(1, chunks))
     inserted = insert(context, rows)
     return query, inserted, inserted if value is context else insert(value, rows)
@@ -236,7 +229,7 @@ def recomputed_blocks(network, foreign: ForeignTensors):
     blocks = [module for module in network.modules() if isinstance(module, (ResBlock, BasicTransformerBlock))]
     own = [vars(block).get("forward") for block in blocks]
     for block in blocks:
-        block.forward = Recomputed(block.forward, foreign, stage)
+        block.forward = Recomputed(block.forward, foreign)
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from ...errors import SoftREPAError
 from ..tokens.attention import OVERRIDE, PROBE_HEADS, are_close, name_of, probe
@@ -256,6 +257,26 @@ class OrdinaryArguments(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         args, kwargs = tree_map_only(Tensor, ordinary, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class Recomputed:
+    """A block whose activations are computed again in the backward pass instead of kept, bit for bit.
+
+    `RecomputedBlock` takes less of Python's time, but sums a block's own gradients first, and a UNet's skip connections
+    come to the same tensors.
+    """
+
+    def __init__(self, forward, foreign: ForeignTensors):
+        self.forward, self.foreign = forward, foreign
+
+    def __call__(self, *args, transformer_options=None, **kwargs):
+        def run(*args):
+            with self.foreign.made_ordinary():
+                return self.forward(*args, **kwargs)
+
+        if transformer_options is not None:
+            kwargs["transformer_options"] = dict(transformer_options)  # a UNet goes on to write its place into it
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def differentiable_attention(options: dict, device: torch.device, dtype: torch.dtype):

@@ -41,7 +41,7 @@ def recomputed(
         for place, block in enumerate(blocks if checkpointing else ()):
             own = vars(block).get("forward")
             undo.callback(restore_forward, block, own)
-            block.forward = Recomputed(block.forward, foreign, at(place), adds_in_place)
+            block.forward = RecomputedBlock(block.forward, place, adds_in_place, foreign)
         yield
 
 
@@ -51,47 +51,31 @@ def restore_forward(block: nn.Module, own: Callable | None) -> None:
         block.forward = own
 
 
-def at(place: Place | None) -> Callable[[dict], Place | None]:
-    """The same place in every call."""
-    return lambda options: place
-
-
-NOWHERE = at(None)
-
-
-class Recomputed:
+class RecomputedBlock:
     """A block that keeps its inputs, soft rows among them, and runs again in the backward pass.
 
-    `place` says by its transformer options which rows these are. PyTorch's own checkpoint gives wrong gradients,
-    without an error, for blocks that add in place, and takes Python's time for every tensor that autograd saves.
+    `place` is None where rows are among its tensors already. PyTorch's own checkpoint gives wrong gradients, without an
+    error, for blocks that add in place.
     """
 
-    def __init__(
-        self,
-        forward: Callable,
-        foreign: ForeignTensors,
-        place: Callable[[dict], Place | None] = NOWHERE,
-        adds_in_place: bool = False,
-    ):
-        self.forward, self.foreign, self.place, self.adds_in_place = forward, foreign, place, adds_in_place
+    def __init__(self, forward: Callable, place: Place | None, adds_in_place: bool, foreign: ForeignTensors):
+        self.forward, self.place, self.adds_in_place, self.foreign = forward, place, adds_in_place, foreign
 
-    def __call__(self, *args, transformer_options: dict | None = None, **kwargs):
+    def __call__(self, *args, transformer_options: dict, **kwargs):
         leaves, form = tree_flatten((args, kwargs))
         where = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        options = dict(transformer_options or {})  # a UNet goes on to write its place into them
-        place = self.place(options)
-        rows = None if place is None else call_state(options).rows.get(place)
+        state, options = call_state(transformer_options), dict(transformer_options)
+        rows = None if self.place is None else state.rows.get(self.place)
 
         def run(rows: Tensor | None, *tensors: Tensor):
             filled = list(leaves)
             for index, tensor in zip(where, tensors, strict=True):
                 filled[index] = tensor.clone() if self.adds_in_place else tensor
             args, kwargs = tree_unflatten(filled, form)
-            if transformer_options is not None:
-                own = {} if place is None or rows is None else {KEY: replace(call_state(options), rows={place: rows})}
-                kwargs["transformer_options"] = options | own
+            own = {} if self.place is None or rows is None else {self.place: rows}
             with OutOfPlace() if self.adds_in_place else nullcontext(), self.foreign.made_ordinary():
-                return self.forward(*args, **kwargs)
+                inner = options | {KEY: replace(state, rows=own)}
+                return self.forward(*args, transformer_options=inner, **kwargs)
 
         return RunAgain.apply(run, rows, *(leaves[index] for index in where))
 
