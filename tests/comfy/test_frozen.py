@@ -1,5 +1,8 @@
 """Gradients through a frozen network, whatever its weights are and wherever they lie."""
 
+import copy
+import itertools
+
 import comfy.ops
 import pytest
 import torch
@@ -9,6 +12,7 @@ from comfyui_softrepa.softrepa.comfy.training.frozen import (
     Linear,
     differentiable_attention,
     frozen,
+    is_ordinary,
     when_needed,
 )
 from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
@@ -22,12 +26,14 @@ from softrepa_tests.sampling import relative_error
 from softrepa_tests.tiny_models import seeded
 
 
-def gradients(model, family, checkpointing=True, micro_batch=2):
+def gradients(model, family, checkpointing=True, micro_batch=2, has_foreign=False):
     with torch.inference_mode(False), torch.enable_grad():
         tokens = golden_tokens(family)
         network = TrainableNetwork(model, tokens.blocks, checkpointing)
         rows = seeded((tokens.layers, 4, tokens.hidden_width), "rows", 0.5)
-        return network.gradients(rows, StepBatch.of_all(*batch(family), TIMESTEP[family]), micro_batch)
+        found = network.gradients(rows, StepBatch.of_all(*batch(family), TIMESTEP[family]), micro_batch)
+        assert has_foreign or not network.foreign.are_met  # or autograd has refused a weight at first
+        return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,6 +117,54 @@ def test_weights_stored_in_another_dtype(family):
     assert relative_error(gradients(model, family)[1], gradients(plain, family)[1]) <= 1e-4
 
 
+operations = comfy.ops.disable_weight_init
+BIASED = [
+    (lambda: operations.Linear(4, 6), (4,), True),
+    (lambda: operations.Linear(4, 6), (2, 3, 4), True),
+    (lambda: operations.Conv1d(4, 6, 3), (2, 4, 8), True),
+    (lambda: operations.Conv2d(4, 6, 3, stride=2), (2, 4, 8, 8), True),
+    (lambda: operations.Conv3d(4, 6, 2, groups=2), (1, 4, 4, 4, 4), True),
+    (lambda: operations.ConvTranspose2d(4, 6, 3), (2, 4, 4, 4), True),
+    (lambda: operations.GroupNorm(2, 4), (2, 4, 5, 5), True),
+    (lambda: operations.LayerNorm(4), (2, 3, 4), False),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("is_moved", [False, True])
+@pytest.mark.parametrize("needs_gradient", [False, True])
+@pytest.mark.parametrize(("make", "shape", "stays"), BIASED)
+def test_a_bias_stays_what_it_is_where_autograd_does_not_save_it(make, shape, stays, is_moved, needs_gradient, dtype):
+    """Of layers that were made in inference mode, and perhaps moved outside of it."""
+    layer = make().to(dtype).requires_grad_(needs_gradient)
+    for name, weight in layer.named_parameters():
+        weight.detach().copy_(seeded(weight.shape, name, 1.0))
+    with torch.inference_mode(False), torch.enable_grad():
+        if is_moved:
+            layer._apply(torch.clone)
+        else:
+            assert layer.weight.is_inference()
+        usual = copy.deepcopy(layer).requires_grad_(False)
+        x, bias = seeded(shape, "x", 1.0).to(dtype).requires_grad_(), layer.bias
+        assert not is_ordinary(bias)
+        with frozen(layer):
+            assert is_ordinary(layer.weight)
+            assert (layer.bias is bias) == stays
+            (found,) = torch.autograd.grad(layer(x).square().sum(), x)
+        assert layer.bias is bias
+        with frozen(usual):
+            (expected,) = torch.autograd.grad(usual(x).square().sum(), x)
+    assert torch.equal(found, expected)
+
+
+def test_a_layer_in_two_places_gets_its_weights_back():
+    layer = comfy.ops.disable_weight_init.LayerNorm(4)
+    before = layer.weight, layer.bias
+    with torch.inference_mode(False), frozen(torch.nn.ModuleList([layer, torch.nn.Sequential(layer)])):
+        assert layer.weight is not before[0]
+    assert layer.weight is before[0] and layer.bias is before[1]
+
+
 class Circular(comfy.ops.manual_cast.Conv2d):
     def __init__(self):
         super().__init__(4, 6, 3, padding=1, padding_mode="circular")
@@ -172,9 +226,9 @@ def test_attention_that_loses_the_gradient_in_some_sizes_only(models, token_fold
         out = func(q, k, v, *args, **kwargs)
         return out.detach() if k.shape[-2] > 70 else out
 
-    for family in ("sd15", "sd3"):
-        with pytest.raises(SoftREPAError, match="Soft tokens get no gradient: another node computes"):
-            train({family: foreign.with_override(models[family], override)}, family, checkpointing=False)
+    for family, checkpointing in itertools.product(("sd15", "sd3"), (False, True)):
+        with pytest.raises(SoftREPAError, match="Soft .* gets? no gradient"):
+            train({family: foreign.with_override(models[family], override)}, family, checkpointing=checkpointing)
 
 
 def test_nothing_is_left_on_the_model(models):
@@ -182,7 +236,8 @@ def test_nothing_is_left_on_the_model(models):
     before = {name: id(weight) for name, weight in network.named_parameters()}
     with torch.inference_mode(False), frozen(network):
         inside = dict(network.named_parameters())
-        assert not any(weight.is_inference() for weight in inside.values())
+        refused = {name.rsplit(".", 1)[-1] for name, weight in inside.items() if weight.is_inference()}
+        assert refused == {"bias"}  # of layers that only add it
         assert all(weight.data_ptr() == inside[name].data_ptr() for name, weight in inside.items())
     assert {name: id(weight) for name, weight in network.named_parameters()} == before
     with pytest.raises(KeyError), torch.inference_mode(False), frozen(network):
@@ -205,7 +260,7 @@ def test_another_nodes_inference_tensor_in_the_way(models):
         lambda n, context, value, extra: (n, context * (1 + usual.mean(1, keepdim=True)), value * usual[:, :1])
     )
     for checkpointing in (True, False):
-        found = gradients(model, "sd15", checkpointing)[1]
+        found = gradients(model, "sd15", checkpointing, has_foreign=True)[1]
         assert relative_error(found, gradients(plain, "sd15", checkpointing)[1]) <= 1e-5
 
 

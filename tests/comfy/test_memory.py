@@ -1,12 +1,19 @@
 """What a run needs of the memory, and what it does when there is none; the GPU is played."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import comfy.model_management as memory
 import pytest
 import torch
-from comfyui_softrepa.softrepa.comfy.training import preflight
-from comfyui_softrepa.softrepa.comfy.training.memory_use import MOST_ON_CPU, RAM_SHARE, AdaptivePairs, kept_bytes
+from comfyui_softrepa.softrepa.comfy.training import memory_use, preflight
+from comfyui_softrepa.softrepa.comfy.training.memory_use import (
+    BESIDE_SAVED,
+    MOST_ON_CPU,
+    RAM_SHARE,
+    AdaptivePairs,
+    kept_bytes,
+)
 from comfyui_softrepa.softrepa.comfy.training.out_of_memory import is_out_of_memory
 from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
@@ -181,6 +188,34 @@ def test_pairs_fill_the_share_of_ram_that_they_may_have(models, monkeypatch):
     pairs.at_once = 0
     gradients(pairs, "sd3", 0)
     assert pairs.at_once == MOST_ON_CPU // one
+
+
+@pytest.mark.parametrize(("device", "seconds", "is_on"), [("mps", 3, False), ("mps", 1, True), ("cpu", 1, False)])
+def test_a_step_is_timed_where_several_runs_of_pairs_fetch_weights(monkeypatch, device, seconds, is_on):
+    """Four of nine pairs fit, with checkpointing all; a step without it takes two seconds. Weights lie on the CPU."""
+    now, calls = [0], []
+
+    def played(rows, step, micro_batch):
+        calls.append((network.checkpointing, micro_batch))
+        now[0] += seconds if network.checkpointing else 2
+        return torch.zeros(3, 3), torch.zeros(9, 1, 1, 1)
+
+    network = SimpleNamespace(
+        device=torch.device(device),
+        checkpointing=True,
+        saved_bytes=lambda *_: 100,
+        gradients=played,
+        base_model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1)),
+    )
+    room = 4.5 * BESIDE_SAVED * 100 + 9 * 4
+    monkeypatch.setattr(memory, "get_free_memory", lambda *_: int(room / RAM_SHARE) + 1)
+    monkeypatch.setattr(memory_use, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    pairs = AdaptivePairs(network, is_auto=True)
+    for _ in range(2):
+        pairs.gradients(torch.zeros(1, 1, 1), step_of("sd3"), 0)
+    timed = [] if device == "cpu" else [(False, 4), (True, 22)]
+    assert calls == timed + 2 * [(True, 9) if is_on else (False, 4)]
+    assert pairs.pair_bytes == (25 if is_on else 125)
 
 
 def runs_out_without_checkpointing(monkeypatch, after: int) -> list[tuple[bool, int]]:

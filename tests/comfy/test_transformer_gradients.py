@@ -54,7 +54,9 @@ def rows_for(model, family: str) -> torch.Tensor:
 def gradients(model, family, checkpointing=True, micro_batch=2):
     with torch.inference_mode(False), torch.enable_grad():
         network = TrainableNetwork(model, layers_of(model), checkpointing)
-        return network.gradients(rows_for(model, family), step(family), micro_batch)
+        found = network.gradients(rows_for(model, family), step(family), micro_batch)
+        assert not network.foreign.are_met  # or autograd has refused a weight at first
+        return found
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from ...errors import SoftREPAError
 from ...families import FAMILIES
 from ..tokens.attention import key_bias
 from ..tokens.call_state import CallState, Place, call_state, refuse_unweighed, with_appended
-from ..training.frozen import ForeignTensors, Recomputed
+from ..training.frozen import ForeignTensors
+from ..training.recomputation import RecomputedBlock
 from .adapter import ModelShape
 from .noising import NOISINGS
 
@@ -93,7 +94,7 @@ class TrainableBlock:
     """A joint block, as ComfyUI's own would be when replaced, except for its checkpointing, which is out of reach."""
 
     def __init__(self, block, checkpointing: bool, foreign: ForeignTensors):
-        self.block = Recomputed(block, foreign) if checkpointing else block
+        self.block = RecomputedBlock(block, None, False, foreign) if checkpointing else block
 
     def __call__(self, args, extra):
         options, vec = args["transformer_options"], args["vec"]

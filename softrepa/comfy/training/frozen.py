@@ -13,6 +13,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -23,11 +24,13 @@ from ..tokens.attention import OVERRIDE, PROBE_HEADS, are_close, name_of, probe
 
 def ordinary(tensor: Tensor) -> Tensor:
     """`tensor`, or an alias of it without its inference mark."""
-    if is_ordinary(tensor):
-        return tensor
+    return tensor if is_ordinary(tensor) else alias(tensor)
+
+
+def alias(tensor: Tensor) -> Tensor:
+    """An ordinary tensor over the same memory, which needs no gradient."""
     source = tensor.detach() if tensor.requires_grad else tensor
-    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alias.set_(source)  # type: ignore[call-overload]  # PyTorch's stub knows storages only
+    return tensor.new_empty(0).set_(source)  # type: ignore[call-overload]  # PyTorch's stub knows storages only
 
 
 def is_ordinary(tensor: Tensor) -> bool:
@@ -48,6 +51,9 @@ def is_ordinary(tensor: Tensor) -> bool:
 HELD = (nn.Parameter, Tensor)
 """Exact types of weights and buffers; quantised ones go through autograd in their layers' way."""
 
+ADD_BIAS = (nn.Linear, _ConvNd, nn.GroupNorm)
+"""Layers that only add their bias: autograd does not save it, and it may stay what it is."""
+
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
@@ -56,17 +62,20 @@ def frozen(network: nn.Module) -> Iterator[None]:
     Nodes run in inference mode, so weights are inference tensors, which autograd refuses to save: aliases take their
     places, which cost no memory. Weights that are cast or fetched for each use are not saved at all (`fetching`). No
     model may be loaded or unloaded within: an alias holds the memory, and the values, of the time it was made.
+
+    It is entered at each step, while a GPU waits; hence all that spares it Python's time.
     """
     replaced: list[tuple[dict, str, Tensor]] = []
     given: list[tuple[dict, str]] = []
     try:
-        for module in network.modules():
+        for module in layers(network):
+            added = "bias" if isinstance(module, ADD_BIAS) else None
             stores: tuple[dict, dict] = (module._parameters, module._buffers)
             for held in stores:
                 for name, tensor in held.items():
-                    if type(tensor) in HELD and not is_ordinary(tensor):
+                    if name != added and type(tensor) in HELD:  # an ordinary one as well: to ask takes as long
                         replaced.append((held, name, tensor))
-                        held[name] = ordinary(tensor)
+                        held[name] = alias(tensor)
             if isinstance(module, comfy.ops.CastWeightBiasOp) and fetches(module):
                 name, forward = fetching(module)
                 if name not in vars(module):  # or it is another pack's own, which goes through autograd as it is
@@ -74,10 +83,18 @@ def frozen(network: nn.Module) -> Iterator[None]:
                     vars(module)[name] = forward
         yield
     finally:
-        for held, name, tensor in replaced:
+        for held, name, tensor in reversed(replaced):
             held[name] = tensor
         for own, name in given:
             del own[name]
+
+
+def layers(network: nn.Module) -> list[nn.Module]:
+    """As `network.modules()` in a tenth of the time, but one that stands in two places comes twice."""
+    found = [network]
+    for module in found:  # it grows meanwhile
+        found += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 CASTING = "forward_comfy_cast_weights"
@@ -243,7 +260,11 @@ class OrdinaryArguments(TorchFunctionMode):
 
 
 class Recomputed:
-    """A block whose activations are computed again in the backward pass instead of kept."""
+    """A block whose activations are computed again in the backward pass instead of kept, bit for bit.
+
+    `RecomputedBlock` takes less of Python's time, but sums a block's own gradients first, and a UNet's skip connections
+    come to the same tensors.
+    """
 
     def __init__(self, forward, foreign: ForeignTensors):
         self.forward, self.foreign = forward, foreign

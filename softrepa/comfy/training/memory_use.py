@@ -1,6 +1,7 @@
 """How many image-caption pairs run at once: as many as the memory holds, found by measuring one."""
 
 import logging
+import time
 from functools import partial
 
 import comfy.model_management as memory
@@ -37,7 +38,8 @@ class AdaptivePairs:
 
     `is_auto`: activations are kept wherever one pair fits with them, and computed again where none does. Keeping them
     is the faster: that spares a second forward pass, while more pairs at once bring little where a pair is so large
-    that few fit. Where it was too much after all, the run goes on with checkpointing. Neither changes the result.
+    that few fit. Where each of several runs of pairs fetches offloaded weights it may not be, and a step is timed both
+    ways. Where it was too much after all, the run goes on with checkpointing. Neither changes the result.
     """
 
     def __init__(self, network: TrainableNetwork, is_auto: bool = False):
@@ -66,6 +68,8 @@ class AdaptivePairs:
         if not self.at_once:
             self._decide(rows, batch)
             self.at_once = micro_batch or self.fitting(rows, batch)
+            if self.is_auto and not micro_batch and self._fetches_often(batch):
+                self._decide_by_time(rows, batch)
         size = max(1, min(self.at_once, batch.pairs))
         try:
             found, fitted = halving(lambda size: call(*before, batch, *behind, size), size)
@@ -124,6 +128,34 @@ class AdaptivePairs:
         logging.info(
             "SoftREPA: activations are %s: those of a pair take %.2f GB of %.2f GB.", said, counted / 1e9, room / 1e9
         )
+
+    def _fetches_often(self, batch: StepBatch) -> bool:
+        """Whether several runs of pairs fetch offloaded weights each; with checkpointing there may be fewer."""
+        if self.network.checkpointing or self.at_once >= batch.pairs:
+            return False
+        weights = self.network.base_model.diffusion_model.parameters()
+        return any(weight.device.type != self.network.device.type for weight in weights)
+
+    def _decide_by_time(self, rows, batch: StepBatch) -> None:
+        """Whether activations are kept: computes the batch both ways and keeps the faster."""
+        ways = []
+        for is_on in (False, True):
+            self.network.checkpointing, self.pair_bytes = is_on, 0
+            size = self.fitting(rows, batch)
+            seconds, size = halving(partial(self._seconds, rows, batch), size)
+            ways.append((seconds, self.network.checkpointing, size, self.pair_bytes))
+        logging.info(
+            "SoftREPA: each run of pairs fetches weights: a step takes %.2f s with activations kept, %.2f s with "
+            "checkpointing; going on with the faster.",
+            *(seconds for seconds, *_ in ways),
+        )
+        _, self.network.checkpointing, self.at_once, self.pair_bytes = min(ways)
+
+    def _seconds(self, rows, batch: StepBatch, size: int) -> float:
+        """What `gradients` of `size` pairs at once takes."""
+        start = time.perf_counter()
+        self.network.gradients(rows, batch, size)[1].cpu()  # waits for the device
+        return time.perf_counter() - start
 
     def _can_do_with_less(self, error: RuntimeError) -> bool:
         """Whether memory ran out that checkpointing would need less of; it is turned on then."""

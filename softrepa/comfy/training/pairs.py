@@ -55,19 +55,15 @@ class Captions:
 
     def joined(self, indices: list[int], device: torch.device) -> dict[str, Any]:
         """Of captions of one form: (P, ...) each, on `device`; a caption of several pairs is brought there once."""
-        distinct = sorted(set(indices))
-        places = [distinct.index(j) for j in indices]
-
-        def of_pairs(key: str, one: Any) -> Any:
-            if not isinstance(one, Tensor):
-                return one
-            return (
-                one.to(device)
-                if key in self.of_all
-                else torch.cat([self.of[j][key] for j in distinct]).to(device)[places]
-            )
-
-        return {key: of_pairs(key, one) for key, one in self.of[distinct[0]].items()}
+        found = {}
+        for key, one in self.of[indices[0]].items():
+            if isinstance(one, Tensor) and key in self.of_all:
+                one = one.to(device)
+            elif isinstance(one, Tensor):
+                there = {j: self.of[j][key].to(device) for j in set(indices)}
+                one = torch.cat([there[j] for j in indices])
+            found[key] = one
+        return found
 
     def runs(self, micro_batch: int, compared: Tensor) -> Iterator[tuple[list[int], list[int]]]:
         """The pairs of `compared` (B, J) as (image indices, caption indices).

@@ -54,24 +54,25 @@ def restore_forward(block: nn.Module, own: Callable | None) -> None:
 class RecomputedBlock:
     """A block that keeps its inputs, soft rows among them, and runs again in the backward pass.
 
-    PyTorch's own checkpoint gives wrong gradients, without an error, for blocks that add in place.
+    `place` is None where rows are among its tensors already. PyTorch's own checkpoint gives wrong gradients, without an
+    error, for blocks that add in place.
     """
 
-    def __init__(self, forward: Callable, place: Place, adds_in_place: bool, foreign: ForeignTensors):
+    def __init__(self, forward: Callable, place: Place | None, adds_in_place: bool, foreign: ForeignTensors):
         self.forward, self.place, self.adds_in_place, self.foreign = forward, place, adds_in_place, foreign
 
     def __call__(self, *args, transformer_options: dict, **kwargs):
         leaves, form = tree_flatten((args, kwargs))
         where = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         state, options = call_state(transformer_options), dict(transformer_options)
-        rows = state.rows.get(self.place)
+        rows = None if self.place is None else state.rows.get(self.place)
 
         def run(rows: Tensor | None, *tensors: Tensor):
             filled = list(leaves)
             for index, tensor in zip(where, tensors, strict=True):
                 filled[index] = tensor.clone() if self.adds_in_place else tensor
             args, kwargs = tree_unflatten(filled, form)
-            own = {} if rows is None else {self.place: rows}
+            own = {} if self.place is None or rows is None else {self.place: rows}
             with OutOfPlace() if self.adds_in_place else nullcontext(), self.foreign.made_ordinary():
                 inner = options | {KEY: replace(state, rows=own)}
                 return self.forward(*args, transformer_options=inner, **kwargs)
@@ -111,7 +112,9 @@ class RunAgain(torch.autograd.Function):
             ]
             outputs = ctx.run(*leaves)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            felt = [(one, g) for one, g in zip(outputs, gradients, strict=True) if one.requires_grad]
+            felt = [
+                (one, g) for one, g in zip(outputs, gradients, strict=True) if one is not None and one.requires_grad
+            ]
             wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
             found = iter(torch.autograd.grad([one for one, _ in felt], wanted, [g for _, g in felt], allow_unused=True))
         return None, *(next(found) if is_needed else None for is_needed in needed)

@@ -21,7 +21,14 @@ from .pairs import PairNetwork
 
 def gradient_of(values: Tensor, leaf: Tensor, scale: float) -> Tensor:
     """Each value's gradient by its own row of `leaf`; backward times `scale`, for a mean's seed underflows in fp16."""
-    (gradient,) = torch.autograd.grad(values.sum() * scale, leaf)
+    gradient = None
+    if values.requires_grad:
+        (gradient,) = torch.autograd.grad(values.sum() * scale, leaf, allow_unused=True)
+    if gradient is None:
+        raise SoftREPAError(
+            "Soft tokens get no gradient: another node computes the model's attention without a backward pass, "
+            "expected the model from before that node."
+        )
     return gradient / scale
 
 
@@ -108,11 +115,6 @@ class TrainableNetwork(PairNetwork):
             leaf = rows.expand(len(images), *rows.shape).clone().requires_grad_()
             output = self.output(seen[images], sigma, captions.joined(texts, self.device), leaf)
             error = pair_error(output, target[images].to(self.device))
-            if not error.requires_grad:
-                raise SoftREPAError(
-                    "Soft tokens get no gradient: another node computes the model's attention without a backward pass, "
-                    "expected the model from before that node."
-                )
             yield images, texts, error.detach(), gradient_of(error, leaf, target[0].numel())
 
     @contextmanager
