@@ -57,6 +57,8 @@ def _rows() -> Iterator[Row]:
     yield Row("hard negatives", {"hard_negatives": 1}, OPTIONS)
     yield Row("AGSM", AGSM, OPTIONS)
     yield Row("AGSM, hard negatives", AGSM | {"hard_negatives": 1}, OPTIONS)
+    for scale in (2.0, 3.0):
+        yield Row(f"guidance {scale:g} learned", {"objective": "guidance", "guidance_scale": scale}, OPTIONS)
     for part, name, values in (
         ("Number of tokens (4)", "n_tokens", (1, 2, 8, 16)),
         ("Number of blocks with tokens (3)", "blocks", ("1", "2")),
@@ -67,7 +69,8 @@ def _rows() -> Iterator[Row]:
         for value in values:
             yield Row(f"{name} {value}", {name: value}, part, seeds=3)
     ways = (BASELINE, SOFTREPA, CONTROL, "relative temperature", "symmetric loss", "hard negatives", "AGSM")
-    for cfg, names in ((1.0, ways), (3.0, ways[:2]), (5.0, ways[:2])):
+    learned = ("guidance 2 learned", "guidance 3 learned")
+    for cfg, names in ((1.0, (*ways, *learned)), (3.0, ways[:2]), (5.0, ways[:2])):
         for name in names:
             yield _again(name, f"cfg {cfg:g}", GUIDANCE_PART, cfg=cfg, test=GUIDANCE)
     for name in ways:

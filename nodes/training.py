@@ -24,7 +24,7 @@ OPTIONS = (
     *("n_tokens", "blocks", "time_table", "init_tokens"),
     # what is compared
     *("objective", "temperature_mode", "temperature", "logit_scale", "symmetric", "denoising_weight"),
-    *("negatives", "hard_negatives", "caption_dropout"),
+    *("guidance_scale", "negatives", "hard_negatives", "caption_dropout"),
     # the optimiser
     *("optimizer", "accumulation", "warmup_steps", "gradient_clip", "ema_decay"),
     # how the run goes

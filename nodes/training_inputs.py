@@ -35,7 +35,8 @@ def training_inputs() -> dict[str, io.Input]:
             "model whose errors are too large for the paper's temperature; the run says so before it starts. hard "
             "negatives: "
             "each image is also compared with its own caption with two words swapped; the best in our study, "
-            "by little. AGSM: the successor's objective, two banks of tokens. An input that a preset sets must "
+            "by little. AGSM: the successor's objective, two banks of tokens. guidance: for drawing at "
+            "guidance 1. An input that a preset sets must "
             "be left as it is.",
             options=list(PRESETS),
         ),
@@ -69,7 +70,8 @@ def training_inputs() -> dict[str, io.Input]:
         widget(
             "objective",
             "contrastive: the paper's. agsm: its successor's score matching with two banks, about "
-            "one and a half times the work. denoising: no contrast at all, to see what the contrast adds.",
+            "one and a half times the work. denoising: no contrast at all, to see what the contrast adds. guidance: what the "
+            "model predicts at guidance_scale, so that guidance 1 with tokens comes near it.",
             options=list(OBJECTIVES),
             **ADVANCED,
         ),
@@ -95,6 +97,14 @@ def training_inputs() -> dict[str, io.Input]:
             min=-1.0,
             max=1000.0,
             step=0.1,
+            **ADVANCED,
+        ),
+        widget(
+            "guidance_scale",
+            "The guidance whose predictions are learned, of objective guidance: the cfg that suits the model.",
+            min=1.0,
+            max=100.0,
+            step=0.5,
             **ADVANCED,
         ),
         widget(

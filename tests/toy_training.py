@@ -17,11 +17,17 @@ class ToyPairs:
     def embed(self, rows):
         return rows
 
+    def guided(self, rows, batch, empty, scale, micro_batch):
+        """Of images as targets: between the caption and the empty one, and beyond."""
+        own = torch.stack([cond["cross_attn"] for cond in batch.conds[: len(batch.latents)]])
+        guided = empty["cross_attn"] + scale * (own - empty["cross_attn"])
+        return guided.view_as(batch.latents) * batch.compared.any(dim=1).view(-1, 1, 1, 1)
+
     def gradients(self, rows, batch, micro_batch):
         self.seen.append((batch.t, batch.noise.sum().item(), [cond["name"] for cond in batch.conds]))
         errors = torch.zeros(batch.compared.shape, dtype=rows.dtype)
         gradients = []
-        for i, x in enumerate(batch.latents):
+        for i, x in enumerate(batch.latents if batch.targets is None else batch.targets):
             for j, cond in enumerate(batch.conds):
                 if not batch.compared[i, j]:
                     continue

@@ -8,12 +8,15 @@ from ..errors import SoftREPAError, shown
 from ..numbers import ABOVE_0, FROM_0, SHARE_BELOW_1, at_least, check_number
 from . import agsm, loss, optimizers
 
-OBJECTIVES = ("contrastive", "denoising", "agsm")
-"""The paper's; its plain denoising loss alone, to see what the contrast adds; its successor's (`agsm.py`)."""
+OBJECTIVES = ("contrastive", "denoising", "agsm", "guidance")
+"""The paper's; its plain denoising loss alone, to see what the contrast adds; its successor's (`agsm.py`); the model's own
+guided prediction, learned (`pairs.guided`)."""
 
 TEMPERATURE_MODES = ("fixed", "relative")
 LEAST_RELATIVE = 0.2
 """Below it exp(-e / tau) vanishes again: 1 / 0.2 is e / tau of a mean error."""
+
+GUIDANCE_SCALE = 4.0
 
 USED_BY = {
     "denoising_weight": ("contrastive",),
@@ -27,6 +30,7 @@ USED_BY = {
     "positive_guidance": ("agsm",),
     "negative_guidance": ("agsm",),
     "teacher_decay": ("agsm",),
+    "guidance_scale": ("guidance",),
 }
 """Settings that not every objective has."""
 
@@ -37,6 +41,7 @@ class Settings:
 
     What is neither the paper's nor AGSM's: `temperature_mode` and `symmetric` (`loss.contrastive_loss`), and
     `hard_negatives`, up to how many captions wrong by two swapped words each image is compared with as well.
+    `guidance_scale` is that of the predictions that the objective "guidance" learns.
     `negatives`: how many captions of other images each image is compared with; 0 are all the others of its batch. More
     than those are drawn from the dataset.
     """
@@ -67,6 +72,7 @@ class Settings:
     positive_guidance: float = agsm.POSITIVE_GUIDANCE
     negative_guidance: float = agsm.NEGATIVE_GUIDANCE
     teacher_decay: float = agsm.TEACHER_DECAY
+    guidance_scale: float = GUIDANCE_SCALE
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class TrainingConfig(Settings):
         guidance = ("positive_guidance", "negative_guidance")
         rates = ("learning_rate", "minimum_learning_rate")
         names |= dict.fromkeys((*rates, "weight_decay", "gradient_clip", "denoising_weight", *guidance), FROM_0)
-        names |= dict.fromkeys(("temperature", "logit_scale", "agsm_temperature"), ABOVE_0)
+        names |= dict.fromkeys(("temperature", "logit_scale", "agsm_temperature", "guidance_scale"), ABOVE_0)
         names |= dict.fromkeys(("ema_decay", "caption_dropout", "teacher_decay"), SHARE_BELOW_1)
         for name, expected in names.items():
             if getattr(self, name) is not None:

@@ -33,8 +33,9 @@ def run_identity(
     """
     settings = asdict(config)
     del settings["steps"]
-    if not settings["negatives"]:
-        del settings["negatives"]  # checkpoints know it only where it is used
+    for name, is_used in (("negatives", config.negatives), ("guidance_scale", config.objective == "guidance")):
+        if not is_used:
+            del settings[name]  # checkpoints of earlier versions do not know it
     return settings | {
         "model": model,
         "dataset": dataset.fingerprint,

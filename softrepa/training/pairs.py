@@ -25,7 +25,7 @@ class StepBatch:
     """What a step looks at: B images, one noise and one timestep for all of them, and J captions.
 
     latents: (B, C, H, W) as the network sees them; noise: (1, C, H, W); t: 0..999; compared: (B, J) bool, which pairs
-    count.
+    count; targets: (B, C, H, W) that predictions are compared with, where they are not those of the noise.
     """
 
     latents: Tensor
@@ -33,6 +33,7 @@ class StepBatch:
     conds: list[Cond]
     t: int
     compared: Tensor
+    targets: Tensor | None = None
 
     @classmethod
     def of_all(cls, latents: Tensor, noise: Tensor, conds: list[Cond], t: int) -> "StepBatch":
@@ -81,6 +82,12 @@ class Pairs(Protocol):
         """The loss of AGSM, in which each pair counts `weights` (B, J), errors (B, J), and the loss's gradient.
 
         The gradient is by `banks` (2, L, m, hidden width). Of an image all pairs are compared, or none.
+        """
+
+    def guided(self, rows: Rows, batch: StepBatch, empty: Cond, scale: float, micro_batch: int) -> Tensor:
+        """What the model without the rows predicts at a guidance, v_u + scale (v_i - v_u), (B, C, H, W) float32.
+
+        v_i is under the caption that image i is compared with, one at most, v_u under `empty`. 0 where there is none.
         """
 
     def embed(self, rows: Tensor) -> Tensor: ...

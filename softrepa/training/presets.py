@@ -9,6 +9,7 @@ PRESETS: dict[str, dict] = {
     RELATIVE: {"temperature_mode": "relative", "temperature": 1.0},
     "hard negatives": {"hard_negatives": 1},
     "AGSM": {"objective": "agsm"},
+    "guidance": {"objective": "guidance"},
 }
 """The paper's is what every input has by default; the second is for models whose errors are too large for its
 temperature. What each gives, `benchmarks/alignment.py` says."""

@@ -21,6 +21,9 @@ from .noising import draw_timestep
 from .pairs import Pairs, Rows, StepBatch, backward_through_pairs
 from .ranks import ALONE, Ranks
 
+ALONE_WITH_ITS_CAPTION = ("denoising", "guidance")
+"""Objectives that compare an image with nothing but its own caption."""
+
 
 class TrainableTokens(nn.Module):
     """Soft tokens as float32 parameters: `tokens` (L, m, d), `time_table` (100, L * hidden width), a second bank."""
@@ -172,9 +175,11 @@ class Trainer:
         few = 0 < config.negatives < len(latents) - 1
         order = torch.randperm(len(latents), generator=self.generator) if few else None
         compared = loss.comparison([len(captions) for captions in wrong], len(conds), config.negatives, order)
-        if config.objective == "denoising":
-            compared = torch.eye(len(conds), dtype=torch.bool)
+        if config.objective in ALONE_WITH_ITS_CAPTION:
+            compared = torch.eye(len(latents), len(conds), dtype=torch.bool)
         batch = StepBatch(latents, noise, [*conds, *chain(*wrong)], t, compared)
+        if config.objective == "guidance":
+            batch = replace(batch, targets=self._guided(batch, micro_batch))
         if config.objective == "agsm":
             value, errors = self._match_scores(batch, micro_batch)
         else:
@@ -188,7 +193,7 @@ class Trainer:
     def objective(self, errors: Tensor, compared: Tensor | None = None, shared: int | None = None) -> Tensor:
         """The loss on errors (B, J), where it is one of them alone; `shared` as `loss.contrastive_loss` has it."""
         config = self.config
-        if config.objective == "denoising":
+        if config.objective in ALONE_WITH_ITS_CAPTION:
             return loss.denoising_loss(errors)
         relative, weight = config.temperature_mode == "relative", config.denoising_weight or 0.0
         return loss.contrastive_loss(
@@ -207,6 +212,12 @@ class Trainer:
             is_by_row=config.temperature_mode != "relative" and not config.symmetric,
             ranks=self.ranks,
         )
+
+    def _guided(self, batch: StepBatch, micro_batch: int) -> Tensor:
+        """Of the images whose pairs are computed here."""
+        assert self.empty is not None
+        rows, own = self.tokens.rows(batch.t, self.pairs.embed).detach(), batch.only(self.ranks.pairs(batch.compared))
+        return self.pairs.guided(rows, own, self.empty, self.config.guidance_scale, micro_batch)
 
     def _match_scores(self, batch: StepBatch, micro_batch: int) -> tuple[Tensor, Tensor]:
         config = self.config

@@ -29,6 +29,7 @@ WAYS = {
         "gradient_clip": 0.1,
         "caption_dropout": 0.5,
     },
+    "guidance": {"batch_size": 5, "objective": "guidance", "temperature": 0.07, "optimizer": "SGD"},
     "AGSM": {"batch_size": 3, "objective": "agsm", "temperature": 0.07, "teacher_decay": 0.9},
 }
 

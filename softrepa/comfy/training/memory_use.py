@@ -63,6 +63,9 @@ class AdaptivePairs:
     def regression(self, aims, banks, teacher, batch, weights, micro_batch):
         return self._fitted(partial(regression, self.network), (aims, banks, teacher), batch, (weights,), micro_batch)
 
+    def guided(self, rows, batch, empty, scale, micro_batch):
+        return self._fitted(self.network.guided, (rows,), batch, (empty, scale), micro_batch)
+
     def _fitted(self, call, before, batch: StepBatch, behind, micro_batch):
         rows = before[-1] if before[-1].ndim == 3 else before[-1][0]  # of AGSM both banks', of which a pair needs one
         if not self.at_once:

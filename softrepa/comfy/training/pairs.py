@@ -1,7 +1,7 @@
 """Denoising errors of image-caption pairs by a MODEL's own network."""
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management as memory
@@ -125,11 +125,27 @@ class PairNetwork:
                 errors[images, texts] = pair_error(output, target[images].to(self.device))
         return errors
 
+    def guided(self, rows: Rows, batch: StepBatch, empty: Cond, scale: float, micro_batch: int) -> Tensor:
+        """Classifier-free guidance (arXiv 2207.12598), by the network as it is without `rows`."""
+        sigma, seen, _, captions = self.prepared(batch)
+        *_, nothing = self.prepared(replace(batch, conds=[empty]))
+        found = torch.zeros(seen.shape)
+        with torch.no_grad():
+            for images, texts in captions.runs(micro_batch, batch.compared):
+                memory.throw_exception_if_processing_interrupted()
+                unconditional, conditional = (
+                    self.output(seen[images], sigma, some.joined(which, self.device)).float()
+                    for some, which in ((nothing, [0] * len(images)), (captions, texts))
+                )
+                found[images] = (unconditional + scale * (conditional - unconditional)).cpu()
+        return found
+
     def prepared(self, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor, Captions]:
         """sigma (), x_t and target (B, C, H, W), and the captions; on the CPU, for a batch may be large."""
         latents, noise = (ordinary(tensor).to("cpu", torch.float32) for tensor in (batch.latents, batch.noise))
         sigma = sigma_at(self.base_model.model_sampling, batch.t)
         seen, target = self.noised(latents, noise, sigma)
+        target = target if batch.targets is None else batch.targets
         height, width = (8 * side for side in latents.shape[-2:])
         sizes = {"width": width, "height": height, "target_width": width, "target_height": height}
         captions = []
