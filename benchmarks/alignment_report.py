@@ -128,7 +128,7 @@ def difference(ones: Figures, others: Figures) -> Difference | None:
     if not seeds:
         return None
     cells = np.array(
-        [np.subtract(*(rows[None if None in rows else seed] for rows in (ones, others))) for seed in seeds]
+        [np.subtract(*(rows[None if None in rows else seed] for rows in (ones, others))) for seed in seeds], dtype=float
     )
     return Difference(*two_way_interval(torch.from_numpy(cells[:, ~np.isnan(cells).any(0)])))
 
