@@ -103,7 +103,7 @@ def read(path: Path = FILE) -> dict[str, torch.Tensor]:
 
 
 def write_checkpoint(path: Path, made: Path = FILE) -> Path:
-    """The network and the autoencoder (12 MB) for `CheckpointLoaderSimple`; the CLIP is the first model's."""
+    """The network and the autoencoder (22 MB) for `CheckpointLoaderSimple`; the CLIP is the first model's."""
     weights = read(made)
     weights["txt_in.weight"] = F.pad(weights["txt_in.weight"], (0, checkpoint.FULL_CONTEXT - TEXT_WIDTH))
     first = checkpoint.read_shipped()
