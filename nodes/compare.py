@@ -18,7 +18,7 @@ from ..softrepa.comparing.summary import Judged, as_csv, as_text, check_scores, 
 from ..softrepa.errors import SoftREPAError, printable, shown
 from ..softrepa.statistics import Unit
 from ..softrepa.training.timesteps import SCORED, parse_timesteps
-from .schema import ADVANCED, Dataset, Tokens, schema, show_on_node
+from .schema import ADVANCED, ON_CANVAS, Dataset, Tokens, schema, show_on_node, whole_graph
 from .schema import widget as input_widget
 
 Judge = io.Custom("SOFTREPA_JUDGE")
@@ -104,7 +104,7 @@ class CompareTokens(io.ComfyNode):
                 ),
                 Compared.Output(display_name="comparison", tooltip="For Compare Scores: which image is which."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[*ON_CANVAS],
             is_output_node=True,
         )
 
@@ -143,7 +143,7 @@ class CompareTokens(io.ComfyNode):
             prompts_of(given.prompts, prompts_from, dataset),
             given,
             judge,
-            graph_of(cls.hidden and cls.hidden.prompt, cls.hidden and cls.hidden.unique_id, FED),
+            graph_of(whole_graph(cls), cls.hidden and cls.hidden.unique_id, FED),
         )
         found = compare(comparison, partial(show_on_node, cls))
         show_on_node(cls, found.text)
@@ -205,7 +205,7 @@ class CompareScores(io.ComfyNode):
                 io.Float.Output(display_name="high", tooltip="Where it ends."),
                 io.String.Output(display_name="csv", tooltip="The same for a spreadsheet."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[*ON_CANVAS],
             is_output_node=True,
         )
 

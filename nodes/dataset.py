@@ -10,7 +10,7 @@ from ..softrepa.data.captions import CAPTION_LINES
 from ..softrepa.data.inputs import DatasetInputs
 from ..softrepa.data.latent_lists import dataset_of_lists
 from ..softrepa.errors import SoftREPAError
-from .schema import ADVANCED, Dataset, schema, show_on_node
+from .schema import ADVANCED, ON_CANVAS, Dataset, schema, show_on_node
 from .schema import widget as input_widget
 
 widget = partial(input_widget, DatasetInputs)
@@ -83,7 +83,7 @@ class CaptionImageFolder(io.ComfyNode):
                     tooltip="Images, captions and sizes, what was left out and why, and captions that occur twice.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[*ON_CANVAS],
         )
 
     @classmethod
@@ -127,7 +127,7 @@ class DatasetFromLatents(io.ComfyNode):
             outputs=[
                 Dataset.Output(display_name="dataset", tooltip="For Train SoftREPA Tokens or the Alignment Score.")
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[*ON_CANVAS],
         )
 
     @classmethod

@@ -17,6 +17,11 @@ CATEGORY = "SoftREPA"
 Tokens = io.Custom("SOFTREPA_TOKENS")
 Dataset = io.Custom("SOFTREPA_DATASET")
 TrainingOptions = io.Custom("SOFTREPA_TRAINING_OPTIONS")
+Curve = io.Custom("CURVE")
+"""ComfyUI's own type, which 0.3.75 does not have; only ever a socket, where core's `io.Curve` is a widget.
+
+The search dialog draws the widget all the same, of the default that the input gives.
+"""
 
 ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Float.Input.__init__).parameters else {}
 """Marks an input as advanced where this ComfyUI knows the word."""
@@ -58,11 +63,32 @@ def widget(inputs, name: str, tooltip: str, **more):
     return kind.Input(name, default=default, tooltip=tooltip, **is_optional, **more)
 
 
+ON_CANVAS = (io.Hidden.unique_id, io.Hidden.dynprompt)
+"""What a node needs that writes below itself."""
+
+
+def id_on_canvas(node: type[io.ComfyNode]) -> str | None:
+    """Of the node that a person sees: in a loop, or where another node made it, it runs under other ids.
+
+    None outside a running server.
+    """
+    if not (node.hidden and node.hidden.unique_id and hasattr(PromptServer, "instance")):
+        return None
+    graph = node.hidden.dynprompt
+    return graph.get_display_node_id(node.hidden.unique_id) if graph else node.hidden.unique_id
+
+
+def whole_graph(node: type[io.ComfyNode]) -> dict[str, dict]:
+    """All nodes of the prompt that runs, with those that loops and other nodes have made; none outside of one."""
+    graph = node.hidden and node.hidden.dynprompt
+    return {name: graph.get_node(name) for name in graph.all_node_ids()} if graph else {}
+
+
 def tell_node(node: type[io.ComfyNode], data: dict) -> None:
     """Sends the numbers of a run to the node's curves; nothing outside a running server."""
-    if node.hidden and node.hidden.unique_id and hasattr(PromptServer, "instance"):
+    if name := id_on_canvas(node):
         server = PromptServer.instance
-        place = {"node": node.hidden.unique_id, "prompt": server.last_prompt_id}
+        place = {"node": name, "prompt": server.last_prompt_id}
         server.send_sync("softrepa.training", data | place, server.client_id)
 
 
@@ -77,5 +103,5 @@ def show_on_node(node: type[io.ComfyNode], text: str) -> None:
 
     Names of files may hold what the server cannot send as UTF-8.
     """
-    if node.hidden and node.hidden.unique_id and hasattr(PromptServer, "instance"):
-        PromptServer.instance.send_progress_text(printable(text), node.hidden.unique_id)
+    if name := id_on_canvas(node):
+        PromptServer.instance.send_progress_text(printable(text), name)

@@ -12,7 +12,7 @@ from ..softrepa.numbers import check_finite
 from ..softrepa.statistics import Difference, Unit, paired_difference, verdict
 from ..softrepa.training.inputs import ScoreInputs
 from ..softrepa.training.timesteps import parse_timesteps
-from .schema import ADVANCED, Dataset, schema, show_on_node, users_theme
+from .schema import ADVANCED, ON_CANVAS, Dataset, schema, show_on_node, users_theme
 from .schema import widget as input_widget
 
 widget = partial(input_widget, ScoreInputs)
@@ -63,7 +63,7 @@ class AlignmentScore(io.ComfyNode):
                 io.Float.Output(display_name="low", tooltip="Where the difference's 95% interval begins."),
                 io.Float.Output(display_name="high", tooltip="Where it ends."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[*ON_CANVAS],
             is_output_node=True,
         )
 

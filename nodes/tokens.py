@@ -11,7 +11,7 @@ from ..softrepa.errors import SoftREPAError, printable, shown, unwritable
 from ..softrepa.families import where
 from ..softrepa.tokens import SoftTokens
 from . import token_plot
-from .schema import ADVANCED, Tokens, schema, show_on_node, tell_of_new_tokens, users_theme
+from .schema import ADVANCED, ON_CANVAS, Curve, Tokens, schema, show_on_node, tell_of_new_tokens, users_theme
 
 ALIASES = ["soft tokens", "soft prompt", "repa", "prompt adherence", "text alignment", "dc_tokens"]
 
@@ -75,6 +75,13 @@ def application_inputs() -> list[io.Input]:
             tooltip="For files with two banks (AGSM): which one the negative prompt sees.",
             **ADVANCED,
         ),
+        Curve.Input(
+            "strength_curve",
+            optional=True,
+            tooltip="From ComfyUI's Curve Editor: what strength is multiplied by over the sampling. Left is the first "
+            "step, right the last.",
+            extra_dict={"forceInput": True, "default": {"points": [[0, 1], [1, 1]], "interpolation": "linear"}},
+        ),
     ]
 
 
@@ -110,7 +117,7 @@ class LoadTokens(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="The model with the tokens in it, for the sampler."),
                 Tokens.Output(display_name="tokens", tooltip="The tokens themselves, to save, look at or apply again."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[*ON_CANVAS],
         )
 
     @classmethod
@@ -177,7 +184,7 @@ class SaveTokens(io.ComfyNode):
                     tooltip="Name of the file, numbered; folders may be given as in sd3/mine.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[*ON_CANVAS],
             is_output_node=True,
         )
 

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..softrepa.comfy.training.launch import launch
 from ..softrepa.training.inputs import GO_ON, TrainingInputs
-from .schema import ADVANCED, Tokens, TrainingOptions, schema, show_on_node, tell_node, tell_of_new_tokens
+from .schema import ADVANCED, ON_CANVAS, Tokens, TrainingOptions, schema, show_on_node, tell_node, tell_of_new_tokens
 from .training_inputs import training_inputs
 
 DESCRIPTION = (
@@ -55,7 +55,7 @@ def training_schema(inputs: list[io.Input], **more) -> io.Schema:
             io.Int.Output(display_name="steps", tooltip="Updates done."),
             io.String.Output(display_name="path", tooltip="The file that was written."),
         ],
-        hidden=[io.Hidden.unique_id],
+        hidden=[*ON_CANVAS],
         is_output_node=True,
         **more,
     )

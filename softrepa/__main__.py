@@ -15,6 +15,24 @@ from .families import FAMILIES
 if __name__ == "__main__" and sys.argv[1:2] in (["train"], ["score"]) and os.environ.get("RANK", "0") == "0":
     print("starting PyTorch and ComfyUI", file=sys.stderr, flush=True)  # which take seconds
 
+PACK = Path(__file__).absolute().parents[1]
+PYTHONS = (
+    "../../../python_embeded/python.exe",
+    *(f"../../{folder}/{python}" for folder in (".venv", "venv") for python in ("Scripts/python.exe", "bin/python")),
+)
+"""Of installations that hold the pack in ComfyUI's custom_nodes: portable, and with a virtual environment."""
+
+
+def comfyuis_python() -> str:
+    """The one that is there, in the words of an error, or where it usually is."""
+    found = next((path for name in PYTHONS if (path := Path(os.path.normpath(PACK / name))).is_file()), None)
+    return (
+        shown(found)
+        if found
+        else ("in a portable installation python_embeded\\python.exe, otherwise the one of its virtual environment")
+    )
+
+
 try:
     from . import configuration, token_files
     from .comfy import startup
@@ -24,10 +42,8 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name not in ("torch", "safetensors"):
         raise
-    sys.exit(
-        f"error: {printable(sys.executable)} has no {missing.name}, expected the Python that runs ComfyUI: in a "
-        "portable installation python_embeded\\python.exe, otherwise the one of its virtual environment."
-    )
+    python = printable(sys.executable)
+    sys.exit(f"error: {python} has no {missing.name}, expected the Python that runs ComfyUI: {comfyuis_python()}.")
 
 EPILOG = "What stands behind -- goes to ComfyUI as its own options, for example: -- --lowvram"
 

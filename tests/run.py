@@ -1,11 +1,12 @@
 """Runs the tests in the prepared environment (tools/environment.py), beside a real ComfyUI.
 
-python3 -m tests.run [--comfyui VERSION] [--python PATH] [pytest arguments]
+python3 -m tests.run [--comfyui VERSION] [--python PATH] [--frontend VERSION] [pytest arguments]
 
 All tests run on two processes, a file on one of them; with arguments pytest decides.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 
@@ -23,10 +24,13 @@ EVERYTHING = [
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 -m tests.run", add_help=False)
     environment.add_arguments(parser)
+    parser.add_argument("--frontend", metavar="VERSION", help="of ComfyUI's frontend, or newest, in place of its own")
     arguments, pytest_arguments = parser.parse_known_args()
     prepared = environment.prepare_or_exit(arguments.comfyui, arguments.python)
     if subprocess.run([prepared.python, "-c", "import pytest"], capture_output=True).returncode:
         sys.exit(f"{prepared.python} has no pytest: install requirements-dev.txt there.")
+    if arguments.frontend:
+        os.environ[environment.FRONTEND_VARIABLE] = environment.frontend_or_exit(arguments.frontend)
     sys.exit(environment.run_module("pytest", pytest_arguments or EVERYTHING, prepared))
 
 

@@ -53,6 +53,11 @@ ARCHIVES = {
     ),
 }
 DEFAULT_VERSION = "0.30.0"
+FRONTEND_PACKAGE = "comfyui-frontend-package"
+NEWEST_FRONTEND = "1.58.1"
+"""The newest that the browser tests have been run with, on the default ComfyUI's server."""
+FRONTEND_VARIABLE = "SOFTREPA_FRONTEND"
+"""Folder of a frontend that servers show in place of their own."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,13 @@ def prepare_or_exit(version: str | None = None, python: str | Path | None = None
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def frontend_or_exit(version: str) -> str:
+    try:
+        return str(fetch_frontend(version))
+    except SetupError as error:
+        sys.exit(str(error))
 
 
 def run_module(module: str, arguments: list[str], environment: Environment) -> int:
@@ -184,6 +196,21 @@ def unpack(path: Path, archive: Archive, target: Path) -> Path:
     with (target / archive.folder / "requirements.txt").open("a", encoding="utf-8") as requirements:
         requirements.writelines(f"\n{name}\n" for name in archive.unlisted)
     return target / archive.folder
+
+
+def fetch_frontend(version: str) -> Path:
+    """The folder of ComfyUI's frontend of this version; "newest" is the index's newest, fetched every time."""
+    package = FRONTEND_PACKAGE if version == "newest" else f"{FRONTEND_PACKAGE}=={version}"
+    folder = cache_folder() / f"frontend-{version}"
+    if version == "newest" or not folder.exists():
+        with exclusive(cache_folder() / "lock"), tempfile.TemporaryDirectory(dir=cache_folder()) as work:
+            say(f"Fetching {package}")
+            create_venv(Path(work) / "pip")
+            options: list[str | Path] = ["--no-deps", "--target", Path(work) / "package", package]
+            pip(Path(work) / "pip", "install", *options, failure=f"{package} could not be fetched with pip.")
+            shutil.rmtree(folder, ignore_errors=True)
+            (Path(work) / "package").rename(folder)
+    return folder / FRONTEND_PACKAGE.replace("-", "_") / "static"
 
 
 def usable_python(named: str | Path) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 import torch
 
-from .environment import steady_threads
+from .environment import FRONTEND_VARIABLE, steady_threads
 
 ROOT = Path(__file__).absolute().parents[1]
 PACK = "comfyui-softrepa"
@@ -115,6 +115,8 @@ class ComfyServer:
             config = self.work / "extra_model_paths.yaml"
             config.write_text(json.dumps({"extra": folders}), encoding="utf-8")  # JSON is YAML
             command += ["--extra-model-paths-config", config]
+        if (frontend := os.environ.get(FRONTEND_VARIABLE)) and "--front-end-root" not in self.arguments:
+            command += ["--front-end-root", frontend]
         return [*command, *self.arguments]
 
     def wait_until_ready(self) -> None:

@@ -67,12 +67,12 @@ def screenshots(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def page_of(browser, screenshots):
-    """`with page_of(server) as frontend`: a fresh page."""
+    """`with page_of(server) as frontend`: a fresh page, in the browser's language `locale`."""
     from contextlib import contextmanager
 
     @contextmanager
-    def opened(server):
-        with browser.new_context(viewport={"width": 1680, "height": 1050}) as context:
+    def opened(server, locale="en-US"):
+        with browser.new_context(viewport={"width": 1680, "height": 1050}, locale=locale) as context:
             page = pages.Frontend(context.new_page(), server.port, screenshots)
             page.open()
             yield page

@@ -3,6 +3,8 @@
 import pytest
 from softrepa_tests.conftest import ROOT
 
+from tools.translations import LANGUAGES, NOTE, english, memory_of
+
 PAGES = sorted(path.stem for path in (ROOT / "nodes" / "web" / "docs").glob("*.md"))
 SEARCHES = {
     "SoftREPA": ("Load SoftREPA Tokens", "Train SoftREPA Tokens"),
@@ -98,6 +100,27 @@ def test_widgets_and_tooltips(frontend, info):
         assert tip.inner_text().split() == inputs[widget][1]["tooltip"].split(), name
 
 
+def test_cores_curve_weighs_the_tokens(frontend):
+    """A graph that knows no curve gets a socket, never a widget of a curve; connected, it runs."""
+    frontend.open_template("Try it without a download")
+    frontend.set_widgets({"KSampler": {"steps": 2}, "SoftREPAFlowEdit": {"steps": 2, "n_max": 1}})
+    assert "strength_curve" not in frontend.prompt()["2"]["inputs"]
+    frontend.page.evaluate(
+        """() => {
+            const curve = LiteGraph.createNode('CurveEditor')
+            curve.pos = [-500, 700]
+            app.graph.add(curve)
+            const apply = app.graph._nodes.find(node => node.type === 'SoftREPAApplyTokens')
+            curve.connect(0, apply, apply.inputs.findIndex(input => input.name === 'strength_curve'))
+        }"""
+    )
+    frontend.settle()
+    frontend.screenshot("strength_curve")
+    source, slot = frontend.prompt()["2"]["inputs"]["strength_curve"]
+    assert (frontend.prompt()[source]["class_type"], slot) == ("CurveEditor", 0)
+    assert frontend.run()["error"] is None
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_help(frontend, name):
     frontend.clear()
@@ -112,3 +135,33 @@ def test_help(frontend, name):
     )
     assert len(images) == page.count("![") >= 1
     assert all(width > 50 for width in images)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_in_the_users_language(server, page_of, language):
+    definitions, _ = english()
+    node, memory = definitions["SoftREPAFlowEdit"], memory_of(language)
+    with page_of(server, language) as frontend:
+        frontend.clear()
+        frontend.add("SoftREPAFlowEdit")
+        (added,) = frontend.nodes()
+        assert added["title"] == memory[node["display_name"]]
+        labels = frontend.page.evaluate(
+            """() => {
+                const [node] = app.graph._nodes
+                const shown = [...node.inputs, ...node.widgets].map(one => [one.name, one.label ?? one.localized_name])
+                return Object.fromEntries(shown)
+            }"""
+        )
+        assert {name: memory[name] for name in node["inputs"]}.items() <= labels.items()
+        frontend.page.mouse.move(*frontend.widget_point(added["id"], "n_max"))
+        tip = frontend.page.locator(".node-tooltip")
+        tip.wait_for()
+        assert tip.inner_text().split() == memory[node["inputs"]["n_max"]["tooltip"]].split()
+        text = frontend.help()
+        frontend.page.wait_for_timeout(700)
+        frontend.screenshot(f"help_{language}")
+        assert {memory[node["display_name"]], memory[NOTE]} <= set(text.splitlines())
+        assert "*" not in text
+        assert frontend.page.evaluate("document.querySelector('.node-help-content img').naturalWidth") > 50
+        assert frontend.errors == []

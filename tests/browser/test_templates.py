@@ -38,6 +38,9 @@ RUN = {
     "convert_tokens": ("Preview SoftREPA Tokens",),
 }
 """Nodes that show pictures after a run. SDXL's smallest checkpoint is too large to make up."""
+PICTURED = """titles => titles.every(title => app.graph._nodes.some(
+    node => node.title === title && (node.imgs ?? []).some(image => image.naturalWidth > 1)
+))"""
 
 
 def overlaps(nodes: list[dict]) -> list[tuple[str, str]]:
@@ -94,8 +97,9 @@ def test_runs(frontend, workflow):
         tokens = {"tokens_name": f"softrepa_{'sd15' if 'sd15' in workflow.name else 'sd3'}.safetensors"}
         frontend.set_widgets(SMALL | {"SoftREPALoadTokens": tokens})
     seen = frontend.run()
-    frontend.screenshot(f"run_{workflow.name}")
     assert seen["error"] is None
+    frontend.page.wait_for_function(PICTURED, arg=list(RUN[workflow.name]), timeout=60_000)
+    frontend.screenshot(f"run_{workflow.name}")
     nodes = frontend.nodes()
     assert overlaps(nodes) == []  # with previews, texts and curves
     shown = {node["title"]: node["images"] for node in nodes}

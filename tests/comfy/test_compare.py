@@ -4,17 +4,21 @@ import csv
 import io
 import math
 import weakref
+from types import SimpleNamespace
 
 import comfy.model_management
 import numpy as np
 import pytest
 import torch
+from comfy_execution.graph import DynamicPrompt
 from comfyui_softrepa.nodes.compare import CompareScores, CompareTokens
+from comfyui_softrepa.nodes.schema import show_on_node, whole_graph
 from comfyui_softrepa.softrepa.comfy.comparing import drawing
 from comfyui_softrepa.softrepa.comfy.comparing import run as running
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.comparing import judging, records
 from comfyui_softrepa.softrepa.errors import SoftREPAError
+from server import PromptServer
 from softrepa_tests.comparing import PROMPTS, SMALL, Brightness, Checker, small_world
 
 import nodes
@@ -286,6 +290,41 @@ def test_a_graph_is_known_by_what_feeds_it():
     assert of("clip") != of("clip", ("1", "name", "b"))
     assert of("vae") is None
     assert running.graph_of(None, None, ("model",)) == running.graph_of(graph, "9", ("model",)) == {}
+
+
+def test_a_graph_that_a_loop_makes_is_known_round_by_round():
+    """As ComfyUI's loops do: a node for each round, which takes what the round before it gives."""
+    graph = DynamicPrompt({"load": {"class_type": "Load", "inputs": {}}, "9": {"class_type": "Loop", "inputs": {}}})
+    rounds = 1500
+    for index in range(rounds):
+        before = f"9.{index - 1}_shift" if index else "load"
+        made = {
+            f"9.{index}_shift": {"class_type": "Shift", "inputs": {"model": [before, 0], "shift": index}},
+            f"9.{index}_3": {"class_type": "SoftREPACompare", "inputs": {"model": [f"9.{index}_shift", 0]}},
+        }
+        for name, node in made.items():
+            graph.add_ephemeral_node(name, node, "9", name.split("_")[1])
+    node = SimpleNamespace(hidden=SimpleNamespace(dynprompt=graph, unique_id=f"9.{rounds - 1}_3"))
+    nodes = whole_graph(node)
+    found = [running.graph_of(nodes, f"9.{index}_3", ("model",))["model"] for index in (0, 1, rounds - 1)]
+    assert len(set(found)) == 3
+    assert found[2] == running.graph_of(nodes, f"9.{rounds - 1}_3", ("model",))["model"]
+
+
+def test_a_node_of_a_loop_writes_below_the_one_on_the_canvas(monkeypatch):
+    said = []
+    server = SimpleNamespace(send_progress_text=lambda *args: said.append(args))
+    monkeypatch.setattr(PromptServer, "instance", server, raising=False)
+    graph = DynamicPrompt({"9": {"class_type": "Loop", "inputs": {}}})
+    graph.add_ephemeral_node("9.0.0_3", {"class_type": "SoftREPACompare", "inputs": {}}, "9", "3")
+    for hidden in (
+        SimpleNamespace(unique_id="9.0.0_3", dynprompt=graph),
+        SimpleNamespace(unique_id="9", dynprompt=graph),
+        SimpleNamespace(unique_id="4", dynprompt=None),
+        None,
+    ):
+        show_on_node(SimpleNamespace(hidden=hidden), "drawn")
+    assert said == [("drawn", "3"), ("drawn", "9"), ("drawn", "4")]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
-"""The help page of every node against its schema."""
+"""The help page of every node and its English texts against its schema."""
 
 import re
 
 from softrepa_tests.conftest import ROOT
+
+from tools.translations import LOCALES, node_definitions, read_json
 
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("nodes/web/docs/*.md")}
 
@@ -40,3 +42,8 @@ def test_every_output_is_named(pack):
         outputs = [output.display_name or output.io_type for output in node.define_schema().outputs]
         text = section(PAGES[name], "Output")
         assert [output for output in outputs if f"`{output}`" not in text] == [], name
+
+
+def test_english_of_the_frontend_is_the_schemas(pack):
+    found = node_definitions({name: node.GET_NODE_INFO_V1() for name, node in pack.items()})
+    assert read_json(LOCALES / "en" / "nodeDefs.json") == found, "`python3 -m tools.translations` writes it"

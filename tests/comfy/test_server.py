@@ -10,7 +10,7 @@ from softrepa_tests.conftest import ROOT
 from tools.server import ComfyServer, PromptError
 from tools.standins import stand_in
 
-OPTIONS = ["strength", "start_percent", "end_percent", "apply_to", "blocks", "uncond_bank"]
+OPTIONS = ["strength", "start_percent", "end_percent", "apply_to", "blocks", "uncond_bank", "strength_curve"]
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,20 @@ def test_the_optional_inputs_may_be_left_out(server):
     picture(server, graph)
 
 
+def test_core_draws_the_strength_over_the_sampling(server):
+    """0 throughout is the plain model, and less than 1 neither that nor full strength."""
+
+    def drawn(points) -> np.ndarray:
+        graph = workflow("sd15", strength_curve=["curve", 0])
+        graph["curve"] = {"class_type": "CurveEditor", "inputs": {"curve": {"points": points}}}
+        return picture(server, graph)
+
+    without, with_tokens = halves(picture(server, workflow("sd15")))
+    plain, weighed = (halves(drawn(points))[1] for points in ([[0, 0], [1, 0]], [[0, 0.3], [1, 0]]))
+    assert abs(plain - without).max() == 0
+    assert min(abs(weighed - without).mean(), abs(weighed - with_tokens).mean()) > 0.05
+
+
 def test_object_info(server):
     info = server.object_info("SoftREPALoadTokens")
     assert info["display_name"] == "Load SoftREPA Tokens"
@@ -80,7 +94,9 @@ def test_object_info(server):
     assert list(info["input"]["required"]) == ["model", "tokens_name"]
     assert list(info["input"]["optional"]) == OPTIONS
     defaults = [info["input"]["optional"][name][1].get("default") for name in OPTIONS]
-    assert defaults == [1.0, 0.0, 1.0, "both", "auto", "positive"]
+    flat = {"points": [[0, 1], [1, 1]], "interpolation": "linear"}
+    assert defaults == [1.0, 0.0, 1.0, "both", "auto", "positive", flat]
+    assert info["input"]["optional"]["strength_curve"][1]["forceInput"]  # core has a widget of that type
     assert info["output"] == ["MODEL", "SOFTREPA_TOKENS"]
     for name in ("SoftREPALoadTokens", "SoftREPAApplyTokens", "SoftREPASaveTokens", "SoftREPAPreviewTokens"):
         status, _ = text(server, f"/extensions/comfyui-softrepa/docs/{name}.md")

@@ -17,7 +17,9 @@ from softrepa_tests.repository import files, shipped
 
 KNOWN = set(files())
 FOLDERS = {folder for path in KNOWN for folder in path.parents}
-PAGES = {path: (ROOT / path).read_text(encoding="utf-8") for path in files("*.md")}
+TRANSLATED = ":!nodes/web/docs/*/*.md"
+"""Pages are generated from those below docs/, to which their pictures' names belong."""
+PAGES = {path: (ROOT / path).read_text(encoding="utf-8") for path in files("*.md", TRANSLATED)}
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=str)
 
 LINK = re.compile(r"\]\(\s*([^)\s]+)\s*\)")

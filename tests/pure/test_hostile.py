@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
 import threading
+import venv
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -385,6 +387,26 @@ def test_a_python_that_is_not_comfyuis(missing):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert f"has no {missing}, expected the Python that runs ComfyUI" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "python", ["", "ComfyUI/.venv/bin/python", "ComfyUI/venv/Scripts/python.exe", "python_embeded/python.exe"]
+)
+def test_a_python_without_torch_says_which_has_it(tmp_path, python):
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=POSIX)
+    bare = tmp_path / "bare" / ("bin/python" if POSIX else "Scripts/python.exe")
+    pack = tmp_path / "ComfyUI" / "custom_nodes" / "pack"
+    shutil.copytree(ROOT / "softrepa", pack / "softrepa", ignore=shutil.ignore_patterns("*.safetensors", "*.pyc"))
+    if python:
+        (tmp_path / python).parent.mkdir(parents=True)
+        (tmp_path / python).touch()
+    done = subprocess.run(
+        [bare, "-m", "softrepa", "inspect", "x"], cwd=pack, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    expected = str(tmp_path / python) if python else "in a portable installation python_embeded\\python.exe, otherwise"
+    assert f"has no torch, expected the Python that runs ComfyUI: {expected}" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -123,13 +123,14 @@ class TestArchive:
             "README.md",
             "__init__.py",
             "docs",
+            "locales",
             "nodes",
             "pyproject.toml",
             "requirements.txt",
             "softrepa",
             "workflows",
         }
-        whole = {"docs", "nodes", "softrepa", "workflows"}
+        whole = {"docs", "locales", "nodes", "softrepa", "workflows"}
         assert [path for path in found if path.parts[0] in whole] == files(*whole)
 
     def test_is_small(self):

@@ -77,7 +77,7 @@ class Ways:
 def _settings_of(one: TokenSet) -> list[Any]:
     """What of tokens on a MODEL decides its pictures."""
     acts = (one.strength, one.start_percent, one.end_percent, one.apply_to, one.uncond_bank)
-    return [tokens_hash(one.tokens), str(one.blocks), *acts]
+    return [tokens_hash(one.tokens), str(one.blocks), *acts, *(one.curve.facts if one.curve else ())]
 
 
 def arm_name(strength: float) -> str:
@@ -259,26 +259,37 @@ def compare_folder(filename_prefix: str) -> Path:
 def graph_of(prompt: Mapping[str, Any] | None, node: str | None, names: Iterable[str]) -> dict[str, str]:
     """A hash of all nodes and values that lead to each of a node's inputs, in a graph as ComfyUI's API takes it.
 
-    Empty where the node is not in the graph, as inside of one that another node makes.
+    Empty where the node is not in the graph.
     """
     graph = prompt or {}
     known: dict[str, str] = {}
 
+    def is_link(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[0] in graph
+
     def identity(value: Any) -> Any:
-        is_link = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[0] in graph
-        return [of_node(value[0]), value[1]] if is_link else value
+        return [known.get(value[0], ""), value[1]] if is_link(value) else value  # a circle ends here
 
-    def of_node(name: str) -> str:
-        if name not in known:
-            known[name] = ""  # a circle ends here
-            entry = graph[name]
-            inputs = {key: identity(value) for key, value in sorted(entry.get("inputs", {}).items())}
-            said = json.dumps([entry.get("class_type"), inputs], sort_keys=True, default=str)
-            known[name] = hashlib.sha256(said.encode("utf-8", "backslashreplace")).hexdigest()[:16]
-        return known[name]
+    def hashed(name: str) -> str:
+        inputs = {key: identity(value) for key, value in sorted(graph[name].get("inputs", {}).items())}
+        said = json.dumps([graph[name].get("class_type"), inputs], sort_keys=True, default=str)
+        return hashlib.sha256(said.encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
-    inputs = graph.get(node or "", {}).get("inputs", {})
-    return {name: json.dumps(identity(inputs[name]), default=str) for name in names if name in inputs}
+    given = graph.get(node or "", {}).get("inputs", {})
+    inputs = {name: given[name] for name in names if name in given}
+    # Not by recursion: a loop of ComfyUI puts the nodes of all its rounds behind one another.
+    waiting: list[str] = [value[0] for value in inputs.values() if is_link(value)]
+    entered: set[str] = set()
+    while waiting:
+        name = waiting[-1]
+        if name not in entered:
+            entered.add(name)
+            links = filter(is_link, graph[name].get("inputs", {}).values())
+            waiting.extend(link[0] for link in links if link[0] not in entered)
+        else:
+            waiting.pop()
+            known.setdefault(name, hashed(name))
+    return {name: json.dumps(identity(value), default=str) for name, value in inputs.items()}
 
 
 def prompt_files() -> list[str]:

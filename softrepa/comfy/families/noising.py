@@ -33,3 +33,23 @@ def sigma_at(model_sampling, t: int) -> Tensor:
 def timestep(model_sampling, sigma: Tensor) -> Tensor:
     """t of 0..1000, by which a time table is read, at sigma (B,); the network's own t of some flow models ends at 1."""
     return sigma * 1000 if isinstance(model_sampling, CONST) else model_sampling.timestep(sigma)
+
+
+HALVINGS, DIGITS = 24, 6
+"""A share of the sampling is found to 2^-25; sigmas in float32 tell no more than six digits of it."""
+
+
+def percent(model_sampling, sigma: Tensor) -> float:
+    """The share of the sampling at sigma (): the inverse of ComfyUI's `percent_to_sigma`, which falls.
+
+    0 and 1 outside of the model's noise levels.
+    """
+    level = float(sigma)
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if model_sampling.percent_to_sigma(middle) > level:
+            low = middle
+        else:
+            high = middle
+    return round((low + high) / 2, DIGITS)

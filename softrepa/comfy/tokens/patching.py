@@ -20,10 +20,12 @@ from ...families import Blocks
 from ...numbers import FROM_0, SHARE, check_number
 from ...tokens import SoftTokens
 from ..families import adapter_of, model_shape
+from ..families.noising import percent
 from ..families.noising import timestep as timestep_at
 from ..models import check_fit, chosen_blocks
 from .attention import OVERRIDE, Asked, SoftKeyBias
 from .call_state import KEY, CallState, Entries, Place
+from .curve import StrengthCurve
 
 ROLES_OPTION = "softrepa_roles"
 
@@ -36,7 +38,7 @@ class TokenSet:
     """One token file and how it acts. Raises SoftREPAError for options out of range.
 
     strength: what the soft keys' attention weights are multiplied by, 0 or more. start_percent, end_percent: shares of
-    the sampling, 0 to 1, as ComfyUI calls them.
+    the sampling, 0 to 1, as ComfyUI calls them. curve: what multiplies strength over the sampling.
     """
 
     tokens: SoftTokens
@@ -46,6 +48,7 @@ class TokenSet:
     end_percent: float = 1.0
     apply_to: str = "both"
     uncond_bank: str = "positive"
+    curve: StrengthCurve | None = None
 
     def __post_init__(self):
         label = self.tokens.label
@@ -70,7 +73,7 @@ class TokenSet:
     @property
     def varies(self) -> bool:
         """Whether its weight depends on the step or the sample, or is not 1."""
-        return self.is_windowed or self.has_roles or self.strength != 1
+        return self.is_windowed or self.has_roles or self.strength != 1 or self.curve is not None
 
     @property
     def has_roles(self) -> bool:
@@ -90,14 +93,19 @@ def apply_tokens(
     apply_to: str = "both",
     blocks: str = "auto",
     uncond_bank: str = "positive",
+    strength_curve: object = None,
 ) -> ModelPatcher:
     """A clone of `model` on which `tokens` act, beside those already there (spec: strength 1 is the reference).
 
-    Raises SoftREPAError where tokens, model and options do not fit together.
+    strength_curve: a CURVE of ComfyUI, by the share of the sampling. Raises SoftREPAError where tokens, model and
+    options do not fit together.
     """
     shape = model_shape(model)
     check_fit(tokens, shape)
-    added = TokenSet(tokens, chosen_blocks(tokens, blocks), strength, start_percent, end_percent, apply_to, uncond_bank)
+    curve = None if strength_curve is None else StrengthCurve.of(strength_curve, f"{tokens.label}: strength_curve")
+    added = TokenSet(
+        tokens, chosen_blocks(tokens, blocks), strength, start_percent, end_percent, apply_to, uncond_bank, curve
+    )
     patched = model.clone()
     if strength > 0:
         before = model.get_attachment(KEY)
@@ -178,8 +186,8 @@ class SoftTokenPatch:
         sigma = sigma.expand(len(negative))
         timestep = timestep_at(base_model.model_sampling, sigma)
         for token_set, tokens in zip(self.sets, self._on(device), strict=True):
-            is_open = in_window(token_set, base_model.model_sampling, sigma)
-            per_sample = [token_set.strength_for(is_negative) * is_open for is_negative in negative]
+            share = share_of_strength(token_set, base_model.model_sampling, sigma)
+            per_sample = [token_set.strength_for(is_negative) * share for is_negative in negative]
             if not any(per_sample) and not is_fixed:
                 continue
             layers = self._rows(base_model, token_set, tokens, timestep, negative)
@@ -250,6 +258,13 @@ def in_window(token_set: TokenSet, model_sampling, sigma: Tensor) -> bool:
     first = sigma.flatten()[0]  # compared as a tensor, in its own precision, as ComfyUI does for conds
     start, end = (model_sampling.percent_to_sigma(p) for p in (token_set.start_percent, token_set.end_percent))
     return not bool((first > start) | (first < end))
+
+
+def share_of_strength(token_set: TokenSet, model_sampling, sigma: Tensor) -> float:
+    """What multiplies a set's strength in a call at sigma: its curve within its window, 0 outside."""
+    if not in_window(token_set, model_sampling, sigma):
+        return 0.0
+    return 1.0 if token_set.curve is None else token_set.curve.at(percent(model_sampling, sigma.flatten()[0]))
 
 
 def name_roles(executor, x, timestep, model_options={}, seed=None):
