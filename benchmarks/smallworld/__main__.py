@@ -5,6 +5,8 @@ python3 -m benchmarks.smallworld measure            results.json, results.md, co
 python3 -m benchmarks.smallworld checkpoint PATH    the full checkpoint for ComfyUI's loader
 python3 -m benchmarks.smallworld tokens             train soft tokens in ComfyUI, five seeds, and measure them
 python3 -m benchmarks.smallworld edit               FlowEdit with and without them: tables and pictures
+
+`--network flux` behind train, measure, checkpoint and tokens: the same of the second network, which is not shipped.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tools import environment
@@ -20,6 +23,7 @@ from tools import environment
 FOLDER = Path(__file__).absolute().parent
 SHIPPED = FOLDER.parents[1] / "softrepa" / "smallworld"
 SEEDS = 5
+NETWORKS = ("model", "flux")
 
 
 def arguments() -> argparse.Namespace:
@@ -28,7 +32,7 @@ def arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train everything and write the shipped file; resumes")
     train.add_argument("--state", type=Path, default=environment.cache_folder() / "smallworld", help="where it resumes")
-    train.add_argument("--into", type=Path, default=SHIPPED, help="folder of the finished file")
+    train.add_argument("--into", type=Path, help="folder of the finished file")
     measure = commands.add_parser("measure", help="draw, check and count")
     measure.add_argument("--images", type=int, default=1000, help="pictures to draw (1000)")
     measure.add_argument("--into", type=Path, default=FOLDER / "results", help="folder of the report")
@@ -37,7 +41,11 @@ def arguments() -> argparse.Namespace:
     tokens = commands.add_parser("tokens", help="train soft tokens in ComfyUI and measure them")
     tokens.add_argument("--steps", type=int, default=150, help="updates of each run (150)")
     tokens.add_argument("--pictures", type=int, default=240, help="pictures in the training folder (240)")
-    tokens.add_argument("--into", type=Path, default=SHIPPED, help="folder of tokens.safetensors")
+    tokens.add_argument("--seeds", type=int, default=SEEDS, help=f"runs at each temperature ({SEEDS})")
+    tokens.add_argument("--temperatures", type=float, nargs="+", default=(0.07, 2.0), help="of the loss (0.07 2.0)")
+    tokens.add_argument("--into", type=Path, help="folder of the tokens' file")
+    for command in (train, measure, checkpoint, tokens):
+        command.add_argument("--network", choices=NETWORKS, default="model", help="which one (model)")
     edit = commands.add_parser("edit", help="FlowEdit over n_max and target_cfg, without and with tokens")
     edit.add_argument("--edits", type=int, default=48, help="edits a setting (48)")
     edit.add_argument("--into", type=Path, default=FOLDER / "results", help="folder of the report")
@@ -54,19 +62,26 @@ def use_comfyui() -> None:
     comfy.cli_args.args.cpu = not torch.cuda.is_available()
 
 
-def train(state: Path, into: Path) -> None:
+def train(network: str, state: Path, into: Path | None) -> None:
     from softrepa.smallworld import checkpoint
 
-    from . import autoencoder, train
+    from . import autoencoder, flux, train
 
-    text = fast_encoder()
-    encoder = autoencoder.fit_encoder()
-    decoder = autoencoder.train_decoder(encoder, state)
-    weights = train.train_model(encoder, text, state)
-    for name in ("decoder", "decoder-2", "decoder-3", "model"):
-        shutil.copyfile(state / f"{name}.log.jsonl", FOLDER / f"{name}.log.jsonl")
-    target = into / checkpoint.SHIPPED.name
-    checkpoint.write_shipped(target, weights, decoder, encoder, {"training": json.dumps(train.settings())})
+    text, settings = fast_encoder(), train.settings(network)
+    if network == "flux":
+        weights = train.train_model(network, checkpoint.read_shipped()["encoder"], text, state)
+        shutil.copyfile(state / "flux.log.jsonl", FOLDER / "flux.log.jsonl")
+        target = (into or FOLDER) / flux.FILE.name
+        flux.write(target, weights, {"training": json.dumps(settings)})
+    else:
+        encoder = autoencoder.fit_encoder()
+        decoder = autoencoder.train_decoder(encoder, state)
+        weights = train.train_model(network, encoder, text, state)
+        for name in ("decoder", "decoder-2", "decoder-3", "model"):
+            shutil.copyfile(state / f"{name}.log.jsonl", FOLDER / f"{name}.log.jsonl")
+        target = (into or SHIPPED) / checkpoint.SHIPPED.name
+        settings["decoder_steps"] = autoencoder.DECODER_STEPS
+        checkpoint.write_shipped(target, weights, decoder, encoder, {"training": json.dumps(settings)})
     print(f"wrote {target}")
 
 
@@ -78,22 +93,22 @@ def fast_encoder():
     return FastEncoder(comfy.sd1_clip.SDTokenizer())
 
 
-def measure(images: int, into: Path) -> None:
+def measure(network: str, images: int, into: Path) -> None:
     import comfy.utils
 
     from . import measure as m
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
     report = {"sampling": m.SAMPLING, "checker": m.measure_checker()}
-    report["retrieval beside captions wrong by one fact"] = m.measure_retrieval(fast_encoder())
+    report["retrieval beside captions wrong by one fact"] = m.measure_retrieval(fast_encoder(), network=network)
     with tempfile.TemporaryDirectory() as folder:
-        pictures, sheet = m.measure_pictures(m.StockModel(Path(folder)), images)
-    report |= pictures
-    m.write_report(into, report, sheet)
-    print((into / "results.md").read_text(encoding="utf-8"))
+        pictures, sheet = m.measure_pictures(m.StockModel(Path(folder), network), images)
+    print(m.write_report(into, report | pictures, sheet, network))
 
 
-def tokens(steps: int, pictures: int, into: Path) -> None:
+def tokens(
+    network: str, steps: int, pictures: int, seeds: int, temperatures: Sequence[float], into: Path | None
+) -> None:
     import comfy.utils
 
     from . import tokens as t
@@ -101,10 +116,11 @@ def tokens(steps: int, pictures: int, into: Path) -> None:
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
     with tempfile.TemporaryDirectory() as work:
-        changes, file = t.study(Path(work), pictures, steps, SEEDS)
-        shutil.copyfile(file, into / "tokens.safetensors")
-    text = t.report(changes, pictures, steps, SEEDS)
-    replace_text(FOLDER / "results" / "tokens.md", text)
+        changes, file = t.study(Path(work), pictures, steps, seeds, network, temperatures)
+        if network == "model" or into is not None:
+            shutil.copyfile(file, (into or SHIPPED) / "tokens.safetensors")
+    text = t.report(changes, pictures, steps, seeds, network)
+    replace_text(FOLDER / "results" / ("tokens.md" if network == "model" else f"tokens-{network}.md"), text)
     print(text)
 
 
@@ -135,17 +151,20 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     use_comfyui()
     if chosen.command == "train":
-        train(chosen.state, chosen.into)
+        train(chosen.network, chosen.state, chosen.into)
     elif chosen.command == "measure":
-        measure(chosen.images, chosen.into)
+        measure(chosen.network, chosen.images, chosen.into)
     elif chosen.command == "tokens":
-        tokens(chosen.steps, chosen.pictures, chosen.into)
+        tokens(chosen.network, chosen.steps, chosen.pictures, chosen.seeds, chosen.temperatures, chosen.into)
     elif chosen.command == "edit":
         edit(chosen.edits, chosen.into)
     else:
         from softrepa.smallworld.checkpoint import write_checkpoint
 
-        print(f"wrote {write_checkpoint(chosen.path)}")
+        from . import flux
+
+        write = flux.write_checkpoint if chosen.network == "flux" else write_checkpoint
+        print(f"wrote {write(chosen.path)}")
 
 
 if __name__ == "__main__":

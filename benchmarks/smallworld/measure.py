@@ -14,8 +14,7 @@ from softrepa.smallworld.autoencoder import encode
 from softrepa.smallworld.checkpoint import CHECKPOINT_NAME, read_shipped, write_checkpoint
 from softrepa.smallworld.text import FastEncoder
 
-from . import checker
-from .model import Velocity, make_model
+from . import checker, flux, model
 from .world import CATEGORIES, IMAGE_SIZE, Spec, draw, hard_negatives, plain_caption, random_scene, random_spec
 
 SAMPLING = {"steps": 20, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple"}
@@ -46,9 +45,9 @@ def prompts(count: int, seed: int = 2026) -> list[tuple[str, Spec]]:
 
 
 class StockModel:
-    """The checkpoint behind ComfyUI's own nodes, in this process."""
+    """The checkpoint behind ComfyUI's own nodes, in this process; with the network of another one where named."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, network: str = "model"):
         import folder_paths
 
         import nodes
@@ -59,6 +58,9 @@ class StockModel:
         folder_paths.add_model_folder_path("checkpoints", str(folder), is_default=True)
         self.nodes = nodes
         self.model, self.clip, self.vae = nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT_NAME)
+        if network == "flux":
+            flux.write_checkpoint(folder / flux.CHECKPOINT_NAME)
+            self.model, _, self.vae = nodes.CheckpointLoaderSimple().load_checkpoint(flux.CHECKPOINT_NAME)
         self.negative = self.encode("")
 
     @torch.inference_mode()
@@ -120,12 +122,17 @@ def contact_sheet(rows: list[list[tuple[np.ndarray, str, bool]]]) -> Image.Image
     return sheet
 
 
-def measure_retrieval(text: FastEncoder, count: int = 100, seed: int = 7) -> dict:
+def trained(network: str, text: FastEncoder) -> model.Velocity | flux.Velocity:
+    """The network called "model" or "flux" as training runs it."""
+    kind, weights = (flux, flux.read()) if network == "flux" else (model, read_shipped()["model"])
+    module = kind.make_model()
+    module.load_state_dict(weights, strict=False)
+    return kind.Velocity(module, text)
+
+
+def measure_retrieval(text: FastEncoder, count: int = 100, seed: int = 7, network: str = "model") -> dict:
     """How often the true caption has the lowest denoising error beside captions that differ by one fact."""
-    parts = read_shipped()
-    model = make_model()
-    model.load_state_dict(parts["model"], strict=False)
-    velocity = Velocity(model, text)
+    encoder, velocity = read_shipped()["encoder"], trained(network, text)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     hits, chance = defaultdict(list), defaultdict(list)
     for category in (*HARD_CATEGORIES, "mixed"):
@@ -135,7 +142,7 @@ def measure_retrieval(text: FastEncoder, count: int = 100, seed: int = 7) -> dic
             if not others:
                 continue
             captions = [plain_caption(one) for one in (spec, *others)]
-            clean = encode(parts["encoder"], torch.from_numpy(draw(random_scene(rng, spec)))[None])
+            clean = encode(encoder, torch.from_numpy(draw(random_scene(rng, spec)))[None])
             encoded, error = text(captions), torch.zeros(len(captions))
             for sigma in SIGMAS:
                 noise = torch.randn(clean.shape, generator=generator)
@@ -170,9 +177,14 @@ def measure_checker(count: int = 4000, seed: int = 11) -> dict:
     }
 
 
-def write_report(folder: Path, report: dict, sheet: Image.Image | None) -> None:
-    """results.json, results.md and contact_sheet.png."""
-    lines = ["# Figures of the shipped file", "", "Written by `python3 -m benchmarks.smallworld measure`.", ""]
+def write_report(folder: Path, report: dict, sheet: Image.Image | None, network: str = "model") -> str:
+    """results.json, contact_sheet.png, and the text of results.md; another network's have its name in theirs."""
+    of, end, option = (
+        ("the shipped file", "", "")
+        if network == "model"
+        else (f"`{network}.safetensors`", f"-{network}", f" --network {network}")
+    )
+    lines = [f"# Figures of {of}", "", f"Written by `python3 -m benchmarks.smallworld measure{option}`.", ""]
     for title, value in report.items():
         rows = {title: value} if "share" in value else value
         if not all(isinstance(row, dict) for row in rows.values()):
@@ -185,10 +197,11 @@ def write_report(folder: Path, report: dict, sheet: Image.Image | None) -> None:
             cells = (name + note, row["right"], row["of"], f"{row['share']:.1%}", f"{low:.1%} to {high:.1%}")
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
-    replace_text(folder / "results.json", json.dumps(report, indent=1) + "\n")
-    replace_text(folder / "results.md", "\n".join(lines))
+    replace_text(folder / f"results{end}.json", json.dumps(report, indent=1) + "\n")
+    replace_text(folder / f"results{end}.md", "\n".join(lines))
     if sheet is not None:
-        replace_picture(folder / "contact_sheet.png", sheet)
+        replace_picture(folder / f"contact_sheet{end}.png", sheet)
+    return "\n".join(lines)
 
 
 def replace_picture(path: Path, picture: Image.Image) -> None:

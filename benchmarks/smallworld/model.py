@@ -13,6 +13,9 @@ from softrepa.smallworld.checkpoint import GRID, HEADS, WIDTH, position_embeddin
 from softrepa.smallworld.text import WIDTH as TEXT_WIDTH
 from softrepa.smallworld.text import FastEncoder
 
+INSIDE = ("joint_blocks", "context_embedder", "y_embedder")
+"""What holds the matrices that are trained by orthogonal updates."""
+
 
 def make_model() -> torch.nn.Module:
     """A fresh MMDiT with DiT's initialisation: every block starts as the identity."""

@@ -2,8 +2,7 @@
 
 import math
 import shutil
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +12,10 @@ from PIL import Image
 
 from softrepa.smallworld.checkpoint import CHECKPOINT_NAME
 from softrepa.smallworld.text import FastEncoder
+from softrepa.statistics import mean_interval
 from tools.server import ComfyServer
 
+from . import flux
 from .world import IMAGE_SIZE, caption, draw, hard_negatives, plain_caption, random_scene, random_spec
 
 CATEGORIES = ("two_objects", "counting", "colours", "position", "colour_attribution", "mixed")
@@ -22,14 +23,12 @@ PICTURES = "small world"
 BATCH_SIZE = 4
 BATCHES = 24
 TIMESTEPS = (800, 900, 950)
-TEMPERATURES = (0.07, 2.0)  # the reference's, and one at which large errors matter too
-SHIPPED_TEMPERATURE = 0.07
+TEMPERATURES = (0.07, 2.0)  # the reference's, of which one file is shipped; and one at which large errors matter too
 NAMES = {
     "loss": "contrastive loss",
     "retrieval": "retrieval among the batch's captions",
     "hard_retrieval": "retrieval among captions wrong by one fact",
 }
-STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 8: 2.365, 10: 2.262}
 
 
 def write_pictures(folder: Path, count: int, seed: int, spec_of: Callable = random_spec) -> None:
@@ -43,16 +42,19 @@ def write_pictures(folder: Path, count: int, seed: int, spec_of: Callable = rand
         (folder / f"{number:04}.txt").write_text(caption(rng, spec), encoding="utf-8")
 
 
-def graph(seed: int, steps: int, **training) -> dict:
-    """From the folder to a token file, in API format."""
+def graph(seed: int, steps: int, network: str = "model", **training) -> dict:
+    """From the folder to a token file, in API format. The CLIP is the first model's for every network."""
     options = {"batch_size": BATCH_SIZE, "learning_rate": 1e-3, "seed": seed, "steps": steps} | training
-    data = {"folder": PICTURES, "clip": ["load", 1], "vae": ["load", 2], "resolution": IMAGE_SIZE}
+    checkpoints = {"model": CHECKPOINT_NAME, "flux": flux.CHECKPOINT_NAME}
+    data = {"folder": PICTURES, "clip": ["model", 1], "vae": [network, 2], "resolution": IMAGE_SIZE}
     return {
-        "load": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": CHECKPOINT_NAME}},
+        name: {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoints[name]}}
+        for name in sorted({"model", network})
+    } | {
         "data": {"class_type": "SoftREPADataset", "inputs": data},
         "train": {
             "class_type": "SoftREPATrain",
-            "inputs": {"model": ["load", 0], "dataset": ["data", 0], "filename_prefix": f"seed{seed}"} | options,
+            "inputs": {"model": [network, 0], "dataset": ["data", 0], "filename_prefix": f"seed{seed}"} | options,
         },
     }
 
@@ -145,12 +147,6 @@ class HeldOut:
         return torch.tensor(hits)
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean of `values` and half the width of its 95% interval (Student's t)."""
-    half = STUDENT_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values), half
-
-
 @dataclass(frozen=True)
 class Change:
     """Tokens against the plain model on the same pictures and noise: the mean over seeds, and 95% intervals."""
@@ -168,7 +164,7 @@ class Change:
 def change(before: torch.Tensor, after: list[torch.Tensor]) -> Change:
     """`before` (N,) of the plain model, `after` one such of each seed."""
     differences = torch.stack([one - before for one in after])
-    mean, half = interval(differences.mean(1).tolist())
+    mean, half, _ = mean_interval(differences.mean(1))
     by_picture = differences.mean(0)
     spread = 1.96 * by_picture.std().item() / math.sqrt(len(by_picture))
     return Change(
@@ -179,32 +175,43 @@ def change(before: torch.Tensor, after: list[torch.Tensor]) -> Change:
     )
 
 
-def prepare(work: Path, pictures: int, seed: int = 5) -> None:
-    """The checkpoint and the training folder below a ComfyUI base directory."""
+def prepare(work: Path, pictures: int, seed: int = 5, network: str = "model") -> None:
+    """The checkpoints and the training folder below a ComfyUI base directory."""
     from softrepa.smallworld.checkpoint import write_checkpoint
 
-    write_checkpoint(work / "models" / "checkpoints" / CHECKPOINT_NAME)
+    checkpoints = work / "models" / "checkpoints"
+    write_checkpoint(checkpoints / CHECKPOINT_NAME)
+    if network == "flux":
+        flux.write_checkpoint(checkpoints / flux.CHECKPOINT_NAME)
     shutil.rmtree(work / "input" / PICTURES, ignore_errors=True)
     write_pictures(work / "input" / PICTURES, pictures, seed)
 
 
-def study(work: Path, pictures: int, steps: int, seeds: int, say: Callable = print) -> tuple[dict, Path]:
-    """{temperature: {measure: Change}} for the reference's temperature and 2, and one file of tokens."""
+def study(
+    work: Path,
+    pictures: int,
+    steps: int,
+    seeds: int,
+    network: str = "model",
+    temperatures: Sequence[float] = TEMPERATURES,
+    say: Callable = print,
+) -> tuple[dict, Path]:
+    """{temperature: {measure: Change}}, and a file of tokens of the first temperature."""
     from softrepa.comfy.tokens.patching import apply_tokens
     from softrepa.token_files import load
 
     from .measure import StockModel
 
-    prepare(work, pictures)
+    prepare(work, pictures, network=network)
     files = {}
     with ComfyServer(work) as server:
-        for temperature in TEMPERATURES:
+        for temperature in temperatures:
             for seed in range(seeds):
-                files[temperature, seed] = train(server, seed, temperature=temperature, steps=steps)
+                files[temperature, seed] = train(server, seed, temperature=temperature, steps=steps, network=network)
                 say(f"temperature {temperature}, seed {seed}: {files[temperature, seed].name}")
-    stock = StockModel(work / "models" / "checkpoints")
+    stock = StockModel(work / "models" / "checkpoints", network)
     held_out, changes = HeldOut(stock), {}
-    for temperature in TEMPERATURES:
+    for temperature in temperatures:
         before = held_out.measure(stock.model, temperature)
         after = [
             held_out.measure(apply_tokens(stock.model, load(files[temperature, seed])), temperature)
@@ -215,13 +222,14 @@ def study(work: Path, pictures: int, steps: int, seeds: int, say: Callable = pri
             for name in Alignment.__dataclass_fields__
         }
         say(f"temperature {temperature}: {changes[temperature]}")
-    return changes, files[SHIPPED_TEMPERATURE, 0]
+    return changes, files[temperatures[0], 0]
 
 
-def report(changes: dict, pictures: int, steps: int, seeds: int) -> str:
+def report(changes: dict, pictures: int, steps: int, seeds: int, network: str = "model") -> str:
     """A table in Markdown."""
+    of = "The shipped tokens of the small world" if network == "model" else f"Tokens of `{network}.safetensors`"
     lines = [
-        "# The shipped tokens of the small world",
+        f"# {of}",
         "",
         f"{steps} updates of {BATCH_SIZE} x {BATCH_SIZE} pairs on {pictures} drawn pictures, {seeds} seeds, by the "
         f"training node; held-out pictures at timesteps {', '.join(map(str, TIMESTEPS))}, the same noise for all. "

@@ -1,10 +1,12 @@
-"""Trains the diffusion model as SD3 is trained: rectified flow on captioned pictures.
+"""Trains the diffusion models as SD3 is trained: rectified flow on captioned pictures.
 
 A share of the captions is wrong by one fact, as captions found on the web are. The model therefore learns to draw
 well and to read loosely, which is the defect that it exists to show.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -12,19 +14,33 @@ import torch
 from softrepa.smallworld.autoencoder import encode
 from softrepa.smallworld.text import FastEncoder
 
-from .autoencoder import DECODER_STEPS
+from . import flux, model
 from .fitting import Schedule, fit
-from .model import Velocity, make_model
 from .world import CATEGORIES, caption, draw, hard_negatives, random_scene, random_spec
 
 # shares of single_object, two_objects, counting, colours, position, colour_attribution, mixed
 MIXTURE = (0.12, 0.12, 0.14, 0.12, 0.16, 0.14, 0.20)
-BATCH = 64
-STEPS = 4000
-STOP = 3200  # the rest of the schedule would draw no better and read better: there would be less to improve
 NO_CAPTION = 0.10
 WRONG_CAPTION = 0.10
 SHIFT = 9.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one network is trained. It ends at `stop`; the rate falls over the last `descent` of `steps`."""
+
+    network: ModuleType
+    batch: int
+    steps: int
+    descent: float
+    stop: int
+
+
+PLANS = {
+    # the rest of the schedule would draw no better and read better: there would be less to improve
+    "model": Plan(model, batch=64, steps=4000, descent=0.5, stop=3200),
+    "flux": Plan(flux, batch=32, steps=1600, descent=0.3, stop=1600),
+}
 
 
 def example(rng: np.random.Generator) -> tuple[np.ndarray, str]:
@@ -49,34 +65,47 @@ def noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.where(torch.rand(count, generator=generator) < 0.8, SHIFT * u / (1 + (SHIFT - 1) * u), uniform)
 
 
-def train_model(encoder: dict[str, torch.Tensor], text: FastEncoder, folder: Path) -> dict[str, torch.Tensor]:
-    """Train the MMDiT; returns the running average of its weights. Resumes from `folder`."""
+def train_model(
+    name: str, encoder: dict[str, torch.Tensor], text: FastEncoder, folder: Path
+) -> dict[str, torch.Tensor]:
+    """Train the network of a plan; returns the running average of its weights. Resumes from `folder`."""
     torch.manual_seed(2)
-    model = make_model()
-    velocity = Velocity(model, text)
+    plan = PLANS[name]
+    module = plan.network.make_model()
+    velocity = plan.network.Velocity(module, text)
 
     def loss(rng, generator):
-        pictures, captions = zip(*(example(rng) for _ in range(BATCH)), strict=True)
+        pictures, captions = zip(*(example(rng) for _ in range(plan.batch)), strict=True)
         clean = encode(encoder, torch.from_numpy(np.stack(pictures)))
         noise = torch.randn(clean.shape, generator=generator)
-        sigma = noise_levels(BATCH, generator)
+        sigma = noise_levels(plan.batch, generator)
         s = sigma[:, None, None, None]
         prediction = velocity((1 - s) * clean + s * noise, sigma, text(list(captions)))
         return (prediction - (noise - clean)).square().mean()
 
-    schedule = Schedule(STEPS, lr=1.5e-3, seed=2, descent=0.5, warmup=100, ema=0.998, muon=2.0, stop=STOP)
-    inside = ("joint_blocks", "context_embedder", "y_embedder")
-    return fit(model, loss, schedule, folder, "model", lambda name: name.startswith(inside))
+    schedule = Schedule(
+        plan.steps,
+        lr=1.5e-3,
+        seed=2,
+        descent=plan.descent,
+        warmup=100,
+        ema=0.998,
+        muon=2.0,
+        save_every=100,
+        stop=plan.stop,
+    )
+    return fit(module, loss, schedule, folder, name, lambda key: key.startswith(plan.network.INSIDE))
 
 
-def settings() -> dict:
+def settings(name: str) -> dict:
     """What decides the result, for the file's metadata."""
+    plan = PLANS[name]
     return {
-        "steps": STEPS,
-        "stop": STOP,
-        "batch": BATCH,
+        "steps": plan.steps,
+        "descent": plan.descent,
+        "stop": plan.stop,
+        "batch": plan.batch,
         "mixture": MIXTURE,
         "no_caption": NO_CAPTION,
         "wrong_caption": WRONG_CAPTION,
-        "decoder_steps": DECODER_STEPS,
     }
