@@ -11,11 +11,11 @@ import torch
 
 from softrepa.smallworld.autoencoder import encode
 from softrepa.smallworld.text import FastEncoder
+from softrepa.smallworld.world import CATEGORIES, caption, draw, hard_negatives, random_scene, random_spec
 
 from .autoencoder import DECODER_STEPS
 from .fitting import Schedule, fit
 from .model import Velocity, make_model
-from .world import CATEGORIES, caption, draw, hard_negatives, random_scene, random_spec
 
 # shares of single_object, two_objects, counting, colours, position, colour_attribution, mixed
 MIXTURE = (0.12, 0.12, 0.14, 0.12, 0.16, 0.14, 0.20)
