@@ -600,7 +600,8 @@ def small_world_training() -> Workflow:
                 "A quarter of the pictures is not trained on (*validation_percent*). The score asks for each of them "
                 "which of eight captions is its own, without the tokens (model) and with them (other model), at the "
                 "same noise, and says whether the difference is more than chance.",
-                "*steps* 300 learns more, in some minutes. The file is in *models/softrepa*.",
+                "A minute changes little, and the score often cannot tell; *steps* 300 learns more, in some minutes. "
+                "The file is in *models/softrepa*.",
             ),
         ),
         nodes=nodes,
