@@ -77,7 +77,7 @@ PICTURES = {
     "flowedit_sd3_mask": Picture("Save Image", {"Target": "a green circle and a green square"}),
     "flowedit_flux": Picture("Save Image", {"Target": "a red circle and a blue triangle"}),
     "flowedit_zimage": Picture("Save Image", {"Target": "a yellow circle and a blue square"}),
-    "flowedit_qwenimage": Picture("Save Image", {"Target": "a red diamond and a blue square"}),
+    "flowedit_qwenimage": Picture("Save Image", {"Target": "a red circle and a black square"}),
     "train_sd3": Picture("curves.png", help_page="SoftREPATrainTokens"),
     "train_flux": Picture("Plot Loss Graph", run="train_sd3"),
     "train_zimage": Picture("Preview SoftREPA Tokens", run="train_sd3"),
