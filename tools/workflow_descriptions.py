@@ -233,7 +233,7 @@ SD3 = Model(
     edit={"n_max": 33},
     licence="**Before its download** log in to Hugging Face and accept the licence on its page.",
     advice=(T5_ADVICE,),
-    editing_advice=("With *Load SoftREPA Tokens* before the sampler a `target_cfg` of 10 to 12 is enough.",),
+    editing_advice=("With *Load SoftREPA Tokens* before the sampler a *target_cfg* of 10 to 12 is enough.",),
 )
 FLUX_FILES = (
     File("flux1-dev.safetensors", "Comfy-Org/flux1-dev", "diffusion_models"),
@@ -656,6 +656,7 @@ def small_world_edit() -> Workflow:
             Column((Group("Edit", ("15",)),)),
             Column((Group("Side by side", ("10", "16", "12", "18", "13")),), 420),
         ),
+        app=App((("5", "text"), ("14", "text"), ("3", "value"), ("15", "n_max"), ("15", "target_cfg")), ("13",)),
     )
 
 
