@@ -80,7 +80,7 @@ def stock_model(work: Path):
 @cache
 def test(work: Path, name: str):
     from benchmarks.smallworld.study import SEED, Test, held_out
-    from benchmarks.smallworld.world import CATEGORIES
+    from softrepa.smallworld.world import CATEGORIES
 
     stock, number = stock_model(work), list(TESTS).index(name)
     categories = ("counting",) if name == COUNTING else CATEGORIES

@@ -31,7 +31,7 @@ from benchmarks.alignment_rows import (
     Row,
     result_path,
 )
-from benchmarks.smallworld.world import CATEGORIES
+from softrepa.smallworld.world import CATEGORIES
 from softrepa.statistics import two_way_interval
 
 

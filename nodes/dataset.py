@@ -97,7 +97,7 @@ class CaptionImageFolder(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder, **_):
-        return dataset_folders.fingerprint(dataset_folders.dataset_path(folder))
+        return folder and dataset_folders.fingerprint(dataset_folders.dataset_path(folder))
 
     @classmethod
     def execute(cls, folder, clip, vae, **inputs) -> io.NodeOutput:

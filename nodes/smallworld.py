@@ -7,8 +7,10 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..softrepa import token_files
+from ..softrepa.errors import unwritable
 from ..softrepa.smallworld.checkpoint import TOKENS, cached_checkpoint
-from .schema import Tokens, schema
+from ..softrepa.smallworld.pictures import write_pictures
+from .schema import Tokens, schema, show_on_node
 
 
 class LoadSmallWorld(io.ComfyNode):
@@ -43,4 +45,47 @@ class LoadSmallWorld(io.ComfyNode):
         return io.NodeOutput(model, clip, vae, token_files.load(TOKENS))
 
 
-NODES = [LoadSmallWorld]
+class SmallWorldPictures(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SoftREPASmallWorldPictures",
+            display_name="Small World Pictures",
+            search_aliases=["demo dataset", "example training images", "sample captions"],
+            description="Draws pictures of coloured shapes, with captions, into a folder below ComfyUI's input: what "
+            "the small world can be trained on, and what a folder of your own looks like.",
+            inputs=[
+                io.Int.Input("count", default=128, min=8, max=9999, tooltip="How many pictures, each with a caption."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=False,
+                    tooltip="Same seed, same pictures. Another one has a folder of its own.",
+                ),
+            ],
+            outputs=[io.Combo.Output(display_name="folder", tooltip="For Caption-Image Folder.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, count, seed):
+        return sorted(path.name for path in pictures_folder(count, seed).glob("*"))  # draws again what was deleted
+
+    @classmethod
+    def execute(cls, count, seed) -> io.NodeOutput:
+        folder = pictures_folder(count, seed)
+        try:
+            write_pictures(folder, count, seed)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        show_on_node(cls, f"{count} pictures with captions in input/{folder.name}")
+        return io.NodeOutput(folder.name)
+
+
+def pictures_folder(count: int, seed: int) -> Path:
+    return Path(folder_paths.get_input_directory()) / f"small_world_{count}_{seed}"
+
+
+NODES = [LoadSmallWorld, SmallWorldPictures]

@@ -3,6 +3,7 @@
 import logging
 
 from comfy_api.latest import io, ui
+from comfy_execution.graph import ExecutionBlocker
 
 from ..softrepa import token_files
 from ..softrepa.comfy import folders
@@ -13,6 +14,7 @@ from ..softrepa.tokens import SoftTokens
 from . import token_plot
 from .schema import ADVANCED, ON_CANVAS, Curve, Tokens, schema, show_on_node, tell_of_new_tokens, users_theme
 
+NO_MODEL = "Load SoftREPA Tokens has no model connected, so it has none to hand on."
 ALIASES = ["soft tokens", "soft prompt", "repa", "prompt adherence", "text alignment", "dc_tokens"]
 
 
@@ -104,8 +106,9 @@ class LoadTokens(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
+                    optional=True,
                     tooltip="SD1.5, SDXL, SD3, Flux, Chroma, Qwen-Image, Z-Image, Lumina 2, Krea 2, HunyuanImage or "
-                    "Anima. It is not changed; a copy goes out.",
+                    "Anima. It is not changed; a copy goes out. Without one the file is only loaded.",
                 ),
                 io.Combo.Input(
                     "tokens_name",
@@ -135,9 +138,9 @@ class LoadTokens(io.ComfyNode):
         return tokens_name and folders.fingerprint(folders.token_path(tokens_name))
 
     @classmethod
-    def execute(cls, model, tokens_name, **options) -> io.NodeOutput:
+    def execute(cls, model=None, tokens_name="", **options) -> io.NodeOutput:
         tokens = token_files.load(folders.token_path(tokens_name), name=tokens_name)
-        patched = apply_tokens(model, tokens, **options)
+        patched = ExecutionBlocker(NO_MODEL) if model is None else apply_tokens(model, tokens, **options)
         show_on_node(cls, description_line(tokens))
         if tokens.time_table is None:
             logging.info(

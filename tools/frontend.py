@@ -84,14 +84,14 @@ class Frontend:
 
     def browse_templates(self) -> None:
         self.command("Comfy.BrowseTemplates")
-        self.page.get_by_text(PACK, exact=True).first.click()
+        self.page.get_by_role("dialog").get_by_text(PACK, exact=True).first.click()
         self.page.get_by_text("Node graph").first.wait_for()
         self.page.wait_for_timeout(500)
 
     def open_template(self, title: str) -> None:
         """From the template browser, by clicks; shown whole."""
         self.browse_templates()
-        card = self.page.get_by_text(title, exact=True).first
+        card = self.page.get_by_role("dialog").get_by_text(title, exact=True).first
         card.scroll_into_view_if_needed()
         card.click()
         self.page.wait_for_function(

@@ -1,6 +1,6 @@
 """The shipped workflows: graphs, layout and notes. `make_workflows.py` turns them into files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SEED = 20250311
 POSITIVE = "a red apple on top of a blue book, next to a yellow mug with a green spoon, on a wooden table"
@@ -20,8 +20,11 @@ COMPARED = (
 HUGGING_FACE = "https://huggingface.co"
 README = "the pack's README"
 # room below a node's widgets, in pixels: a line of text, a live preview, a training run's curves
-LINE, PREVIEW = 60, 220
+LINE, PREVIEW = 60, 160
 LIVE_CURVES = 420
+NOTE_WIDTH = 420
+PICTURES = "my_pictures"
+PUBLISHED = ("sd15", "sdxl", "sd3")
 
 
 @dataclass(frozen=True)
@@ -46,130 +49,297 @@ class Group:
 @dataclass(frozen=True)
 class Column:
     groups: tuple[Group, ...]
-    width: int = 400
+    width: int = 320
+
+
+@dataclass(frozen=True)
+class Note:
+    """`steps` are in large type, to be read as the template opens; `details` are small."""
+
+    title: str
+    steps: tuple[str, ...]
+    details: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class App:
+    """What app mode shows: (node, widget) to set, and nodes whose pictures are shown."""
+
+    inputs: tuple[tuple[str, str], ...]
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Workflow:
-    """`name` is the headless file's; `title` the template's, as ComfyUI lists it."""
+    """`name` is the headless file's; `title` the template's, as ComfyUI lists it.
+
+    `columns` stand beside each other, the note on top of the first.
+    """
 
     name: str
     title: str
-    note: tuple[str, ...]
+    note: Note
     nodes: dict[str, Node]
     columns: tuple[Column, ...]
+    app: App | None = None
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A part of a graph as one node. inputs: its sockets and widgets, (name, (node, input), ...), each for all inputs
+    that it feeds; outputs: (name, node, output)."""
+
+    name: str
+    description: str
+    nodes: dict[str, Node]
+    columns: tuple[Column, ...]
+    inputs: tuple[tuple, ...]
+    outputs: tuple[tuple[str, str, int], ...]
+
+
+@dataclass(frozen=True)
+class File:
+    """A model's file, as a loader names it, and where it is published."""
+
+    name: str
+    repository: str
+    directory: str = "checkpoints"
+    folder: str = ""
+
+    @property
+    def link(self) -> dict:
+        url = f"{HUGGING_FACE}/{self.repository}/resolve/main/{self.folder}{self.name}"
+        return {"name": self.name, "url": url, "directory": self.directory}
+
+    @property
+    def page(self) -> str:
+        return f"[{self.name}]({HUGGING_FACE}/{self.repository})"
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint that newcomers have, and the settings its own workflows use."""
+    """A model that newcomers have, its loaders, and the settings its own workflows use.
+
+    loaders: nodes by key; clip and vae: (node, output); plain: the node whose first output is the MODEL.
+    edit: inputs of FlowEdit; has_negative: whether it is sampled with a negative prompt.
+    """
 
     family: str
     title: str
-    checkpoint: str
-    repository: str
+    files: tuple[File, ...]
+    loaders: dict[str, Node]
+    clip: tuple[str, int]
+    vae: tuple[str, int]
     latent_node: str
     size: int
     steps: int
     cfg: float
-    n_max: int
-    advice: str = ""
-
-    @property
-    def url(self) -> str:
-        return f"{HUGGING_FACE}/{self.repository}/resolve/main/{self.checkpoint}"
+    edit: dict
+    plain: str = "1"
+    sampler: str = "euler"
+    scheduler: str = "normal"
+    has_negative: bool = True
+    licence: str = ""
+    advice: tuple[str, ...] = ()
+    editing_advice: tuple[str, ...] = ()
+    flux_guidance: tuple[float, float] | None = None
 
     @property
     def tokens(self) -> str:
         return f"softrepa_{self.family}.safetensors"
 
 
+# ---------------------------------------------------------------- models
+
+
+def checkpoint(file: File) -> dict[str, Node]:
+    node = Node("CheckpointLoaderSimple", "Checkpoint", {"ckpt_name": file.name}, models=(file.link,))
+    return {"1": node}
+
+
+def separate_files(network: File, text: tuple[File, ...], kind: str, vae: File, shift: float | None = None) -> dict:
+    """Loaders of a model whose parts are files of their own; `kind` is how the text encoder is used."""
+    names = ("clip_name1", "clip_name2") if len(text) == 2 else ("clip_name",)
+    encoders = dict(zip(names, (file.name for file in text), strict=True)) | {"type": kind, "device": "default"}
+    loader = "DualCLIPLoader" if len(text) == 2 else "CLIPLoader"
+    nodes = {
+        "1": Node(
+            "UNETLoader", "Model", {"unet_name": network.name, "weight_dtype": "default"}, models=(network.link,)
+        ),
+        "31": Node(loader, "Text encoder", encoders, models=tuple(file.link for file in text)),
+        "32": Node("VAELoader", "VAE", {"vae_name": vae.name}, models=(vae.link,)),
+    }
+    if shift:
+        nodes["33"] = Node("ModelSamplingAuraFlow", "Shift of the noise levels", {"model": ["1", 0], "shift": shift})
+    return nodes
+
+
 T5_ADVICE = (
     "**T5 Tokenizer Options** pads the T5 text to 512 tokens, as in the training of the published tokens. With "
     "ComfyUI's shorter text the same soft tokens weigh almost four times more. Checkpoints without T5 ignore it."
 )
+NO_LICENCE = "Its download needs no account."
+PROPORTIONAL = (
+    "The numbers of the FlowEdit sampler stand to this model's usual ones as those of FlowEdit's authors do for SD3. "
+    "Nobody has measured them here: they are a beginning."
+)
+SD15_FILE = File("v1-5-pruned-emaonly-fp16.safetensors", "Comfy-Org/stable-diffusion-v1-5-archive")
+SDXL_FILE = File("sd_xl_base_1.0.safetensors", "stabilityai/stable-diffusion-xl-base-1.0")
+SD3_FILE = File("sd3_medium_incl_clips_t5xxlfp16.safetensors", "stabilityai/stable-diffusion-3-medium")
 SD15 = Model(
     "sd15",
     "SD1.5",
-    "v1-5-pruned-emaonly-fp16.safetensors",
-    "Comfy-Org/stable-diffusion-v1-5-archive",
-    "EmptyLatentImage",
+    (SD15_FILE,),
+    checkpoint(SD15_FILE),
+    clip=("1", 1),
+    vae=("1", 2),
+    latent_node="EmptyLatentImage",
     size=512,
     steps=30,
     cfg=7.5,
-    n_max=41,
+    edit={"n_max": 41},
+    licence=NO_LICENCE,
 )
 SDXL = Model(
     "sdxl",
     "SDXL",
-    "sd_xl_base_1.0.safetensors",
-    "stabilityai/stable-diffusion-xl-base-1.0",
-    "EmptyLatentImage",
+    (SDXL_FILE,),
+    checkpoint(SDXL_FILE),
+    clip=("1", 1),
+    vae=("1", 2),
+    latent_node="EmptyLatentImage",
     size=1024,
     steps=30,
     cfg=7.0,
-    n_max=41,
+    edit={"n_max": 41},
+    licence=NO_LICENCE,
 )
 SD3 = Model(
     "sd3",
     "SD3",
-    "sd3_medium_incl_clips_t5xxlfp16.safetensors",
-    "stabilityai/stable-diffusion-3-medium",
-    "EmptySD3LatentImage",
+    (SD3_FILE,),
+    checkpoint(SD3_FILE)
+    | {
+        "30": Node(
+            "T5TokenizerOptions", "T5 Tokenizer Options", {"clip": ["1", 1], "min_padding": 0, "min_length": 512}
+        )
+    },
+    clip=("30", 0),
+    vae=("1", 2),
+    latent_node="EmptySD3LatentImage",
     size=1024,
     steps=28,
     cfg=4.0,
-    n_max=33,
-    advice=T5_ADVICE,
+    edit={"n_max": 33},
+    licence="**Before its download** log in to Hugging Face and accept the licence on its page.",
+    advice=(T5_ADVICE,),
+    editing_advice=("With *Load SoftREPA Tokens* before the sampler a *target_cfg* of 10 to 12 is enough.",),
 )
-MODELS = (SD15, SDXL, SD3)
+FLUX_FILES = (
+    File("flux1-dev.safetensors", "Comfy-Org/flux1-dev", "diffusion_models"),
+    File("clip_l.safetensors", "comfyanonymous/flux_text_encoders", "text_encoders"),
+    File("t5xxl_fp16.safetensors", "comfyanonymous/flux_text_encoders", "text_encoders"),
+    File("ae.safetensors", "Comfy-Org/Lumina_Image_2.0_Repackaged", "vae", "split_files/vae/"),
+)
+FLUX = Model(
+    "flux",
+    "Flux",
+    FLUX_FILES,
+    separate_files(FLUX_FILES[0], FLUX_FILES[1:3], "flux", FLUX_FILES[3]),
+    clip=("31", 0),
+    vae=("32", 0),
+    latent_node="EmptySD3LatentImage",
+    size=1024,
+    steps=20,
+    cfg=1.0,
+    edit={"steps": 28, "n_max": 24, "source_cfg": 1.0, "target_cfg": 1.0, "scheduler": "simple"},
+    scheduler="simple",
+    has_negative=False,
+    licence="**FLUX.1 [dev]** is licensed for non-commercial use: read and accept [its licence]"
+    "(https://huggingface.co/black-forest-labs/FLUX.1-dev); its makers' own page asks you to log in for that.",
+    editing_advice=("Its guidance is part of the prompts: *Source guidance* and *Target guidance*.",),
+    flux_guidance=(1.5, 5.5),
+)
+Z_IMAGE_FILES = (
+    File("z_image_bf16.safetensors", "Comfy-Org/z_image", "diffusion_models", "split_files/diffusion_models/"),
+    File("qwen_3_4b.safetensors", "Comfy-Org/z_image_turbo", "text_encoders", "split_files/text_encoders/"),
+    File("ae.safetensors", "Comfy-Org/z_image_turbo", "vae", "split_files/vae/"),
+)
+Z_IMAGE = Model(
+    "zimage",
+    "Z-Image",
+    Z_IMAGE_FILES,
+    separate_files(Z_IMAGE_FILES[0], Z_IMAGE_FILES[1:2], "lumina2", Z_IMAGE_FILES[2], shift=3.0),
+    clip=("31", 0),
+    vae=("32", 0),
+    latent_node="EmptySD3LatentImage",
+    size=1024,
+    steps=25,
+    cfg=4.0,
+    edit={"n_max": 33, "source_cfg": 2.0, "target_cfg": 7.0, "scheduler": "simple"},
+    plain="33",
+    sampler="res_multistep",
+    scheduler="simple",
+    licence=NO_LICENCE,
+    advice=("**Z-Image-Turbo** works the same with 8 steps and cfg 1. Train and draw with the same one of the two.",),
+    editing_advice=(PROPORTIONAL,),
+)
+QWEN_IMAGE_FILES = tuple(
+    File(name, "Comfy-Org/Qwen-Image_ComfyUI", folder, f"split_files/{folder}/")
+    for name, folder in (
+        ("qwen_image_fp8_e4m3fn.safetensors", "diffusion_models"),
+        ("qwen_2.5_vl_7b_fp8_scaled.safetensors", "text_encoders"),
+        ("qwen_image_vae.safetensors", "vae"),
+    )
+)
+QWEN_IMAGE = Model(
+    "qwenimage",
+    "Qwen-Image",
+    QWEN_IMAGE_FILES,
+    separate_files(QWEN_IMAGE_FILES[0], QWEN_IMAGE_FILES[1:2], "qwen_image", QWEN_IMAGE_FILES[2], shift=3.1),
+    clip=("31", 0),
+    vae=("32", 0),
+    latent_node="EmptySD3LatentImage",
+    size=1328,
+    steps=20,
+    cfg=4.0,
+    edit={"n_max": 33, "source_cfg": 2.0, "target_cfg": 7.0, "scheduler": "simple"},
+    plain="33",
+    scheduler="simple",
+    licence=NO_LICENCE,
+    advice=("The image's sides are multiples of 16, about 1328 x 1328 pixels in all.",),
+    editing_advice=(PROPORTIONAL,),
+)
+MODELS = (SD15, SDXL, SD3, FLUX, Z_IMAGE, QWEN_IMAGE)
 
 
 # ---------------------------------------------------------------- parts
 
 
-def checkpoint(model: Model) -> Node:
-    link = {"name": model.checkpoint, "url": model.url, "directory": "checkpoints"}
-    return Node("CheckpointLoaderSimple", "Checkpoint", {"ckpt_name": model.checkpoint}, models=(link,))
+def load_tokens(tokens_name: str, source: list | None) -> Node:
+    inputs = {"model": source} if source else {}
+    return Node("SoftREPALoadTokens", "Load SoftREPA Tokens", inputs | {"tokens_name": tokens_name}, height=LINE)
 
 
-def tokenizer_options(clip: list) -> Node:
-    return Node("T5TokenizerOptions", "T5 Tokenizer Options", {"clip": clip, "min_padding": 0, "min_length": 512})
-
-
-def load_tokens(model: Model, source: list) -> Node:
-    inputs = {
-        "model": source,
-        "tokens_name": model.tokens,
-        "strength": 1.0,
-        "start_percent": 0.0,
-        "end_percent": 1.0,
-        "apply_to": "both",
-        "blocks": "auto",
-        "uncond_bank": "positive",
-    }
-    return Node("SoftREPALoadTokens", "Load SoftREPA Tokens", inputs, height=LINE)
+def apply_tokens(model: list, tokens: list) -> Node:
+    return Node("SoftREPAApplyTokens", "Apply SoftREPA Tokens", {"model": model, "tokens": tokens}, height=LINE)
 
 
 def prompt(title: str, clip: list, text: str) -> Node:
-    return Node("CLIPTextEncode", title, {"clip": clip, "text": text}, height=90)
+    return Node("CLIPTextEncode", title, {"clip": clip, "text": text}, height=70)
 
 
-def sampler(title: str, model: list, scheduler: str, steps: int, cfg: float, sources: tuple[str, str, str]) -> Node:
-    positive, negative, latent = sources
+def sampler(title: str, model: list, settings: dict) -> Node:
     inputs = {
         "model": model,
         "seed": ["3", 0],
-        "steps": steps,
-        "cfg": cfg,
+        "positive": ["5", 0],
+        "negative": ["6", 0],
+        "latent_image": ["7", 0],
         "sampler_name": "euler",
-        "scheduler": scheduler,
-        "positive": [positive, 0],
-        "negative": [negative, 0],
-        "latent_image": [latent, 0],
         "denoise": 1.0,
     }
-    return Node("KSampler", title, inputs, height=PREVIEW)
+    return Node("KSampler", title, inputs | settings, height=PREVIEW)
 
 
 def decode(title: str, samples: str, vae: list) -> Node:
@@ -197,41 +367,86 @@ def difference(title: str, one: list, other: list) -> Node:
     return blend(title, one, other, "difference")
 
 
+def enlarge(source: str) -> Node:
+    return Node("ImageScaleBy", "Enlarge", {"image": [source, 0], "upscale_method": "nearest-exact", "scale_by": 4.0})
+
+
 def save_image(source: str, prefix: str) -> Node:
-    return Node("SaveImage", "Save Image", {"images": [source, 0], "filename_prefix": prefix}, height=330)
+    return Node("SaveImage", "Save Image", {"images": [source, 0], "filename_prefix": prefix}, height=240)
 
 
-def dataset(clip: list, vae: list, validation_percent: float) -> Node:
+def flowedit_sampler(model: list, source: str, target: str, negative: str, latent: str, settings: dict) -> Node:
     inputs = {
-        "folder": "my_pictures",
+        "model": model,
+        "source_positive": [source, 0],
+        "source_negative": [negative, 0],
+        "target_positive": [target, 0],
+        "target_negative": [negative, 0],
+        "latent_image": [latent, 0],
+        "seed": SEED,
+        "steps": 50,
+        "scheduler": "normal",
+        "source_cfg": 3.5,
+        "target_cfg": 13.5,
+        "n_max": 33,
+        "n_min": 0,
+        "n_avg": 1,
+    }
+    return Node("SoftREPAFlowEdit", "FlowEdit Sampler", inputs | settings, height=PREVIEW)
+
+
+def dataset(folder: str | list, clip: list, vae: list, resolution: int = 512) -> Node:
+    inputs = {
+        "folder": folder,
         "clip": clip,
         "vae": vae,
-        "resolution": 512,
+        "resolution": resolution,
         "bucketing": False,
-        "validation_percent": validation_percent,
+        "validation_percent": 10.0,
         "cache_gb": 50.0,
     }
     return Node("SoftREPADataset", "Caption-Image Folder", inputs, height=2 * LINE)
 
 
-FOLDER_ADVICE = (
-    "**Caption-Image Folder**: put pictures with captions (`name.jpg` beside `name.txt`) into a folder below ComfyUI's "
-    "`input`, press `R`, and choose the folder."
+def train(model: list, dataset: str, vae: list, settings: dict) -> Node:
+    inputs = {
+        "model": model,
+        "dataset": [dataset, 0],
+        "preview_positive": ["4", 0],
+        "preview_negative": ["5", 0],
+        "vae": vae,
+        "batch_size": 4,
+        "learning_rate": 0.001,
+        "seed": 0,
+    }
+    return Node("SoftREPATrainTokens", "Train SoftREPA Tokens", inputs | settings, height=LIVE_CURVES + PREVIEW + LINE)
+
+
+def model_group(model: Model) -> Group:
+    return Group("Model", tuple(model.loaders))
+
+
+FOLDER_STEP = (
+    "Put pictures with captions (cat.jpg beside cat.txt) into a folder below ComfyUI's input, press R, choose it."
 )
+TOKENS_STEP = "Choose your token file in Load SoftREPA Tokens."
 
 
-def checkpoint_advice(model: Model) -> str:
-    return (
-        f"**Checkpoint**: any {model.title} checkpoint in `models/checkpoints`, for example "
-        f"[{model.checkpoint}]({HUGGING_FACE}/{model.repository})."
-    )
+def model_step(model: Model) -> str:
+    kind = "checkpoint" if len(model.files) == 1 else "model files"
+    return f"Choose your {model.title} {kind}."
+
+
+def model_advice(model: Model) -> tuple[str, ...]:
+    """Where its files are published, and what that asks."""
+    links = ", ".join(file.page for file in model.files)
+    return (f"**{model.title}**, for example: {links}. {model.licence}", *model.advice)
 
 
 def tokens_advice(model: Model) -> str:
-    return (
-        f"**Load SoftREPA Tokens**: choose your {model.title} token file. Files live in `models/softrepa`; {README} "
-        "says where to get the published ones."
-    )
+    if model.family in PUBLISHED:
+        return f"Token files live in *models/softrepa*; {README} says where to get the published ones."
+    return f"Token files live in *models/softrepa*. Nobody has published any for {model.title}: train your own."
 
 
 # ---------------------------------------------------------------- workflows
@@ -239,244 +454,316 @@ def tokens_advice(model: Model) -> str:
 
 def text_to_image(model: Model) -> Workflow:
     """One seed sampled twice, without and with the tokens, side by side."""
-    has_t5 = model.family == "sd3"
-    clip, vae = ["4", 0] if has_t5 else ["1", 1], ["1", 2]
-    size = {"width": model.size, "height": model.size, "batch_size": 1}
-    settings = ("normal", model.steps, model.cfg, ("5", "6", "7"))
+    clip, vae, plain = [*model.clip], [*model.vae], [model.plain, 0]
+    settings = {
+        "steps": model.steps,
+        "cfg": model.cfg,
+        "sampler_name": model.sampler,
+        "scheduler": model.scheduler,
+    }
+    negative = prompt("Negative prompt", clip, NEGATIVE)
     nodes = {
-        "1": checkpoint(model),
-        "2": load_tokens(model, ["1", 0]),
-        "3": Node("PrimitiveInt", "Seed of both images", {"value": SEED}),
-        "4": tokenizer_options(["1", 1]),
+        **model.loaders,
+        "2": load_tokens(model.tokens, plain),
         "5": prompt("Positive prompt", clip, POSITIVE),
-        "6": prompt("Negative prompt", clip, NEGATIVE),
-        "7": Node(model.latent_node, "Image size", size),
-        "8": sampler("Sample without tokens", ["1", 0], *settings),
-        "9": sampler("Sample with tokens", ["2", 0], *settings),
+        "6": negative if model.has_negative else prompt("Negative prompt, not used at cfg 1", clip, ""),
+        "3": Node("PrimitiveInt", "Seed of both images", {"value": SEED}),
+        "7": Node(model.latent_node, "Image size", {"width": model.size, "height": model.size, "batch_size": 1}),
+        "8": sampler("Sample without tokens", plain, settings),
+        "9": sampler("Sample with tokens", ["2", 0], settings),
         "10": decode("Decode without tokens", "8", vae),
         "11": decode("Decode with tokens", "9", vae),
         "12": side_by_side("Left: without, right: with", ["10", 0], ["11", 0]),
         "13": save_image("12", f"SoftREPA_{model.family}"),
     }
-    if not has_t5:
-        del nodes["4"]
     return Workflow(
         name=f"text_to_image_{model.family}",
         title=f"Image with soft tokens ({model.title})",
-        note=(
-            f"## {model.title} with soft text tokens",
-            "Samples one seed twice, without and with the tokens, and saves both side by side.",
-            checkpoint_advice(model),
-            tokens_advice(model),
-            "**strength** 1 is the trained effect, 0 is the plain model.",
-            "**Seed of both images** feeds both samplers. Give both the same steps, cfg, sampler and scheduler.",
-            model.advice,
+        note=Note(
+            f"{model.title} with soft tokens",
+            (
+                model_step(model),
+                TOKENS_STEP,
+                "Press Run: one seed without and with the tokens, side by side.",
+            ),
+            (
+                "**strength** 1 is the trained effect, 0 is the plain model.",
+                "**Seed of both images** feeds both samplers. Give both the same steps, cfg, sampler and scheduler.",
+                tokens_advice(model),
+                *model_advice(model),
+            ),
         ),
         nodes=nodes,
         columns=(
-            Column((Group("Model and tokens", ("1", "2", "3")),)),
-            Column((Group("Prompt and size", ("4", "5", "6", "7") if has_t5 else ("5", "6", "7")),)),
-            Column((Group("Without tokens", ("8", "10")), Group("With tokens", ("9", "11")))),
-            Column((Group("Comparison", ("12", "13")),), width=520),
+            Column((model_group(model),), NOTE_WIDTH),
+            Column((Group("Tokens", ("2",)), Group("Prompt, seed and size", ("5", "6", "3", "7")))),
+            Column((Group("Without tokens", ("8",)), Group("With tokens", ("9",)))),
+            Column((Group("Side by side", ("10", "11", "12", "13")),), 420),
         ),
     )
 
 
+SMALL_WORLD = {"1": Node("SoftREPASmallWorld", "Load Small World", {}, height=24)}
+SMALL_WORLD_SAMPLING = {"steps": 20, "cfg": 2.0, "scheduler": "simple"}
+SMALL_WORLD_WORDS = (
+    "It knows circles, squares, triangles, diamonds and crosses; red, orange, yellow, green, blue, purple and black; "
+    "small and large; one to four; and left of, right of, above and below."
+)
+
+
 def small_world() -> Workflow:
-    """Everything on the model that comes with the pack: without and with tokens, and an edit."""
+    """Without and with tokens, on the model that comes with the pack."""
     clip, vae = ["1", 1], ["1", 2]
-    settings = ("simple", 20, 2.0, ("5", "6", "7"))
-    edit = {
-        "model": ["2", 0],
-        "source_positive": ["5", 0],
-        "source_negative": ["6", 0],
-        "target_positive": ["14", 0],
-        "target_negative": ["6", 0],
-        "latent_image": ["9", 0],
-        "seed": 1,
-        "steps": 20,
-        "scheduler": "normal",
-        "source_cfg": 1.5,
-        "target_cfg": 4.0,
-        "n_max": 16,
-        "n_min": 0,
-        "n_avg": 1,
-    }
-    tokens = {
-        "model": ["1", 0],
-        "tokens": ["1", 3],
-        "strength": 1.0,
-        "start_percent": 0.0,
-        "end_percent": 1.0,
-        "apply_to": "both",
-        "blocks": "auto",
-        "uncond_bank": "positive",
-    }
     nodes = {
-        "1": Node("SoftREPASmallWorld", "Load Small World", {}),
-        "2": Node("SoftREPAApplyTokens", "Apply SoftREPA Tokens", tokens, height=LINE),
-        "3": Node("PrimitiveInt", "Seed of both images", {"value": 1}),
+        **SMALL_WORLD,
+        "2": apply_tokens(["1", 0], ["1", 3]),
         "5": prompt("Positive prompt", clip, "a red circle and a blue square"),
         "6": prompt("Negative prompt", clip, ""),
-        "14": prompt("What it should show after the edit", clip, "a green circle and a blue square"),
+        "3": Node("PrimitiveInt", "Seed of both images", {"value": 1}),
         "7": Node("EmptySD3LatentImage", "Image size", {"width": 96, "height": 96, "batch_size": 1}),
-        "8": sampler("Sample without tokens", ["1", 0], *settings),
-        "9": sampler("Sample with tokens", ["2", 0], *settings),
+        "8": sampler("Sample without tokens", ["1", 0], SMALL_WORLD_SAMPLING),
+        "9": sampler("Sample with tokens", ["2", 0], SMALL_WORLD_SAMPLING),
         "10": decode("Decode without tokens", "8", vae),
         "11": decode("Decode with tokens", "9", vae),
-        "15": Node("SoftREPAFlowEdit", "FlowEdit Sampler", edit, height=PREVIEW),
-        "16": decode("Decode the edit", "15", vae),
-        "12": side_by_side("Without | with", ["10", 0], ["11", 0]),
-        "17": side_by_side("Without | with | edited", ["12", 0], ["16", 0]),
-        "18": Node("ImageScaleBy", "Enlarge", {"image": ["17", 0], "upscale_method": "nearest-exact", "scale_by": 4.0}),
+        "12": side_by_side("Left: without, right: with", ["10", 0], ["11", 0]),
+        "18": enlarge("12"),
         "13": save_image("18", "SoftREPA_small_world"),
     }
     return Workflow(
         name="small_world",
         title="Try it without a download",
-        note=(
-            "## Small world",
-            "A text-to-image model of 4M parameters comes with this pack, and tokens trained for it by **Train "
-            "SoftREPA Tokens**. Press **Run**: it takes seconds, on a CPU too.",
-            "It knows circles, squares, triangles, diamonds and crosses; red, orange, yellow, green, blue, purple and "
-            "black; small and large; one to four; and left of, right of, above and below. It draws cleanly and reads "
-            'loosely, as large models do: try "three purple diamonds" or "a black square above a yellow circle".',
-            "Three pictures are saved: without tokens, with tokens, and the second one **edited** by FlowEdit into "
-            "what the third prompt says.",
-            "After their short training these tokens mostly change how well the model tells captions apart, and the "
-            "pictures hardly.",
+        note=Note(
+            "A small world",
+            (
+                "Press Run: it takes seconds, on a CPU too.",
+                'Then change the positive prompt: "three purple diamonds", "a black square above a yellow circle".',
+            ),
+            (
+                "A text-to-image model of 4M parameters comes with this pack, and tokens that **Train SoftREPA "
+                "Tokens** made for it. It draws cleanly and reads loosely, as large models do.",
+                SMALL_WORLD_WORDS,
+                "After their short training these tokens mostly change how well the model tells captions apart, and "
+                "the pictures hardly.",
+            ),
         ),
         nodes=nodes,
         columns=(
-            Column((Group("Model and tokens", ("1", "2", "3")),)),
-            Column((Group("Prompts and size", ("5", "6", "14", "7")),)),
-            Column((Group("Without tokens", ("8", "10")), Group("With tokens", ("9", "11")))),
-            Column((Group("Edit", ("15", "16")),)),
-            Column((Group("Comparison", ("12", "17", "18", "13")),), width=520),
+            Column((Group("Model", ("1",)),), NOTE_WIDTH),
+            Column((Group("Tokens", ("2",)), Group("Prompt, seed and size", ("5", "6", "3", "7")))),
+            Column((Group("Without tokens", ("8",)), Group("With tokens", ("9",)))),
+            Column((Group("Side by side", ("10", "11", "12", "18", "13")),), 420),
+        ),
+        app=App((("5", "text"), ("3", "value"), ("2", "strength")), ("13",)),
+    )
+
+
+def small_world_training() -> Workflow:
+    """From a folder of pictures to tokens and their score, in about a minute, on the model that comes with the pack."""
+    clip, vae = ["1", 1], ["1", 2]
+    settings = {
+        "steps": 40,
+        "learning_rate": 0.002,
+        "filename_prefix": "my_small_world_tokens",
+        "preview_every": 20,
+    }
+    score = {
+        "model": ["1", 0],
+        "dataset": ["3", 0],
+        "other_model": ["8", 0],
+        "batch_size": 8,
+        "batches": 4,
+        "timesteps": "900,950",
+        "seed": 0,
+    }
+    nodes = {
+        **SMALL_WORLD,
+        "2": Node("SoftREPASmallWorldPictures", "Small World Pictures", {"count": 128, "seed": 0}),
+        "3": dataset(["2", 0], clip, vae, 96),
+        "4": prompt("Positive prompt of the previews", clip, "a red circle and a blue square"),
+        "5": prompt("Negative prompt of the previews", clip, ""),
+        "6": train(["1", 0], "3", vae, settings),
+        "8": apply_tokens(["1", 0], ["6", 0]),
+        "9": Node("SoftREPAScore", "SoftREPA Alignment Score", score, height=420),
+    }
+    nodes["3"].inputs["validation_percent"] = 25.0
+    return Workflow(
+        name="small_world_training",
+        title="Train and score without a download",
+        note=Note(
+            "Training, in a minute",
+            (
+                "Press Run: pictures with captions are drawn into a folder, tokens learn from them, and a score says "
+                "whether they help.",
+                "Then look at ComfyUI's input folder: yours looks like small_world_128_0.",
+            ),
+            (
+                "A quarter of the pictures is not trained on (*validation_percent*). The score asks for each of them "
+                "which of eight captions is its own, without the tokens (model) and with them (other model), at the "
+                "same noise, and says whether the difference is more than chance.",
+                "A minute changes little, and the score often cannot tell; *steps* 300 learns more, in some minutes. "
+                "The file is in *models/softrepa*.",
+            ),
+        ),
+        nodes=nodes,
+        columns=(
+            Column((Group("Model", ("1",)), Group("Pictures", ("2",))), NOTE_WIDTH),
+            Column((Group("Pictures and captions", ("3",)), Group("Preview", ("4", "5")))),
+            Column((Group("Training", ("6",)),), 400),
+            Column((Group("Does it help?", ("8", "9")),), 560),
         ),
     )
 
 
-def flowedit(model: Model, is_masked: bool = False) -> Workflow:
-    """An image edited by two prompts, beside its source."""
-    has_t5 = model.family == "sd3"
-    clip, vae = ["2", 0] if has_t5 else ["1", 1], ["1", 2]
-    size = {"width": model.size, "height": model.size, "crop": "center"}
-    edit = {
-        "model": ["1", 0],
-        "source_positive": ["6", 0],
-        "source_negative": ["8", 0],
-        "target_positive": ["7", 0],
-        "target_negative": ["8", 0],
-        "latent_image": ["15", 0] if is_masked else ["5", 0],
-        "seed": SEED,
-        "steps": 50,
-        "scheduler": "normal",
-        "source_cfg": 3.5,
-        "target_cfg": 13.5,
-        "n_max": model.n_max,
-        "n_min": 0,
-        "n_avg": 1,
-    }
+def small_world_edit() -> Workflow:
+    """A drawn picture edited by FlowEdit, on the model that comes with the pack."""
+    clip, vae = ["1", 1], ["1", 2]
+    settings = {"seed": 1, "steps": 20, "source_cfg": 1.5, "target_cfg": 4.0, "n_max": 16}
     nodes = {
-        "1": checkpoint(model),
-        "2": tokenizer_options(["1", 1]),
-        "3": Node(
-            "LoadImage", "Image, masked where it may change" if is_masked else "Image", {"image": "example.png"}, 300
+        **SMALL_WORLD,
+        "3": Node("PrimitiveInt", "Seed of the picture", {"value": 1}),
+        "5": prompt("What the picture shows", clip, "a red circle and a blue square"),
+        "14": prompt("What it should show after the edit", clip, "a green circle and a blue square"),
+        "6": prompt("Negative prompt", clip, ""),
+        "7": Node("EmptySD3LatentImage", "Image size", {"width": 96, "height": 96, "batch_size": 1}),
+        "8": sampler("Draw the picture", ["1", 0], SMALL_WORLD_SAMPLING),
+        "15": flowedit_sampler(["1", 0], "5", "14", "6", "8", settings),
+        "10": decode("Decode the picture", "8", vae),
+        "16": decode("Decode the edit", "15", vae),
+        "12": side_by_side("Left: source, right: edit", ["10", 0], ["16", 0]),
+        "18": enlarge("12"),
+        "13": save_image("18", "SoftREPA_small_world_edit"),
+    }
+    return Workflow(
+        name="small_world_edit",
+        title="Edit without a download",
+        note=Note(
+            "Edit by two prompts",
+            (
+                "Press Run: a picture is drawn, then edited to what the second prompt says.",
+                "Then change one word of the second prompt.",
+            ),
+            (
+                "**FlowEdit Sampler** goes from what the picture shows to what it should show, without inversion. "
+                "*n_max*: lower keeps more of the picture. *target_cfg*: how strongly it is pulled.",
+                "The model of 4M parameters comes with this pack. " + SMALL_WORLD_WORDS,
+            ),
         ),
+        nodes=nodes,
+        columns=(
+            Column((Group("Model", ("1",)),), NOTE_WIDTH),
+            Column((Group("Prompts, seed and size", ("5", "14", "6", "3", "7")),)),
+            Column((Group("Picture", ("8",)),)),
+            Column((Group("Edit", ("15",)),)),
+            Column((Group("Side by side", ("10", "16", "12", "18", "13")),), 420),
+        ),
+        app=App((("5", "text"), ("14", "text"), ("3", "value"), ("15", "n_max"), ("15", "target_cfg")), ("13",)),
+    )
+
+
+def flowedit(model: Model, is_masked: bool = False) -> Workflow:
+    """An image edited by two prompts, beside its source; where it is masked, with what differs."""
+    clip, vae = [*model.clip], [*model.vae]
+    side = model.size
+    source, target = ("24", "25") if model.flux_guidance else ("6", "7")
+    size = {"width": side, "height": side, "crop": "center"}
+    image = "Image, masked where it may change" if is_masked else "Image"
+    nodes = {
+        **model.loaders,
+        "3": Node("LoadImage", image, {"image": "example.png"}, 300),
         "4": Node("ImageScale", "Size", {"image": ["3", 0], "upscale_method": "lanczos"} | size),
         "5": Node("VAEEncode", "Encode", {"pixels": ["4", 0], "vae": vae}),
         "6": prompt("Source prompt: what the image shows", clip, DRAWING),
         "7": prompt("Target prompt: what it should show", clip, REDRAWN),
         "8": prompt("Negative prompt of both", clip, ""),
-        "9": Node("SoftREPAFlowEdit", "FlowEdit Sampler", edit, height=PREVIEW),
+        "9": flowedit_sampler([model.plain, 0], source, target, "8", "15" if is_masked else "5", model.edit),
         "10": decode("Decode", "9", vae),
         "16": side_by_side("Left: source, right: edit", ["4", 0], ["10", 0]),
-        "19": difference("Darker now", ["4", 0], ["10", 0]),
-        "20": difference("Brighter now", ["10", 0], ["4", 0]),
-        "21": blend("Difference", ["19", 0], ["20", 0], "screen"),
-        "22": side_by_side("Source, edit, difference", ["16", 0], ["21", 0]),
-        "11": save_image("22", "SoftREPA_flowedit"),
-        "23": Node(
-            "ImageCompare",
-            "Slide between source and edit",
-            {"image_a": ["4", 0], "image_b": ["10", 0], "compare_view": {"__value__": ["", ""]}},
-            height=420,
-        ),
+        "11": save_image("22" if is_masked else "16", "SoftREPA_flowedit"),
     }
-    mask = {
-        "12": Node("MaskToImage", "Mask as image", {"mask": ["3", 1]}),
-        "13": Node("ImageScale", "Size of the mask", {"image": ["12", 0], "upscale_method": "bilinear"} | size),
-        "14": Node("ImageToMask", "Image as mask", {"image": ["13", 0], "channel": "red"}),
-        "17": Node("SolidMask", "Rectangle", {"value": 1.0, "width": 320, "height": 500}),
-        "18": Node(
-            "MaskComposite",
-            "Painted, and the rectangle",
-            {"destination": ["14", 0], "source": ["17", 0], "x": 380, "y": 420, "operation": "add"},
-        ),
-        "15": Node("SetLatentNoiseMask", "Edit only here", {"samples": ["5", 0], "mask": ["18", 0]}),
-    }
+    if model.flux_guidance:
+        for key, title, cond, guidance in zip(
+            ("24", "25"), ("Source guidance", "Target guidance"), ("6", "7"), model.flux_guidance, strict=True
+        ):
+            nodes[key] = Node("FluxGuidance", title, {"conditioning": [cond, 0], "guidance": guidance})
     if is_masked:
-        nodes |= mask
-    if not has_t5:
-        del nodes["2"]
-    image = [Group("Image", ("3", "4", "5"))]
+        nodes |= {
+            "12": Node("MaskToImage", "Mask as image", {"mask": ["3", 1]}),
+            "13": Node("ImageScale", "Size of the mask", {"image": ["12", 0], "upscale_method": "bilinear"} | size),
+            "14": Node("ImageToMask", "Image as mask", {"image": ["13", 0], "channel": "red"}),
+            "17": Node("SolidMask", "Rectangle", {"value": 1.0, "width": 320, "height": 500}),
+            "18": Node(
+                "MaskComposite",
+                "Painted, and the rectangle",
+                {"destination": ["14", 0], "source": ["17", 0], "x": 380, "y": 420, "operation": "add"},
+            ),
+            "15": Node("SetLatentNoiseMask", "Edit only here", {"samples": ["5", 0], "mask": ["18", 0]}),
+            "19": difference("Darker now", ["4", 0], ["10", 0]),
+            "20": difference("Brighter now", ["10", 0], ["4", 0]),
+            "21": blend("Difference", ["19", 0], ["20", 0], "screen"),
+            "22": side_by_side("Source, edit, difference", ["16", 0], ["21", 0]),
+        }
+    masks = (
+        "Paint what may change: right-click the image, Open in MaskEditor. Bypass the rectangle, which covers the "
+        "example's dress."
+    )
+    columns = [
+        Column((Group("Image", ("3",)),), NOTE_WIDTH),
+        Column((model_group(model), Group("Size", ("4",))), 360),
+        Column((Group("Encode", ("5",)), Group("Prompts", ("6", "7", "8")))),
+        Column((Group("Edit", ("9",)),)),
+        Column((Group("Side by side", ("10", "16", "11")),), 420),
+    ]
+    if model.flux_guidance:
+        columns.insert(3, Column((Group("Guidance", ("24", "25")),), 220))
+    if is_masked:
+        columns[1:] = [
+            Column((model_group(model), Group("Size", ("4",)), Group("Mask, its size", ("12", "13"))), 360),
+            Column((Group("Mask, and a rectangle", ("14", "17", "18")), Group("Encode", ("5", "15")))),
+            Column((Group("Prompts", ("6", "7", "8")),)),
+            Column((Group("Edit", ("9",)),)),
+            Column((Group("Side by side, and the difference", ("10", "16", "19", "20", "21", "22", "11")),), 420),
+        ]
     return Workflow(
         name=f"flowedit_{model.family}" + "_mask" * is_masked,
         title=f"Edit with FlowEdit{', masked' * is_masked} ({model.title})",
-        note=(
-            f"## FlowEdit on {model.title}" + ", inside a mask" * is_masked,
-            "Changes what an image shows by two prompts, without inversion.",
-            "**Mask**: only what it covers may change, everything else stays exactly as it is. The rectangle "
-            "covers the dress of the example. For your own image bypass *Painted, and the rectangle*, right-click the "
-            "image, *Open in MaskEditor*, and paint."
-            if is_masked
-            else "**Image**: load your own.",
-            "**Source prompt** says what it shows, **target prompt** is the same sentence with the words changed that "
-            "should change.",
-            "**Comparison**: source, edit and what differs, where black is what stayed; below it a slider between the "
-            "two (with Nodes 2.0 switched on).",
-            "**n_max**: how deep the edit reaches. Lower keeps more of the image, higher changes more. "
-            "**target_cfg**: how strongly it is pulled to the target prompt.",
-            "**With soft tokens**: put *Load SoftREPA Tokens* between the checkpoint and the sampler; then "
-            "a lower `target_cfg` is enough (SD3: 10 to 12).",
-            checkpoint_advice(model),
-            model.advice,
+        note=Note(
+            f"FlowEdit on {model.title}" + ", inside a mask" * is_masked,
+            (
+                model_step(model),
+                masks if is_masked else "Load your image.",
+                "Say what it shows; say it again with the words changed that should change. Press Run.",
+            ),
+            (
+                *(
+                    ("What the mask does not cover stays exactly as it is. **Difference**: black is what stayed.",)
+                    if is_masked
+                    else ()
+                ),
+                "**n_max**: how deep the edit reaches. Lower keeps more of the image, higher changes more. "
+                "**target_cfg**: how strongly it is pulled to the target prompt.",
+                *model.editing_advice,
+                *model_advice(model),
+            ),
         ),
         nodes=nodes,
-        columns=(
-            Column((Group("Model", ("1", "2") if has_t5 else ("1",)), *image)),
-            *([Column((Group("Mask", ("12", "13", "14", "17", "18", "15")),))] if is_masked else []),
-            Column((Group("Prompts", ("6", "7", "8")),)),
-            Column((Group("Edit", ("9", "10")), Group("Difference", ("19", "20", "21")))),
-            Column((Group("Comparison", ("16", "22", "11", "23")),), width=520),
+        columns=(*columns,),
+        app=App(
+            (("3", "image"), ("6", "text"), ("7", "text"), ("9", "n_max"), ("9", "target_cfg"), ("9", "seed")),
+            ("11",),
         ),
     )
 
 
 def training(model: Model) -> Workflow:
     """A folder becomes a token file; previews in the node, the loss beside it."""
-    clip, vae = ["2", 0], ["1", 2]
-    train = {
-        "model": ["1", 0],
-        "dataset": ["3", 0],
-        "preview_positive": ["4", 0],
-        "preview_negative": ["5", 0],
-        "vae": vae,
-        "steps": 2000,
-        "batch_size": 4,
-        "learning_rate": 0.001,
-        "seed": 0,
-        "filename_prefix": f"my_{model.family}_tokens",
-        "preview_every": 250,
-    }
+    clip, vae = [*model.clip], [*model.vae]
+    settings = {"steps": 2000, "filename_prefix": f"my_{model.family}_tokens", "preview_every": 250}
     nodes = {
-        "1": checkpoint(model),
-        "2": tokenizer_options(["1", 1]),
-        "3": dataset(clip, vae, 10.0),
+        **model.loaders,
+        "3": dataset(PICTURES, clip, vae),
         "4": prompt("Positive prompt of the previews", clip, POSITIVE),
         "5": prompt("Negative prompt of the previews", clip, NEGATIVE),
-        "6": Node("SoftREPATrainTokens", "Train SoftREPA Tokens", train, height=LIVE_CURVES + PREVIEW + 2 * LINE),
+        "6": train([model.plain, 0], "3", vae, settings),
         "7": Node(
             "LossGraphNode", "Plot Loss Graph", {"loss": ["6", 1], "filename_prefix": "SoftREPA_loss"}, height=300
         ),
@@ -485,75 +772,70 @@ def training(model: Model) -> Workflow:
     return Workflow(
         name=f"train_{model.family}",
         title=f"Train tokens from a folder ({model.title})",
-        note=(
-            f"## Train {model.title} tokens",
-            FOLDER_ADVICE,
-            checkpoint_advice(model),
-            "**Train SoftREPA Tokens** shows curves of loss and retrieval, and below them the preview prompt without "
-            "and with the tokens every `preview_every` steps; both are kept in `output/softrepa_training`. Without the "
-            "three preview inputs it shows the curves alone.",
-            "**SoftREPA Training Options**, connected to `options`, has what few people set.",
-            "**resolution** 512 is the paper's. Less is much faster and needs less memory.",
-            "**Stop and keep** ends the run and keeps what is learned; `resume` goes on. The file is in "
-            "`models/softrepa`, for *Load SoftREPA Tokens*.",
-            "A tenth of the pictures (`validation_percent`) is not trained on, and measured instead: see *held out* in "
-            "the curves.",
-            model.advice,
+        note=Note(
+            f"Train {model.title} tokens",
+            (model_step(model), FOLDER_STEP, "Press Run. Stop and keep ends it early; resume goes on."),
+            (
+                "**Train SoftREPA Tokens** shows curves, and every *preview_every* steps the preview prompt without "
+                "and with the tokens; both are kept in *output/softrepa_training*. **SoftREPA Training Options**, "
+                "connected to *options*, has what few people set.",
+                "*resolution* 512 is the paper's; less is much faster and needs less memory. A tenth of the pictures "
+                "(*validation_percent*) is not trained on: see *held out* in the curves.",
+                "The file is in *models/softrepa*, for *Load SoftREPA Tokens*.",
+                *model_advice(model),
+            ),
         ),
         nodes=nodes,
         columns=(
-            Column((Group("Model", ("1", "2")), Group("Pictures and captions", ("3",)))),
-            Column((Group("Preview", ("4", "5")),)),
-            Column((Group("Training", ("6",)),), width=460),
-            Column((Group("Result", ("7", "8")),), width=520),
+            Column((model_group(model),), NOTE_WIDTH),
+            Column((Group("Pictures and captions", ("3",)), Group("Preview", ("4", "5")))),
+            Column((Group("Training", ("6",)),), 400),
+            Column((Group("Result", ("7", "8")),), 480),
         ),
     )
 
 
 def scoring(model: Model) -> Workflow:
     """The alignment score of a model without and with tokens on the same pictures."""
-    clip, vae = ["2", 0], ["1", 2]
-
-    def score(title: str, source: list) -> Node:
-        inputs = {
-            "model": source,
-            "dataset": ["4", 0],
-            "batch_size": 8,
-            "batches": 16,
-            "timesteps": "100,300,500,700,900",
-            "seed": 0,
-        }
-        return Node("SoftREPAScore", title, inputs, height=260)
-
+    clip, vae, plain = [*model.clip], [*model.vae], [model.plain, 0]
+    score = {
+        "model": plain,
+        "dataset": ["4", 0],
+        "other_model": ["3", 0],
+        "batch_size": 8,
+        "batches": 16,
+        "timesteps": "100,300,500,700,900",
+        "seed": 0,
+    }
     nodes = {
-        "1": checkpoint(model),
-        "2": tokenizer_options(["1", 1]),
-        "3": load_tokens(model, ["1", 0]),
-        "4": dataset(clip, vae, 10.0),
-        "5": score("Score without tokens", ["1", 0]),
-        "6": score("Score with tokens", ["3", 0]),
+        **model.loaders,
+        "3": load_tokens(model.tokens, plain),
+        "4": dataset(PICTURES, clip, vae),
+        "5": Node("SoftREPAScore", "Score without and with tokens", score, height=420),
     }
     return Workflow(
         name=f"score_{model.family}",
         title=f"Score tokens on a dataset ({model.title})",
-        note=(
-            "## Do the tokens help?",
-            "Measures how well the model finds the right caption among those of a batch, without and with tokens, by "
-            "its own denoising errors. Both use the same noise, so small differences mean something.",
-            FOLDER_ADVICE,
-            "Use pictures that the tokens were not trained on: the same folder with the same `validation_percent` as "
-            "in training, or another one, all of it with 0.",
-            "**accuracy**: share of images whose own caption fits best; chance is 1 / `batch_size`. **batches** says "
-            "how many images are measured: more are slower and surer.",
-            checkpoint_advice(model),
-            tokens_advice(model),
+        note=Note(
+            "Do the tokens help?",
+            (model_step(model), TOKENS_STEP, FOLDER_STEP, "Press Run."),
+            (
+                "Measures how well the model finds the right caption among those of a batch, without the tokens "
+                "(model) and with them (other model), by its own denoising errors and at the same noise, and says "
+                "whether the difference is more than chance.",
+                "Use pictures that the tokens were not trained on: the same folder with the same *validation_percent* "
+                "as in training, or another one, all of it with 0.",
+                "**accuracy**: share of images whose own caption fits best; chance is 1 / *batch_size*. **batches**: "
+                "how many are measured.",
+                tokens_advice(model),
+                *model_advice(model),
+            ),
         ),
         nodes=nodes,
         columns=(
-            Column((Group("Model", ("1", "2")), Group("Tokens", ("3",)))),
-            Column((Group("Pictures and captions", ("4",)),)),
-            Column((Group("Without tokens", ("5",)),), width=560),
-            Column((Group("With tokens", ("6",)),), width=560),
+            Column((model_group(model),), NOTE_WIDTH),
+            Column((Group("Tokens", ("3",)), Group("Pictures and captions", ("4",)))),
+            Column((Group("Score", ("5",)),), 640),
         ),
     )
 
@@ -561,10 +843,10 @@ def scoring(model: Model) -> Workflow:
 def comparing(model: Model) -> Workflow:
     """The same prompts and seeds without and with tokens, and what the model itself says of it."""
     compare = {
-        "model": ["1", 0],
+        "model": [model.plain, 0],
         "tokens": ["3", 1],
-        "clip": ["2", 0],
-        "vae": ["1", 2],
+        "clip": [*model.clip],
+        "vae": [*model.vae],
         "judge": ["4", 0],
         "prompts": "\n".join(COMPARED),
         "negative_prompt": "",
@@ -577,82 +859,136 @@ def comparing(model: Model) -> Workflow:
         "filename_prefix": f"{model.family}",
     }
     nodes = {
-        "1": checkpoint(model),
-        "2": tokenizer_options(["1", 1]),
-        "3": load_tokens(model, ["1", 0]),
-        "4": Node("SoftREPAAlignmentJudge", "Judge: Alignment", {}),
-        "5": Node("SoftREPACompare", "Compare Tokens", compare, height=760),
+        **model.loaders,
+        "3": load_tokens(model.tokens, [model.plain, 0]),
+        "4": Node("SoftREPAAlignmentJudge", "Judge: Alignment", {}, height=24),
+        "5": Node("SoftREPACompare", "Compare Tokens", compare, height=640),
         "6": Node("PreviewAny", "Table", {"source": ["5", 2]}, height=260),
     }
     return Workflow(
         name=f"compare_{model.family}",
         title=f"Compare tokens ({model.title})",
-        note=(
-            "## Does it help?",
-            "Draws every prompt and seed without tokens and with them, from the same noise, and says whether the "
-            "difference is more than chance.",
-            "**prompts**: what you care about, a line each. Eight show something, some hundred prove it: the table "
-            "says how many prompts it takes to see an effect of the size found.",
-            "**Cancel** keeps what is drawn. Run again and it goes on; more prompts, seeds or strengths draw only what "
-            "is new. All pictures are in `output/softrepa_compare`.",
-            "**Judge**: the model itself here, which needs nothing else. *Judge: Questions* asks Qwen3-VL, which is "
-            "surer; *Judge: CLIP Score* is everybody's number. Put several in a row.",
-            checkpoint_advice(model),
-            tokens_advice(model),
+        note=Note(
+            "Does it help?",
+            (model_step(model), TOKENS_STEP, "Write the prompts that you care about, a line each. Press Run."),
+            (
+                "Draws every prompt and seed without tokens and with them, from the same noise, and says whether the "
+                "difference is more than chance. Eight prompts show something, some hundred prove it: the table says "
+                "how many it takes to see an effect of the size found.",
+                "**Cancel** keeps what is drawn. Run again and it goes on; more prompts, seeds or strengths draw only "
+                "what is new. All pictures are in *output/softrepa_compare*.",
+                "**Judge**: the model itself here, which needs nothing else. *Judge: Questions* asks Qwen3-VL, which "
+                "is surer; *Judge: CLIP Score* is everybody's number. Put several in a row.",
+                tokens_advice(model),
+                *model_advice(model),
+            ),
         ),
         nodes=nodes,
         columns=(
-            Column((Group("Model", ("1", "2")), Group("Tokens", ("3",)), Group("Judge", ("4",)))),
-            Column((Group("Comparison", ("5",)),), width=760),
-            Column((Group("What it says", ("6",)),), width=520),
+            Column((model_group(model),), NOTE_WIDTH),
+            Column((Group("Tokens", ("3",)), Group("Judge", ("4",)))),
+            Column((Group("Comparison", ("5",)),), 640),
+            Column((Group("What it says", ("6",)),), 480),
         ),
     )
 
 
-def converting(model: Model) -> Workflow:
+def converting() -> Workflow:
     """A published pair of .pth files, or any token file, as one .safetensors file."""
-    load = load_tokens(model, ["1", 0])
-    load.inputs["tokens_name"] = model.family
     nodes = {
-        "1": checkpoint(model),
-        "2": load,
+        "2": load_tokens("sd3", None),
         "3": Node(
             "SoftREPASaveTokens",
             "Save SoftREPA Tokens",
-            {"tokens": ["2", 1], "filename_prefix": f"softrepa_{model.family}"},
+            {"tokens": ["2", 1], "filename_prefix": "softrepa_sd3"},
             height=LINE,
         ),
         "4": Node("SoftREPAPreviewTokens", "Preview SoftREPA Tokens", {"tokens": ["2", 1]}, height=330),
     }
     return Workflow(
         name="convert_tokens",
-        title=f"Convert published tokens ({model.title})",
-        note=(
-            "## Published tokens as one safe file",
-            "The authors publish `dc_tokens.pth` and `dc_t_tokens.pth` for each model. Put both into a folder of "
-            f"their own below `models/softrepa`, for example `models/softrepa/{model.family}`; **Load SoftREPA "
-            "Tokens** lists the folder. No code in a `.pth` file is executed.",
-            f"**Save SoftREPA Tokens** writes `softrepa_{model.family}_00001.safetensors` beside it, which says in its "
-            "metadata what it is for.",
-            "The published files have no licence: fetch them yourself and keep them to yourself.",
-            checkpoint_advice(model),
+        title="Convert published tokens",
+        note=Note(
+            "Two .pth files to one safe file",
+            (
+                "Put dc_tokens.pth and dc_t_tokens.pth into a folder below models/softrepa, such as sd3. Press R, "
+                "choose the folder.",
+                "Press Run. No model is needed.",
+            ),
+            (
+                "The authors publish these two files for each model. No code in a *.pth* file is executed. **Save "
+                "SoftREPA Tokens** writes a *.safetensors* file into *models/softrepa*, which says in its metadata "
+                "what it is for.",
+                "The published files have no licence: fetch them yourself and keep them to yourself.",
+            ),
         ),
         nodes=nodes,
         columns=(
-            Column((Group("Published tokens", ("1", "2")),)),
-            Column((Group("One file", ("3", "4")),), width=520),
+            Column((Group("Published tokens", ("2",)),), NOTE_WIDTH),
+            Column((Group("One file", ("3", "4")),), 560),
         ),
     )
 
 
-WORKFLOWS = (
+NEWER = (FLUX, Z_IMAGE, QWEN_IMAGE)
+
+
+def in_order(*workflows: Workflow) -> tuple[Workflow, ...]:
+    """Numbered, for templates are listed by the names of their files."""
+    return tuple(
+        replace(workflow, title=f"{number:02} {workflow.title}") for number, workflow in enumerate(workflows, start=1)
+    )
+
+
+WORKFLOWS = in_order(
     small_world(),
+    small_world_training(),
+    small_world_edit(),
     *(text_to_image(model) for model in MODELS),
-    flowedit(SD3),
-    flowedit(SDXL),
+    *(flowedit(model) for model in (SDXL, SD3)),
     flowedit(SD3, is_masked=True),
-    training(SD3),
+    *(flowedit(model) for model in NEWER),
+    *(training(model) for model in (SD3, *NEWER)),
     scoring(SD3),
     comparing(SD3),
-    converting(SD3),
+    converting(),
 )
+
+
+# ---------------------------------------------------------------- blueprints
+
+
+def sampling_blueprint() -> Blueprint:
+    samplers, both = ("8", "9"), ("10", "11")
+    shared = ("seed", "steps", "cfg", "sampler_name", "scheduler")
+    settings = {"seed": 0, "steps": 28, "cfg": 4.5, "scheduler": "normal"}
+    nodes = {
+        "2": Node("SoftREPAApplyTokens", "Apply SoftREPA Tokens", {}, height=LINE),
+        "8": Node("KSampler", "Sample without tokens", settings),
+        "9": Node("KSampler", "Sample with tokens", settings | {"model": ["2", 0]}),
+        "10": Node("VAEDecode", "Decode without tokens", {"samples": ["8", 0]}),
+        "11": Node("VAEDecode", "Decode with tokens", {"samples": ["9", 0]}),
+        "12": side_by_side("Left: without, right: with", ["10", 0], ["11", 0]),
+    }
+    return Blueprint(
+        name="Sample with and without tokens",
+        description="Draws one seed with the model as it is and with soft tokens, and puts both beside each other.",
+        nodes=nodes,
+        columns=(
+            Column((Group("Tokens", ("2",)),)),
+            Column((Group("Sample", samplers),)),
+            Column((Group("Side by side", (*both, "12")),)),
+        ),
+        inputs=(
+            ("model", ("2", "model"), ("8", "model")),
+            ("tokens", ("2", "tokens")),
+            *((name, *((key, name) for key in samplers)) for name in ("positive", "negative", "latent_image")),
+            ("vae", *((key, "vae") for key in both)),
+            ("strength", ("2", "strength")),
+            *((name, *((key, name) for key in samplers)) for name in shared),
+        ),
+        outputs=(("side by side", "12", 0), ("without", "10", 0), ("with", "11", 0)),
+    )
+
+
+BLUEPRINTS = (sampling_blueprint(),)

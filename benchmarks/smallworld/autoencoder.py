@@ -22,9 +22,9 @@ from softrepa.smallworld.autoencoder import (
     mask,
     patches,
 )
+from softrepa.smallworld.world import CATEGORIES, IMAGE_SIZE, SPREAD, draw, random_scene, random_spec
 
 from .fitting import Schedule, fit
-from .world import CATEGORIES, IMAGE_SIZE, SPREAD, draw, random_scene, random_spec
 
 LATENT_SIZE = IMAGE_SIZE // PATCH
 NOISE = 0.25  # greatest standard deviation of the noise that the decoder learns to remove

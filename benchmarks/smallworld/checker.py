@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .world import COLOURS, IMAGE_SIZE, SHAPES, Group, Spec, inside
+from softrepa.smallworld.world import COLOURS, IMAGE_SIZE, SHAPES, Group, Spec, inside
 
 SMALLEST_AREA = 40  # pixels; the smallest things drawn, small triangles and diamonds, cover 130
 LEAST_OVERLAP = 0.65  # with the best shape's outline, as intersection over union

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from softrepa.smallworld.world import COLOURS, SHAPES, Group, Scene, Spec, Thing, draw, plain_caption, random_scene
+
 from . import checker
 from .checker import Found
 from .measure import wilson
-from .world import COLOURS, SHAPES, Group, Scene, Spec, Thing, draw, plain_caption, random_scene
 
 STEPS = 20
 SOURCE_CFG = 1.5

@@ -13,9 +13,18 @@ from softrepa.files import write_atomically
 from softrepa.smallworld.autoencoder import encode
 from softrepa.smallworld.checkpoint import CHECKPOINT_NAME, read_shipped, write_checkpoint
 from softrepa.smallworld.text import FastEncoder
+from softrepa.smallworld.world import (
+    CATEGORIES,
+    IMAGE_SIZE,
+    Spec,
+    draw,
+    hard_negatives,
+    plain_caption,
+    random_scene,
+    random_spec,
+)
 
 from . import checker, flux, model
-from .world import CATEGORIES, IMAGE_SIZE, Spec, draw, hard_negatives, plain_caption, random_scene, random_spec
 
 SAMPLING = {"steps": 20, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple"}
 IMAGES_A_PROMPT = 4

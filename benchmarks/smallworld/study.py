@@ -8,10 +8,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from softrepa.smallworld.pictures import write_pictures
+from softrepa.smallworld.world import (
+    CATEGORIES,
+    COLOURS,
+    IMAGE_SIZE,
+    SHAPES,
+    Spec,
+    draw,
+    plain_caption,
+    random_scene,
+    random_spec,
+)
+
 from . import checker
 from .measure import SAMPLING, StockModel
-from .tokens import HeldOut, write_pictures
-from .world import CATEGORIES, COLOURS, IMAGE_SIZE, SHAPES, Spec, draw, plain_caption, random_scene, random_spec
+from .tokens import HeldOut
 
 SEED = 2026
 BATCH = 12  # pictures sampled at once

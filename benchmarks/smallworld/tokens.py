@@ -8,17 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from softrepa.smallworld.checkpoint import CHECKPOINT_NAME
+from softrepa.smallworld.pictures import CATEGORIES, write_pictures
 from softrepa.smallworld.text import FastEncoder
+from softrepa.smallworld.world import (
+    IMAGE_SIZE,
+    draw,
+    hard_negatives,
+    plain_caption,
+    random_scene,
+    random_spec,
+)
 from softrepa.statistics import mean_interval
 from tools.server import ComfyServer
 
 from . import flux
-from .world import IMAGE_SIZE, caption, draw, hard_negatives, plain_caption, random_scene, random_spec
 
-CATEGORIES = ("two_objects", "counting", "colours", "position", "colour_attribution", "mixed")
 PICTURES = "small world"
 BATCH_SIZE = 4
 BATCHES = 24
@@ -29,17 +35,6 @@ NAMES = {
     "retrieval": "retrieval among the batch's captions",
     "hard_retrieval": "retrieval among captions wrong by one fact",
 }
-
-
-def write_pictures(folder: Path, count: int, seed: int, spec_of: Callable = random_spec) -> None:
-    """`count` drawn scenes with one caption each, as a person would lay out a training folder."""
-    rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        spec = spec_of(rng, CATEGORIES[number % len(CATEGORIES)])
-        picture = Image.fromarray((draw(random_scene(rng, spec)) * 255).round().astype(np.uint8))
-        picture.save(folder / f"{number:04}.png")
-        (folder / f"{number:04}.txt").write_text(caption(rng, spec), encoding="utf-8")
 
 
 def graph(seed: int, steps: int, network: str = "model", **training) -> dict:

@@ -13,10 +13,10 @@ import torch
 
 from softrepa.smallworld.autoencoder import encode
 from softrepa.smallworld.text import FastEncoder
+from softrepa.smallworld.world import CATEGORIES, caption, draw, hard_negatives, random_scene, random_spec
 
 from . import flux, model
 from .fitting import Schedule, fit
-from .world import CATEGORIES, caption, draw, hard_negatives, random_scene, random_spec
 
 # shares of single_object, two_objects, counting, colours, position, colour_attribution, mixed
 MIXTURE = (0.12, 0.12, 0.14, 0.12, 0.16, 0.14, 0.20)

@@ -9,8 +9,8 @@ from ..numbers import ABOVE_0, FROM_0, SHARE_BELOW_1, at_least, check_number
 from . import agsm, loss, optimizers
 
 OBJECTIVES = ("contrastive", "denoising", "agsm", "guidance")
-"""The paper's; its plain denoising loss alone, to see what the contrast adds; its successor's (`agsm.py`); the model's own
-guided prediction, learned (`pairs.guided`)."""
+"""The paper's; its plain denoising loss alone, to see what the contrast adds; its successor's (`agsm.py`); and what the
+model itself predicts at a guidance (`pairs.guided`)."""
 
 TEMPERATURE_MODES = ("fixed", "relative")
 LEAST_RELATIVE = 0.2

@@ -13,8 +13,9 @@ from softrepa_tests import published
 from tools import frontend as pages
 from tools.server import ComfyServer
 from tools.standins import stand_in
-from tools.workflow_descriptions import MODELS, SDXL
+from tools.workflow_descriptions import MODELS
 
+STAND_INS = ("sd15", "sd3")
 CAPTIONS = ("a red square", "a blue circle", "two cats", "a house by the sea", "an empty street", "green hills")
 
 if pages.find_chromium() is None:
@@ -22,18 +23,22 @@ if pages.find_chromium() is None:
 
 
 def fill(work: Path) -> None:
-    """Checkpoints, tokens and pictures under the names that the templates carry. SDXL's files are only listed."""
-    checkpoints, tokens = work / "models" / "checkpoints", work / "models" / "softrepa"
-    checkpoints.mkdir(parents=True)
+    """Models, tokens and pictures under the names that the templates carry. Files of others are only listed."""
+    tokens = work / "models" / "softrepa"
     tokens.mkdir(parents=True)
     for model in MODELS:
-        if model is SDXL:
-            save_file({"nothing": torch.zeros(1)}, checkpoints / model.checkpoint)
+        standing_in = stand_in(model.family) if model.family in STAND_INS else None
+        for file in model.files:
+            path = work / "models" / file.directory / file.name
+            path.parent.mkdir(exist_ok=True)
+            if standing_in:
+                path.symlink_to(standing_in.checkpoint)
+            else:
+                save_file({"nothing": torch.zeros(1)}, path)
+        if standing_in:
+            shutil.copy(standing_in.tokens, tokens / model.tokens)
+        else:
             save_file({"nothing": torch.zeros(1)}, tokens / model.tokens)
-            continue
-        files = stand_in(model.family)
-        (checkpoints / model.checkpoint).symlink_to(files.checkpoint)
-        shutil.copy(files.tokens, tokens / model.tokens)
     published.write(tokens / "sd3", "sd3")
     folder = work / "input" / "my_pictures"
     folder.mkdir(parents=True)

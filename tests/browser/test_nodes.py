@@ -26,11 +26,13 @@ SEARCHES = {
     "vqascore": ("Judge: Questions",),
     "clip similarity": ("Judge: CLIP Score",),
     "demo model": ("Load Small World (demo model)",),
+    "demo dataset": ("Small World Pictures",),
 }
 """By name and by alias."""
 
 
 FIRST = {
+    "softrepa": "Load SoftREPA Tokens",
     "FlowEdit": "FlowEdit Sampler",
     "edit photo": "FlowEdit Sampler",
     "train": "Train SoftREPA Tokens",

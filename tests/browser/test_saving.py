@@ -9,9 +9,9 @@ from softrepa_tests.conftest import ROOT
 from tools.frontend import read_graph
 from tools.server import ComfyServer
 from tools.standins import stand_in
-from tools.workflow_descriptions import SD3
+from tools.workflow_descriptions import SD3, WORKFLOWS
 
-NAME = "Image with soft tokens (SD3)"
+NAME = next(workflow.title for workflow in WORKFLOWS if workflow.name == "text_to_image_sd3")
 
 
 @pytest.fixture(scope="module")

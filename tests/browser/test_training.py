@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from comfyui_softrepa.softrepa import token_files
 from comfyui_softrepa.softrepa.training.presets import RELATIVE
-from softrepa_tests.browser.test_templates import SMALL
+from softrepa_tests.browser.test_templates import SET_VIEW, SMALL
 from softrepa_tests.conftest import ROOT
 
 from tools.frontend import read_graph
@@ -14,9 +14,6 @@ from tools.workflow_descriptions import WORKFLOWS
 TEMPLATE = next(workflow.title for workflow in WORKFLOWS if workflow.name == "train_sd3")
 ALL_IN_ONE = ROOT / "tests" / "data" / "all_in_one"
 LISTED = "app.graph._nodes.find(node => node.type === 'SoftREPALoadTokens').widgets[0].options.values"
-
-
-SET_VIEW = "is_new => app.ui.settings.setSettingValueAsync('Comfy.VueNodes.Enabled', is_new)"
 
 
 @pytest.fixture

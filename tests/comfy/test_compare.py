@@ -24,7 +24,7 @@ from softrepa_tests.comparing import PROMPTS, SMALL, Brightness, Checker, small_
 import nodes
 from benchmarks.smallworld import study
 from benchmarks.smallworld.measure import StockModel
-from benchmarks.smallworld.world import plain_caption
+from softrepa.smallworld.world import plain_caption
 
 OUTPUTS = ("grid", "images", "table", "difference", "csv", "list", "texts", "comparison")
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from softrepa_tests.comparing import PROMPTS, SMALL, small_world
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from benchmarks.smallworld.world import Group, Spec, draw, plain_caption, random_scene
+from softrepa.smallworld.world import Group, Spec, draw, plain_caption, random_scene
 
 IDENTITY = "of a test"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
+from comfy_execution.graph_utils import ExecutionBlocker
 from comfyui_softrepa.softrepa import token_files
 from safetensors.torch import save_file
 from softrepa_tests import published, tiny_models
@@ -41,6 +42,13 @@ def test_every_node_is_documented(pack):
         text = page.read_text(encoding="utf-8")
         for entry in schema.inputs:
             assert f"`{entry.id}`" in text, (page, entry.id)
+
+
+def test_without_a_model_the_file_is_only_loaded(pack, saved):
+    blocked, tokens = pack["SoftREPALoadTokens"].execute(None, saved["sd15"]).args
+    assert isinstance(blocked, ExecutionBlocker)
+    assert "has no model connected" in blocked.message
+    assert torch.equal(tokens.tokens, tokens_for("sd15").tokens)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])

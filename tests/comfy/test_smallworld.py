@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.smallworld import checker, world
+from benchmarks.smallworld import checker
 from benchmarks.smallworld.autoencoder import random_images
 from benchmarks.smallworld.measure import StockModel
 from benchmarks.smallworld.model import Velocity, make_model
-from benchmarks.smallworld.world import Group, Spec
-from softrepa.smallworld import autoencoder, checkpoint
+from softrepa.smallworld import autoencoder, checkpoint, world
 from softrepa.smallworld.text import FastEncoder
+from softrepa.smallworld.world import Group, Spec
 
 CAPTIONS = (
     "",

@@ -5,9 +5,9 @@ import pytest
 
 from benchmarks.smallworld.editing import Edit, Editor, edits, verdict
 from benchmarks.smallworld.measure import StockModel
-from benchmarks.smallworld.world import Group, Scene, Spec, Thing, draw
 from softrepa.comfy.tokens.patching import apply_tokens
 from softrepa.smallworld.checkpoint import TOKENS
+from softrepa.smallworld.world import Group, Scene, Spec, Thing, draw
 from softrepa.token_files import load
 
 PAPER = (0.9, 0.92, 0.9, 0.0, 0.03)

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from benchmarks.smallworld import flux, tokens
-from benchmarks.smallworld.world import caption, draw, random_scene, random_spec
 from softrepa.comfy.tokens.patching import apply_tokens
 from softrepa.comfy.training.run import train
 from softrepa.comfy.training.session import RunFiles
@@ -16,6 +15,7 @@ from softrepa.data.ahead import AtHand
 from softrepa.data.batches import Example
 from softrepa.data.dataset import Dataset
 from softrepa.smallworld.text import FastEncoder
+from softrepa.smallworld.world import caption, draw, random_scene, random_spec
 from softrepa.statistics import mean_interval
 from softrepa.training.inputs import TrainingInputs
 

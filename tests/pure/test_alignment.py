@@ -13,7 +13,7 @@ from benchmarks.alignment_report import CATEGORIES, Found, difference, plot, rep
 from benchmarks.alignment_rows import BASELINE, CONTROL, ROWS, SOFTREPA, Job
 from benchmarks.smallworld import study
 from benchmarks.smallworld.tokens import CATEGORIES as TRAINED
-from benchmarks.smallworld.world import COLOURS, SHAPES, Group, Spec, draw, random_scene
+from softrepa.smallworld.world import COLOURS, SHAPES, Group, Spec, draw, random_scene
 
 
 def test_what_is_held_out():

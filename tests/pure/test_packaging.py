@@ -128,9 +128,10 @@ class TestArchive:
             "pyproject.toml",
             "requirements.txt",
             "softrepa",
+            "subgraphs",
             "workflows",
         }
-        whole = {"docs", "locales", "nodes", "softrepa", "workflows"}
+        whole = {"docs", "locales", "nodes", "softrepa", "subgraphs", "workflows"}
         assert [path for path in found if path.parts[0] in whole] == files(*whole)
 
     def test_is_small(self):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.smallworld import checker, fitting, world
+from benchmarks.smallworld import checker, fitting
 from benchmarks.smallworld.measure import measure_checker, wilson
-from benchmarks.smallworld.world import Group, Scene, Spec, Thing
-from softrepa.smallworld import checkpoint, text
+from softrepa.smallworld import checkpoint, pictures, text, world
+from softrepa.smallworld.world import Group, Scene, Spec, Thing
 
 TOKENS = [1.12109375, -1.0654296875, 1.3486328125]
 POSITIONS = [0.389892578125, -0.156982421875]
@@ -22,6 +22,21 @@ def picture(*things):
 
 RED_CIRCLE_LEFT_OF_BLUE_SQUARE = picture(("circle", "red", "large", 16, 48), ("square", "blue", "small", 80, 50))
 PAIR = (Group("circle", colour="red"), Group("square", colour="blue"))
+
+
+def test_pictures_of_a_seed_are_the_same_and_stay(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        pictures.write_pictures(folder, 12, seed=3)
+    names = sorted(path.name for path in one.iterdir())
+    assert len(names) == 24
+    assert {name: (one / name).read_bytes() for name in names} == {name: (other / name).read_bytes() for name in names}
+    drawn, text = (one / "0004.png").read_bytes(), one / "0005.txt"
+    (one / "0004.png").unlink()
+    text.write_text("mine", encoding="utf-8")
+    pictures.write_pictures(one, 12, seed=3)
+    assert (one / "0004.png").read_bytes() == drawn
+    assert text.read_text(encoding="utf-8") == "mine"
 
 
 def verdict(image, *groups, relation=None):

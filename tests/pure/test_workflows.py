@@ -7,9 +7,16 @@ from comfyui_softrepa.softrepa import __version__
 from PIL import Image
 from softrepa_tests.conftest import ROOT
 
-from tools.workflow_descriptions import WORKFLOWS
+from tools.workflow_descriptions import BLUEPRINTS, WORKFLOWS
 
 FOLDER = ROOT / "workflows"
+DIRECTORIES = {
+    "CheckpointLoaderSimple": "checkpoints",
+    "UNETLoader": "diffusion_models",
+    "CLIPLoader": "text_encoders",
+    "DualCLIPLoader": "text_encoders",
+    "VAELoader": "vae",
+}
 
 
 def test_no_file_is_left_over():
@@ -17,6 +24,23 @@ def test_no_file_is_left_over():
     assert {path.stem for path in FOLDER.glob("*.json")} == titles
     assert {path.stem for path in FOLDER.glob("*.jpg")} == titles
     assert {path.stem for path in (FOLDER / "api").glob("*.json")} == {workflow.name for workflow in WORKFLOWS}
+    assert {path.stem for path in (ROOT / "subgraphs").glob("*")} == {blueprint.name for blueprint in BLUEPRINTS}
+
+
+def test_listed_in_their_order():
+    """The frontend lists them by the names of their files; what needs no download comes first."""
+    titles = [workflow.title for workflow in WORKFLOWS]
+    assert titles == sorted(titles)
+    assert [title[3:] for title in titles[:3]] == [
+        "Try it without a download",
+        "Train and score without a download",
+        "Edit without a download",
+    ]
+
+
+def test_thumbnails_differ():
+    pictures = {(FOLDER / f"{workflow.title}.jpg").read_bytes() for workflow in WORKFLOWS}
+    assert len(pictures) == len(WORKFLOWS)
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.name)
@@ -33,8 +57,8 @@ def test_properties_and_thumbnail(workflow):
         for model in properties.get("models", []):
             assert model["name"] in node["widgets_values"]
             assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(model["name"])
-            assert model["directory"] == "checkpoints"
-    checkpoints = [node for node in graph["nodes"] if node["type"] == "CheckpointLoaderSimple"]
-    assert all(node["properties"]["models"] for node in checkpoints)
+            assert model["directory"] == DIRECTORIES[node["type"]]
+    loaders = [node for node in graph["nodes"] if node["type"] in DIRECTORIES]
+    assert all(node["properties"]["models"] for node in loaders)
     with Image.open(FOLDER / f"{workflow.title}.jpg") as picture:
         assert picture.size == (768, 576)

@@ -1,0 +1,38 @@
+// The pack's templates in the order of their numbers, and what a graph needs that is not there, before it runs.
+
+import { api } from "../../scripts/api.js"
+import { app } from "../../scripts/app.js"
+
+const PACK = decodeURIComponent(new URL(import.meta.url).pathname.match(/extensions\/([^/]+)\//)[1])
+const CHOICES = {
+    SoftREPADataset: ["folder", "below ComfyUI's input folder. Put pictures with captions there"],
+    SoftREPALoadTokens: ["tokens_name", "in models/softrepa. Put token files there"],
+}
+const IS_MODEL = /\.safetensors$/ // the frontend itself says that these are missing
+
+// the server lists files in whatever order the disk has them
+const listed = api.getWorkflowTemplates
+api.getWorkflowTemplates = async function () {
+    const found = await listed.call(this)
+    found[PACK]?.sort()
+    return found
+}
+
+let shown = []
+
+app.registerExtension({
+    name: "SoftREPA.Templates",
+    afterConfigureGraph() {
+        const toast = app.extensionManager.toast
+        shown.forEach((message) => toast.remove(message))
+        shown = app.graph._nodes.flatMap((node) => {
+            const [name, place] = CHOICES[node.type] ?? []
+            const widget = node.widgets?.find((one) => one.name === name)
+            const isLinked = node.inputs?.some((input) => input.widget?.name === name && input.link != null)
+            if (!widget || isLinked || widget.options.values.includes(widget.value) || IS_MODEL.test(widget.value)) return []
+            const detail = `There is no "${widget.value}" ${place}, press R, and choose one before you run.`
+            return [{ severity: "warn", summary: node.title, detail }]
+        })
+        shown.forEach((message) => toast.add(message))
+    },
+})
