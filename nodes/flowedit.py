@@ -31,8 +31,7 @@ def conditioning_inputs() -> list[io.Input]:
         ),
         io.Conditioning.Input(
             "target_negative",
-            tooltip="What the edited image must not show; an empty prompt is a good start. FlowAlign has the source prompt "
-            "in its place and does not use it.",
+            tooltip="What the edited image must not show; an empty prompt is a good start. FlowAlign does not use it.",
         ),
     ]
 
@@ -119,8 +118,8 @@ def method_input() -> io.Input:
         optional=True,
         options=list(METHODS),
         default=FLOW_EDIT.name,
-        tooltip="FlowAlign guides from the source prompt to the target prompt and pulls back to the source in every step: "
-        "set steps and n_max to 33, n_min to 0. Of the guidance it uses target_cfg alone, and no negative prompts.",
+        tooltip="FlowAlign guides from the source prompt to the target prompt and pulls back to the source in every "
+        "step: set steps and n_max to 33, n_min to 0. It uses target_cfg, but neither source_cfg nor negative prompts.",
     )
 
 

@@ -1,5 +1,6 @@
 """FlowEdit and FlowAlign written a second time, from the papers' velocity form, in float64 on the bare network."""
 
+from itertools import pairwise
 from unittest.mock import patch
 
 import comfy.ldm.krea2.model
@@ -177,7 +178,7 @@ def aligned_edit(network: Network, latent, draws: Draws, times, prompts, cfg, n_
     """FlowAlign (arXiv 2505.23145) as its public code steps, q of the source and p of the edit; `mask` is 0 or 1."""
     x = network.model.model.process_latent_in(latent.double())
     z = x.clone()
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         step = 0
         for _ in range(n_avg):
             q = (1 - t) * x + t * draws().double()

@@ -5,8 +5,8 @@ With v = (z - D)/sigma this is E <- (sigma'/sigma) E + (1 - sigma'/sigma)(D_targ
 for flow models and, in variance-exploding coordinates, for eps and v models alike.
 
 FlowAlign (arXiv 2505.23145) takes the same step and adds zeta (D_source - D_target) to Z, in its code
-zeta (q - sigma v_q - p + sigma v_p) with zeta 0.01. Its target is guided away from the source prompt, where FlowEdit has
-a negative one, and its source is not guided: that is up to the `Denoiser`.
+zeta (q - sigma v_q - p + sigma v_p) with zeta 0.01. Its target is guided away from the source prompt, where FlowEdit
+has a negative one, and its source is not guided: that is up to the `Denoiser`.
 """
 
 import hashlib

@@ -184,5 +184,7 @@ def test_video_is_refused(models):
     two_frames = {"samples": torch.cat([source_latent("qwenimage")] * 2, dim=2)}
     with pytest.raises(ValueError, match="latent_image has 2 frames, expected 1: video cannot be edited"):
         edit(models["qwenimage"], "qwenimage", two_frames)
-    with pytest.raises(ValueError, match=r"latent_image is of shape \[1, 16, 1, 8, 8\], expected still images, \[batch"):
+    with pytest.raises(
+        ValueError, match=r"latent_image is of shape \[1, 16, 1, 8, 8\], expected still images, \[batch"
+    ):
         edit(models["flux"], "flux", {"samples": source_latent("qwenimage")})

@@ -28,7 +28,8 @@ from .passes import ROLES, Pass, stack_of
 class FlowEditGuider(CFGGuider):
     """Guidance for an edit: a source and a target pair of conds, each with its scale, on one model or two.
 
-    Which of them predict what is up to the method of the sampler. Raises SoftREPAError for models, latents, conds and sigmas that do not fit, before anything is loaded.
+    Which of them predict what is up to the method of the sampler. Raises SoftREPAError for models, latents, conds and
+    sigmas that do not fit, before anything is loaded.
     """
 
     conds: dict[str, list[dict]]

@@ -79,8 +79,9 @@ class Stack(Pass):
         """None unless the two passes' conds go together row by row."""
         if source.skips_negative != target.skips_negative:
             return None
-        conds = {role: stacked(batch, source.conds[role], target.conds[role]) for role in ROLES}
-        return None if None in conds.values() else cls(source, target, conds)
+        found = {role: stacked(batch, source.conds[role], target.conds[role]) for role in ROLES}
+        conds = {role: cond for role, cond in found.items() if cond is not None}
+        return cls(source, target, conds) if len(conds) == len(found) else None
 
     def both(self, zs: Tensor, zt: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         d_source, d_target = self.denoise(torch.cat([zs, zt]), sigma).chunk(2)
