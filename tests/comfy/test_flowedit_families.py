@@ -19,7 +19,7 @@ from softrepa_tests.token_sets import tokens_for
 
 EXACT = 1e-5
 TRANSFORMERS = [family.name for family in FAMILIES.values() if family.stream == "sequence"]
-STEPS, N_MAX = 5, 4
+STEPS, N_MAX = 4, 3
 
 
 @pytest.fixture(scope="module")

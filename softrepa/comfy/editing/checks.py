@@ -70,8 +70,8 @@ def check_latent(latent: Tensor, model: ModelPatcher) -> None:
         )
     if has_time_axis(model) and latent.shape[2] != 1:
         raise SoftREPAError(
-            f"latent_image has {latent.shape[2]} frames, expected 1: video cannot be edited; VAE Encode takes a batch of "
-            "pictures for one here, so encode them one by one and join them with Batch Latents."
+            f"latent_image has {latent.shape[2]} frames, expected 1: video cannot be edited; VAE Encode takes a batch "
+            "of pictures for one here, so encode them one by one and join them with Batch Latents."
         )
     channels = model.get_model_object("latent_format").latent_channels
     if latent.shape[1] != channels:
