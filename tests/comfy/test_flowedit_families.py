@@ -1,5 +1,7 @@
 """Edits on the transformers with rotary positions; of some of them latents have a time axis, of one frame."""
 
+import math
+
 import latent_preview
 import pytest
 import torch
@@ -51,6 +53,17 @@ def test_equals_the_papers(models, networks, family, options):
     ours = edit(models[family], family, steps=STEPS, n_max=N_MAX, **options)
     assert relative_error(ours.double(), expected_edit(networks, family, latent, **options)) <= EXACT
     assert relative_error(ours, latent) > 0.01
+
+
+def test_where_the_documents_say_to_start(models):
+    """At the noise at which SD3's 33 of 50 steps begin, and for Flux on the reference's schedule at 1024 pixels."""
+    start = {"zimage": 33, "anima": 33, "chroma": 32, "qwenimage": 32, "krea2": 32, "hunyuanimage": 27, "lumina2": 25}
+    for family, n_max in (start | {"sd3": 33, "flux2": 22}).items():
+        begins = edit_sigmas(models[family], "normal", 50, 50).flip(0)  # by n_max
+        assert (begins - 0.85).abs().argmin() == n_max, family
+    times = torch.linspace(1, 1 / 28, 28)
+    shifted = 1 / (1 + math.exp(-1.15) * (1 / times - 1))
+    assert (edit_sigmas(models["flux"], "simple", 28, 28)[:-1] - shifted).abs().max() < 1e-3
 
 
 def two_masks() -> torch.Tensor:
