@@ -16,6 +16,7 @@ EVERYTHING = [
     "--dist=loadfile",
     "--no-loadscope-reorder",
     "--verbose",
+    "--durations=30",
 ]  # long files come first by name
 
 
