@@ -6,11 +6,12 @@ from comfy_api.latest import io
 
 from ..softrepa.comfy.editing.checks import check_counts
 from ..softrepa.comfy.editing.flowedit import FlowEditGuider, FlowEditSampler, edit_latent, edit_sigmas
+from ..softrepa.editing.methods import FLOW_EDIT, METHODS
 from .schema import ADVANCED, schema
 
 ALIASES = [
     *("FlowEdit", "flow edit", "edit photo", "edit image", "image editing", "img2img"),
-    *("inversion free", "prompt to prompt", "instruct edit"),
+    *("inversion free", "prompt to prompt", "instruct edit", "FlowAlign"),
 ]
 ALIASES_OF_PARTS = ["flow edit in parts", "inversion free editing in parts"]
 """None that people look for the whole by."""
@@ -20,7 +21,8 @@ def conditioning_inputs() -> list[io.Input]:
     return [
         io.Conditioning.Input("source_positive", tooltip="The prompt for the image as it is: say what it shows."),
         io.Conditioning.Input(
-            "source_negative", tooltip="What the image as it is does not show; usually an empty prompt."
+            "source_negative",
+            tooltip="What the image as it is does not show; usually an empty prompt. FlowAlign does not use it.",
         ),
         io.Conditioning.Input(
             "target_positive",
@@ -28,7 +30,8 @@ def conditioning_inputs() -> list[io.Input]:
             "should change.",
         ),
         io.Conditioning.Input(
-            "target_negative", tooltip="What the edited image must not show; an empty prompt is a good start."
+            "target_negative",
+            tooltip="What the edited image must not show; an empty prompt is a good start. FlowAlign does not use it.",
         ),
     ]
 
@@ -44,7 +47,8 @@ def guidance_inputs() -> list[io.Input]:
             step=0.1,
             round=0.01,
             tooltip="How firmly the source prompt is taken for what the image shows. It stays low: 3.5 for SD3, SD1.5 "
-            "and SDXL; 1 for Flux (with FluxGuidance 1.5 on the source prompt). 1 skips the negative prompt.",
+            "and SDXL; 1 for Flux (with FluxGuidance 1.5 on the source prompt). 1 skips the negative prompt. FlowAlign "
+            "does not use it.",
         ),
         io.Float.Input(
             "target_cfg",
@@ -55,7 +59,8 @@ def guidance_inputs() -> list[io.Input]:
             step=0.1,
             round=0.01,
             tooltip="How strongly the image is pulled to the target prompt. Higher changes more, too high burns the "
-            "colours. 13.5 for SD3, 10 to 12 with soft tokens; 1 for Flux (with FluxGuidance 5.5 on the target).",
+            "colours. 13.5 for SD3, 10 to 12 with soft tokens; 1 for Flux (with FluxGuidance 5.5 on the target). "
+            "FlowAlign: from the source prompt to the target prompt, 7.5 to 13.5.",
         ),
     ]
 
@@ -63,7 +68,9 @@ def guidance_inputs() -> list[io.Input]:
 def model_inputs() -> list[io.Input]:
     return [
         io.Model.Input(
-            "model", tooltip="SD1.5, SDXL, SD3, SD3.5 or Flux, with everything that is on it. No inpainting models."
+            "model",
+            tooltip="Any model of still images (SD1.5, SDXL, SD3, Flux, Qwen-Image, Z-Image, Krea 2, Anima ...), with "
+            "everything that is on it. No inpainting and no video models.",
         ),
         *conditioning_inputs(),
     ]
@@ -88,7 +95,7 @@ def loop_inputs() -> list[io.Input]:
             min=0,
             max=10000,
             tooltip="How many of the last steps draw the target prompt freely, without looking back at the source. "
-            "0 stays closest to the photograph; a few steps bring new texture and lose fine detail.",
+            "0 stays closest to the photograph; a few steps bring new texture and lose fine detail. 0 for FlowAlign.",
             **ADVANCED,
         ),
         io.Int.Input(
@@ -102,6 +109,18 @@ def loop_inputs() -> list[io.Input]:
             **ADVANCED,
         ),
     ]
+
+
+def method_input() -> io.Input:
+    """Behind all other widgets, where graphs from before it have none."""
+    return io.Combo.Input(
+        "method",
+        optional=True,
+        options=list(METHODS),
+        default=FLOW_EDIT.name,
+        tooltip="FlowAlign guides from the source prompt to the target prompt and pulls back to the source in every "
+        "step: set steps and n_max to 33, n_min to 0. It uses target_cfg, but neither source_cfg nor negative prompts.",
+    )
 
 
 class FlowEdit(io.ComfyNode):
@@ -156,6 +175,7 @@ class FlowEdit(io.ComfyNode):
                 ),
                 *loop_inputs(),
                 target_model_input(),
+                method_input(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The edited image, for VAE Decode.")],
         )
@@ -178,14 +198,16 @@ class FlowEdit(io.ComfyNode):
         n_min=0,
         n_avg=1,
         target_model=None,
+        method=FLOW_EDIT.name,
     ) -> io.NodeOutput:
         check_counts(steps, n_max, n_min)
+        sampler = FlowEditSampler(n_min, n_avg, METHODS[method])
         guider = FlowEditGuider(model, target_model)
         guider.set_conds(source_positive, source_negative, target_positive, target_negative)
         guider.set_cfg(source_cfg, target_cfg)
         sigmas = edit_sigmas(model, scheduler, steps, n_max)
         callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
-        return io.NodeOutput(edit_latent(guider, FlowEditSampler(n_min, n_avg), sigmas, latent_image, seed, callback))
+        return io.NodeOutput(edit_latent(guider, sampler, sigmas, latent_image, seed, callback))
 
 
 class FlowEditGuiderNode(io.ComfyNode):
@@ -228,13 +250,13 @@ class FlowEditSamplerNode(io.ComfyNode):
             search_aliases=ALIASES_OF_PARTS,
             description="The editing algorithm, for SamplerCustomAdvanced. Goes together with the FlowEdit Guider. "
             "The sigmas given are the ones that run: cut the beginning off with SplitSigmas.",
-            inputs=loop_inputs(),
+            inputs=[*loop_inputs(), method_input()],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls, n_min=0, n_avg=1) -> io.NodeOutput:
-        return io.NodeOutput(FlowEditSampler(n_min, n_avg))
+    def execute(cls, n_min=0, n_avg=1, method=FLOW_EDIT.name) -> io.NodeOutput:
+        return io.NodeOutput(FlowEditSampler(n_min, n_avg, METHODS[method]))
 
 
 NODES = [FlowEdit, FlowEditGuiderNode, FlowEditSamplerNode]

@@ -1,11 +1,19 @@
-"""FlowEdit written a second time, from the paper's velocity form, in float64 on the bare network."""
+"""FlowEdit and FlowAlign written a second time, from the papers' velocity form, in float64 on the bare network."""
 
+from itertools import pairwise
+from unittest.mock import patch
+
+import comfy.ldm.krea2.model
+import comfy.model_management
+import comfy.quant_ops
 import numpy as np
 import torch
+from comfy_kitchen.backends.eager.rope import rms_rope_split_half
 from comfyui_softrepa.softrepa.comfy.editing.flowedit import FlowEditGuider, FlowEditSampler, edit_latent, edit_sigmas
 from comfyui_softrepa.softrepa.editing.flowedit import Draws
+from comfyui_softrepa.softrepa.editing.methods import FLOW_EDIT
 from softrepa_tests.sampling import noise, prompt
-from softrepa_tests.tiny_models import build, sdxl_vector
+from softrepa_tests.tiny_models import CPU, build, compute_in, sdxl_vector
 
 NAMES = ("source_positive", "source_negative", "target_positive", "target_negative")
 
@@ -34,6 +42,7 @@ def edit(
     seed: int = 3,
     callback=None,
     scheduler: str = "normal",
+    method=FLOW_EDIT,
     **prompts,
 ) -> torch.Tensor:
     """The edited samples, through the guider and sampler that the nodes use."""
@@ -42,7 +51,7 @@ def edit(
     guider.set_cfg(source_cfg, target_cfg)
     latent = {"samples": source_latent(family)} if latent is None else latent
     sigmas = edit_sigmas(model, scheduler, steps, n_max)
-    return edit_latent(guider, FlowEditSampler(n_min, n_avg), sigmas, latent, seed, callback)["samples"]
+    return edit_latent(guider, FlowEditSampler(n_min, n_avg, method), sigmas, latent, seed, callback)["samples"]
 
 
 def sd3_schedule(steps: int) -> np.ndarray:
@@ -105,6 +114,36 @@ class Network:
         return unconditional + scale * (v - unconditional)
 
 
+def in_double(cond):
+    return cond.double() if torch.is_tensor(cond) and cond.is_floating_point() else cond
+
+
+def norm_in_double(norm, x):
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight=norm.scale.to(x) + 1.0, eps=norm.eps)
+
+
+class Transformer(Network):
+    """The same of a family whose sigma is the paper's t; what the network gets besides is ComfyUI's `extra_conds`."""
+
+    def __init__(self, family: str):
+        self.model = build(family)
+        compute_in(self.model, torch.float64)
+
+    def velocity(self, z, t, cond):
+        base, (context, extra) = self.model.model, cond[0]
+        found = base.extra_conds(cross_attn=context.double(), **extra, noise=z, device=CPU)
+        given = {name: in_double(one.process_cond(batch_size=len(z)).cond) for name, one in found.items()}
+        time = base.model_sampling.timestep(torch.full((len(z),), float(t), dtype=torch.float64))
+        options = {"sample_sigmas": torch.tensor([1.0, 0.0]), "sigmas": torch.tensor([float(t)])}
+        context = given.pop("c_crossattn")
+        with (  # fused rotations have no float64, and one norm leaves it
+            patch.object(comfy.model_management, "in_training", True),
+            patch.object(comfy.quant_ops.ck, "rms_rope_split_half", rms_rope_split_half),
+            patch.object(comfy.ldm.krea2.model.RMSNorm, "forward", norm_in_double),
+        ):
+            return base.diffusion_model(z, time, context=context, transformer_options=options, **given).double()
+
+
 def paper_edit(
     network: Network, latent, draws: Draws, times, prompts, source_cfg, target_cfg, n_min=0, n_avg=1, mask=1.0
 ) -> torch.Tensor:
@@ -132,4 +171,20 @@ def paper_edit(
         for i in range(steps - n_min, steps):
             stepped = z + (times[i + 1] - times[i]) * target(z, times[i])
             z = mask * stepped + (1 - mask) * ((1 - times[i + 1]) * x + times[i + 1] * n)
+    return network.model.model.process_latent_out(z)
+
+
+def aligned_edit(network: Network, latent, draws: Draws, times, prompts, cfg, n_avg=1, mask=1.0) -> torch.Tensor:
+    """FlowAlign (arXiv 2505.23145) as its public code steps, q of the source and p of the edit; `mask` is 0 or 1."""
+    x = network.model.model.process_latent_in(latent.double())
+    z = x.clone()
+    for t, t_next in pairwise(times):
+        step = 0
+        for _ in range(n_avg):
+            q = (1 - t) * x + t * draws().double()
+            p = z + q - x
+            v_p = network.guided(p, t, prompts["target_positive"], prompts["source_positive"], cfg)
+            v_q = network.velocity(q, t, prompts["source_positive"])
+            step = step + ((t_next - t) * (v_p - v_q) + 0.01 * (q - t * v_q - p + t * v_p)) / n_avg
+        z = z + mask * step
     return network.model.model.process_latent_out(z)

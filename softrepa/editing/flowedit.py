@@ -3,6 +3,10 @@
 The paper moves Z = X + E along the difference of two velocities, Z += (sigma' - sigma)(v_target - v_source).
 With v = (z - D)/sigma this is E <- (sigma'/sigma) E + (1 - sigma'/sigma)(D_target - D_source), a line that holds
 for flow models and, in variance-exploding coordinates, for eps and v models alike.
+
+FlowAlign (arXiv 2505.23145) takes the same step and adds zeta (D_source - D_target) to Z, in its code
+zeta (q - sigma v_q - p + sigma v_p) with zeta 0.01. Its target is guided away from the source prompt, where FlowEdit
+has a negative one, and its source is not guided: that is up to the `Denoiser`.
 """
 
 import hashlib
@@ -15,7 +19,7 @@ from torch import Tensor
 
 
 class Denoiser(Protocol):
-    """Guided denoised predictions D at noise level sigma, of latents (B, C, H, W)."""
+    """Guided denoised predictions D at noise level sigma, of latents (B, C, H, W) or of any other shape (B, ...)."""
 
     def both(self, zs: Tensor, zt: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """D of zs under the source prompt and D of zt under the target prompt."""
@@ -34,12 +38,14 @@ def flow_edit(
     n_avg: int = 1,
     mask_at: Callable[[Tensor], Tensor] | None = None,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    zeta: float = 0.0,
 ) -> Tensor:
-    """The edited latent of `source` (B, C, H, W), by one step for every pair of `sigmas`, the last of which is 0.
+    """The edited latent of `source` (B, ...), by one step for every pair of `sigmas`, the last of which is 0.
 
     draw: fresh standard normal noise of the source's shape; add_noise(sigma, noise, x): x at noise level sigma.
     n_min: how many of the last steps sample the target plainly, from one draw; n_avg: draws a step before them.
     mask_at(sigma): weight of the edit, 0 to 1; on_step(step, estimate of the result, zt).
+    zeta: FlowAlign's pull back to the source in every step; FlowEdit has none.
     """
     edit = torch.zeros_like(source)
     first_plain = len(sigmas) - 1 - n_min
@@ -60,10 +66,20 @@ def flow_edit(
         if mask_at is not None:
             change = mask_at(sigma) * change
         kept = sigma_next / sigma
-        edit = kept * edit + (1 - kept) * change
+        back = pull(zeta, sigma_next, add_noise) if zeta else 0
+        edit = kept * edit + (1 - kept - back) * change
         if on_step is not None:
-            on_step(step, source + change, zt)
+            on_step(step, source + (1 - zeta) * change, zt)
     return source + edit
+
+
+def pull(zeta: float, sigma: Tensor, add_noise: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """zeta for E at noise level sigma, which is signal + sigma times what it is in a flow model.
+
+    That is 1 for flow models, and 1 + sigma for eps and v models.
+    """
+    signal = add_noise(sigma, torch.zeros_like(sigma), torch.ones_like(sigma))
+    return zeta * (signal + sigma)
 
 
 class Draws:

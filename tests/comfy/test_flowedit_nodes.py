@@ -150,9 +150,9 @@ def test_models_that_do_not_fit(flow_edit, models, network_calls):
     edits_images = tiny_models.build("sd15")
     edits_images.model.model_config.unet_config["in_channels"] = 8
     refused(lambda: flow_edit("sd15", edits_images), f"model is an {name}", network_calls)
-    video = tiny_models.build("sd3")
-    video.model.latent_format = comfy.latent_formats.Wan21()
-    refused(lambda: flow_edit("sd3", video), "model is SD3, which makes video or sound", network_calls)
+    sound = tiny_models.build("sd3")
+    sound.model.latent_format = comfy.latent_formats.StableAudio1()
+    refused(lambda: flow_edit("sd3", sound), "model is SD3, whose latents are video or sound", network_calls)
     refused(
         lambda: flow_edit("sd3", target_model=models["sd15"]),
         "target_model is BaseModel with SD15 latents, expected the family of model, SD3 with SD3 latents",

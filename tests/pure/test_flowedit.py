@@ -1,5 +1,7 @@
 """The edit loop against the paper's velocity form, written out here on its own, in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from comfyui_softrepa.softrepa.editing.flowedit import Draws, flow_edit
@@ -110,6 +112,39 @@ def test_equals_the_papers_velocity_form(denoiser, mask, n_min, n_avg):
     assert draws.count == (6 - n_min) * n_avg + (n_min > 0)
     if mask is not None:
         assert torch.equal(ours[mask == 0], x[mask == 0])
+
+
+def aligned(x, times, draws, n_avg=1, mask=1.0):
+    """FlowAlign (arXiv 2505.23145) as its public code steps: q of the source, p of the edit."""
+    toy, z = Toy(), x.clone()
+    for t, t_next in pairwise(times):
+        step = 0
+        for _ in range(n_avg):
+            q = (1 - t) * x + t * draws()
+            p = z + q - x
+            v_q, v_p = toy.velocity(q, t, 1.0), toy.velocity(p, t, 2.0)
+            step = step + ((t_next - t) * (v_p - v_q) + 0.01 * (q - t * v_q - p + t * v_p)) / n_avg
+        z = z + mask * step
+    return z
+
+
+@pytest.mark.parametrize("n_avg", [1, 3])
+@pytest.mark.parametrize("mask", [None, HALF])
+@pytest.mark.parametrize("denoiser", [FlowDenoiser, ExplodingDenoiser])
+def test_equals_the_velocity_form_of_flow_align(denoiser, mask, n_avg):
+    x, toy, estimates = normal(1000), denoiser(), []
+    times = torch.cat([TIMES.new_tensor([0.97, 0.96]), TIMES])  # from a step that the pull outweighs
+    sigmas = times if denoiser is FlowDenoiser else times / (1 - times)
+    mask_at = None if mask is None else lambda sigma: mask
+    ours = flow_edit(
+        *(x, sigmas, toy, ExactDraws(), toy.add_noise, 0, n_avg, mask_at),
+        on_step=lambda step, estimate, zt: estimates.append(estimate),
+        zeta=0.01,
+    )
+    expected = aligned(x, times, ExactDraws(), n_avg, 1.0 if mask is None else mask)
+    assert (ours - expected).abs().max() < 1e-12
+    assert (estimates[-1] - ours).abs().max() < 1e-12
+    assert (ours - flow_edit(x, sigmas, toy, ExactDraws(), toy.add_noise, 0, n_avg, mask_at)).abs().max() > 1e-3
 
 
 def test_soft_mask_weighs_the_edit_once():

@@ -4,8 +4,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...editing.methods import Method
 from ...errors import SoftREPAError
 from ...numbers import FROM_0, check_finite, check_number
+from ..families import recognised
 from ..models import check_positions
 
 
@@ -16,12 +18,25 @@ def check_counts(steps: int, n_max: int, n_min: int) -> None:
         raise SoftREPAError(f"n_min is {n_min}, expected at most n_max, {n_max}.")
 
 
+def check_method(method: Method, n_min: int) -> None:
+    if n_min > 0 and not method.samples_freely:
+        raise SoftREPAError(f"n_min is {n_min}, expected 0 with {method.name}, whose every step looks at the source.")
+
+
+def has_time_axis(model: ModelPatcher) -> bool:
+    """Whether its latents are those of a video, (B, C, T, H, W)."""
+    return model.get_model_object("latent_format").latent_dimensions == 3
+
+
 def check_model(model: ModelPatcher, label: str = "model") -> None:
     """Refuses video models and those that are given an image besides the latent."""
     base = model.model
     name = type(base).__name__
-    if model.get_model_object("latent_format").latent_dimensions != 2:
-        raise SoftREPAError(f"{label} is {name}, which makes video or sound, expected a model of still images.")
+    makes_stills = model.get_model_object("latent_format").latent_dimensions == 2 or (
+        has_time_axis(model) and recognised(model) is not None  # all families of the table make stills
+    )
+    if not makes_stills:
+        raise SoftREPAError(f"{label} is {name}, whose latents are video or sound, expected a model of still images.")
     config = base.model_config.unet_config
     takes_image = config.get("in_channels", 0) > config.get("out_channels", float("inf"))
     if base.concat_keys or takes_image:
@@ -47,10 +62,16 @@ def check_target_model(model: ModelPatcher, target_model: ModelPatcher) -> None:
 
 def check_latent(latent: Tensor, model: ModelPatcher) -> None:
     """Refuses what is no batch of still images of the model's kind and within its reach."""
-    if latent.is_nested or latent.ndim != 4:
+    axes = ("batch", "channels", *(("1",) if has_time_axis(model) else ()), "height", "width")
+    if latent.is_nested or latent.ndim != len(axes):
         found = "a nested latent" if latent.is_nested else f"of shape {list(latent.shape)}"
         raise SoftREPAError(
-            f"latent_image is {found}, expected still images, [batch, channels, height, width]; video cannot be edited."
+            f"latent_image is {found}, expected still images, [{', '.join(axes)}]; video cannot be edited."
+        )
+    if has_time_axis(model) and latent.shape[2] != 1:
+        raise SoftREPAError(
+            f"latent_image has {latent.shape[2]} frames, expected 1: video cannot be edited; VAE Encode takes a batch "
+            "of pictures for one here, so encode them one by one and join them with Batch Latents."
         )
     channels = model.get_model_object("latent_format").latent_channels
     if latent.shape[1] != channels:
@@ -59,7 +80,7 @@ def check_latent(latent: Tensor, model: ModelPatcher) -> None:
             "encode the image with the VAE of this model."
         )
     check_finite("latent_image", latent)
-    check_positions("latent_image", model, latent.shape[3], latent.shape[2])
+    check_positions("latent_image", model, latent.shape[-1], latent.shape[-2])
     if torch.count_nonzero(latent) == 0:
         raise SoftREPAError("latent_image is empty (all zeros), expected an image, for example from VAE Encode.")
 

@@ -19,15 +19,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...editing.flowedit import Draws, flow_edit
+from ...editing.methods import FLOW_EDIT, Method
 from ...errors import SoftREPAError
 from . import checks as checks
-from .passes import ROLES, Pass, Stack
+from .passes import ROLES, Pass, stack_of
 
 
 class FlowEditGuider(CFGGuider):
     """Guidance for an edit: a source and a target pair of conds, each with its scale, on one model or two.
 
-    Raises SoftREPAError for models, latents, conds and sigmas that do not fit, before anything is loaded.
+    Which of them predict what is up to the method of the sampler. Raises SoftREPAError for models, latents, conds and
+    sigmas that do not fit, before anything is loaded.
     """
 
     conds: dict[str, list[dict]]
@@ -43,11 +45,8 @@ class FlowEditGuider(CFGGuider):
     def set_conds(self, source_positive, source_negative, target_positive, target_negative):
         source = {"source_positive": source_positive, "source_negative": source_negative}
         target = {"target_positive": target_positive, "target_negative": target_negative}
-        if self.target_guider is None:
-            self.inner_set_conds(source | target)
-        else:
-            self.inner_set_conds(source)
-            self.target_guider.set_conds(target_positive, target_negative)
+        self.prompts = source | target
+        self.inner_set_conds(self.prompts if self.target_guider is None else source)
 
     def set_cfg(self, source_cfg: float, target_cfg: float):
         checks.check_guidance(source_cfg, target_cfg)
@@ -68,9 +67,12 @@ class FlowEditGuider(CFGGuider):
             if guider is not None:
                 checks.check_latent(latent_image, guider.model_patcher)
         checks.check_mask(denoise_mask)
-        checks.check_conds(self._conds_by_input(), len(latent_image))
+        if self.target_guider is not None:
+            self.target_guider.set_conds(*(self.prompts[name] for name in sampler.method.target))
+        checks.check_conds(self._conds_by_input(sampler.method), len(latent_image))
         checks.check_noise(noise)
         checks.check_sigmas(sigmas, sampler.n_min)
+        denoise_mask = mask_of_stills(denoise_mask, latent_image)
         edited = super().sample(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
         if denoise_mask is None:
             return edited
@@ -83,10 +85,10 @@ class FlowEditGuider(CFGGuider):
         self, noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **rest
     ):
         every = self.conds
-        self.conds = {role: every[f"source_{role}"] for role in ROLES}
+        self.conds = pair_of(every, sampler.method.source)
         self.source_latent = latent_image
         if self.target_guider is None:
-            pair = {role: every[f"target_{role}"] for role in ROLES}
+            pair = pair_of(every, sampler.method.target)
             latent = self.inner_model.process_latent_in(latent_image)
             self.target_conds = process_conds(self.inner_model, noise, pair, device, latent, denoise_mask, seed, **rest)
         try:
@@ -97,17 +99,24 @@ class FlowEditGuider(CFGGuider):
             self.conds = every  # ComfyUI cleans up the ControlNets it finds in them
             self.source_latent = self.target_conds = None
 
-    def _conds_by_input(self) -> dict[str, list[dict]]:
+    def _conds_by_input(self, method: Method) -> dict[str, list[dict]]:
         if self.target_guider is None:
             return self.original_conds
-        return self.original_conds | {f"target_{role}": c for role, c in self.target_guider.original_conds.items()}
+        pair = self.target_guider.original_conds
+        return self.original_conds | {name: pair[role] for role, name in zip(ROLES, method.target, strict=True)}
+
+
+def pair_of(conds: dict[str, list[dict]], names: tuple[str, str]) -> dict[str, list[dict]]:
+    """The prompts of these names by role; ComfyUI processes copies."""
+    return {role: conds[name] for role, name in zip(ROLES, names, strict=True)}
 
 
 class FlowEditSampler(Sampler):
     """Edits the latent that a `FlowEditGuider` is given, along the sigmas it is given."""
 
-    def __init__(self, n_min: int = 0, n_avg: int = 1):
-        self.n_min, self.n_avg = n_min, n_avg
+    def __init__(self, n_min: int = 0, n_avg: int = 1, method: Method = FLOW_EDIT):
+        checks.check_method(method, n_min)
+        self.n_min, self.n_avg, self.method = n_min, n_avg, method
 
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
@@ -116,7 +125,8 @@ class FlowEditSampler(Sampler):
             raise SoftREPAError(
                 f"guider is {type(model_wrap).__name__} beside the FlowEdit Sampler, expected the FlowEdit Guider."
             )
-        source = Pass(model_wrap, model_wrap.conds, model_wrap.source_cfg, extra_args)
+        source_cfg = model_wrap.source_cfg if self.method.source_cfg is None else self.method.source_cfg
+        source = Pass(model_wrap, model_wrap.conds, source_cfg, extra_args)
         edit = partial(self._edit, source, sigmas, callback, noise, latent_image, denoise_mask, disable_pbar)
         if model_wrap.target_guider is None:
             return edit(Pass(model_wrap, model_wrap.target_conds, model_wrap.target_cfg, extra_args))
@@ -138,7 +148,7 @@ class FlowEditSampler(Sampler):
             return flow_edit(
                 latent,
                 sigmas,
-                Passes(source, target, noise.shape),
+                Passes(source, target, noise.shape, self.method),
                 Draws(noise),
                 # Without ComfyUI's max_denoise, which is meant for empty latents: X is really there under the noise.
                 source.inner_model.model_sampling.noise_scaling,
@@ -146,6 +156,7 @@ class FlowEditSampler(Sampler):
                 self.n_avg,
                 None if mask is None else partial(mask_at, source, sigmas, mask),
                 on_step,
+                self.method.zeta,
             )
 
 
@@ -163,9 +174,9 @@ class WithinTarget(Sampler):
 class Passes:
     """`softrepa.editing.flowedit.Denoiser` by a source and a target pass."""
 
-    def __init__(self, source: Pass, target: Pass, shape: torch.Size):
+    def __init__(self, source: Pass, target: Pass, shape: torch.Size, method: Method):
         self.source, self.target_pass, self.shape = source, target, shape
-        self.stack = Stack.of(source, target, shape[0])
+        self.stack = stack_of(source, target, shape[0], method)
         one, other = source.model_patcher, target.model_patcher
         # Two MODELs made from one checkpoint share its weights, patched for one of them at a time.
         self.takes_turns = one is not other and one.is_clone(other)
@@ -198,8 +209,15 @@ def load(shape: torch.Size, *passes: Pass) -> None:
     memory.load_models_gpu(models, memory_required=most, minimum_memory_required=least)
 
 
+def mask_of_stills(mask: Tensor | None, latent: Tensor) -> Tensor | None:
+    """A noise mask with the axes of the latent: ComfyUI takes several masks for the frames of one video."""
+    if mask is None or latent.ndim == 4 or mask.ndim == latent.ndim:
+        return mask
+    return mask.reshape(-1, 1, 1, *mask.shape[-2:])
+
+
 def mask_at(source: Pass, sigmas: Tensor, mask: Tensor, sigma: Tensor) -> Tensor:
-    """The noise mask (B, C, H, W) at one sigma; Differential Diffusion makes it grow along the way."""
+    """The noise mask (B, C, ...) at one sigma; Differential Diffusion makes it grow along the way."""
     change = source.model_options.get("denoise_mask_function")
     if change is None:
         return mask
@@ -210,7 +228,7 @@ def edit_latent(
     guider: FlowEditGuider, sampler: FlowEditSampler, sigmas: Tensor, latent: dict, seed: int, callback=None
 ) -> dict:
     """A LATENT edited as a KSampler would sample it: noise by seed and batch index, mask, device and dtype."""
-    samples = latent["samples"]
+    samples = comfy.sample.fix_empty_latent_channels(guider.model_patcher, latent["samples"])
     checks.check_latent(samples, guider.model_patcher)
     generator = torch.Generator().manual_seed(seed)
     noise = comfy.sample.prepare_noise_inner(samples, generator, latent.get("batch_index"))

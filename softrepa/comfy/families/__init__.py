@@ -10,7 +10,7 @@ from .joint import Joint
 from .sequence import Sequences
 from .unet import UNet
 
-__all__ = ["ADAPTERS", "Adapter", "ModelShape", "adapter_of", "is_guard", "model_shape", "most_cells"]
+__all__ = ["ADAPTERS", "Adapter", "ModelShape", "adapter_of", "is_guard", "model_shape", "most_cells", "recognised"]
 
 ADAPTERS: dict[str, Adapter] = {adapter.stream: adapter for adapter in (UNet(), Joint(), Sequences())}
 """By the `stream` of a family's row."""
@@ -20,12 +20,17 @@ def adapter_of(family: Family) -> Adapter:
     return ADAPTERS[family.stream]
 
 
+def recognised(model: ModelPatcher) -> ModelShape | None:
+    """What the model is, by its network; None where it is of no family of the table."""
+    network, config = network_of(model), model.model.model_config.unet_config
+    known = (adapter.recognised(network, config) for adapter in ADAPTERS.values())
+    return next((shape for shape in known if shape is not None), None)
+
+
 def model_shape(model: ModelPatcher) -> ModelShape:
-    """Recognises the model by its network. Raises SoftREPAError for a family without soft tokens."""
-    network = network_of(model)
-    for adapter in ADAPTERS.values():
-        if shape := adapter.recognised(network, model.model.model_config.unet_config):
-            return shape
+    """Raises SoftREPAError for a family without soft tokens."""
+    if shape := recognised(model):
+        return shape
     found, width = type(model.model).__name__, model.model.model_config.unet_config.get("context_dim")
     found += f" (context width {width})" if width else ""
     titles = [name for family in FAMILIES.values() for name in family.models]
