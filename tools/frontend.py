@@ -137,6 +137,14 @@ class Frontend:
         )
         self.page.wait_for_timeout(300)
 
+    def put_down(self, x: int, y: int) -> None:
+        """A node that follows the pointer. It is drawn there a little later; a click at once may hit its text boxes."""
+        self.page.wait_for_function("app.canvas.state.ghostNodeId != null")
+        self.page.mouse.move(x, y)
+        self.page.wait_for_timeout(300)
+        self.page.mouse.click(x, y)
+        self.page.wait_for_function("app.canvas.state.ghostNodeId == null")
+
     def zoom(self, scale: float, offset: tuple[int, int]) -> None:
         self.page.evaluate(
             """([scale, offset]) => {
@@ -147,6 +155,9 @@ class Frontend:
             [scale, offset],
         )
         self.page.wait_for_timeout(500)
+
+    def scale(self) -> float:
+        return self.page.evaluate("app.canvas.ds.scale")
 
     def nodes(self) -> list[dict]:
         """id, type, place, size and complaints of every node."""

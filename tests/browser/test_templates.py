@@ -83,6 +83,17 @@ INSIDE = """app.canvas.graph._nodes.map(node => ({
     title: node.title, pos: [...node.pos], size: [...node.size], known: node.type in LiteGraph.registered_node_types,
     linked: node.inputs.filter(input => input.link != null).map(input => input.name),
 }))"""
+SET_ALL = """() => {
+    // another value in every number and text of the only node; what it then has
+    const node = app.graph._nodes[0]
+    for (const widget of node.widgets) {
+        if (widget.type === 'number') widget.value += 1
+        if (widget.type === 'customtext') widget.value = `words of ${widget.name}`
+    }
+    const [inputs, outputs] = [node.inputs, node.outputs].map(slots => slots.map(slot => slot.name))
+    const values = Object.fromEntries(node.widgets.map(widget => [widget.name, widget.value]))
+    return {id: String(node.id), title: node.title, inputs, outputs, values}
+}"""
 LETTERS = """() => {
     // height of the letters of a note's steps, on the screen
     const heading = document.querySelector('.comfy-markdown .tiptap h1')
@@ -229,27 +240,29 @@ def test_what_is_missing_is_said_as_a_graph_opens(frontend):
 
 
 @pytest.mark.parametrize("blueprint", BLUEPRINTS, ids=lambda blueprint: blueprint.name)
-def test_blueprints(frontend, blueprint):
-    """Found by search, added as one node with its sockets and widgets, and whole inside."""
+def test_blueprints(one_page, blueprint):
+    """Found by search, added as one node with its sockets and widgets, whole inside; Run sends what is set on it."""
+    frontend = one_page
+    frontend.errors.clear()
+    frontend.page.evaluate("app.canvas.setGraph(app.rootGraph)")  # from the inside of the one before
     frontend.clear()
     frontend.search(blueprint.name)
     frontend.page.get_by_text(blueprint.name, exact=True).first.click()
-    frontend.page.wait_for_timeout(500)
-    frontend.page.mouse.click(700, 500)  # where it is put
+    frontend.put_down(700, 300)
     frontend.settle()
     frontend.screenshot(f"blueprint_{blueprint.name.replace(' ', '_')}")
-    node = frontend.page.evaluate(
-        """() => {
-            const node = app.graph._nodes[0]
-            const [inputs, outputs] = [node.inputs, node.outputs].map(slots => slots.map(slot => slot.name))
-            return {title: node.title, inputs, outputs}
-        }"""
-    )
+    node = frontend.page.evaluate(SET_ALL)
     assert node["title"] == blueprint.name
     assert sorted(node["inputs"]) == sorted(name for name, *_ in blueprint.inputs)
     assert node["outputs"] == [name for name, *_ in blueprint.outputs]
-    frontend.page.evaluate("app.canvas.openSubgraph(app.graph._nodes[0].subgraph, app.graph._nodes[0])")
-    frontend.page.wait_for_timeout(700)
+    sent = {inner["_meta"]["title"]: inner["inputs"] for inner in frontend.prompt().values()}
+    for name, *targets in blueprint.inputs:
+        if name in node["values"]:
+            for key, target in targets:
+                assert sent[blueprint.nodes[key].title][target] == node["values"][name] is not None, name
+    box = frontend.box(node["id"], margin=0)
+    frontend.page.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + 50 * frontend.scale())  # between its sockets
+    frontend.page.wait_for_function("app.canvas.graph !== app.rootGraph")
     frontend.settle()
     frontend.screenshot(f"blueprint_{blueprint.name.replace(' ', '_')}_inside")
     inside = frontend.page.evaluate(INSIDE)
@@ -261,6 +274,7 @@ def test_blueprints(frontend, blueprint):
         outside = {name for _, *targets in blueprint.inputs for target, name in targets if target == key}
         links = {name for name, value in blueprint.nodes[key].inputs.items() if isinstance(value, list)}
         assert set(one["linked"]) == outside | links
+    assert frontend.errors == [], "\n".join(frontend.errors)
 
 
 def test_an_error_is_shown_on_its_node(frontend):
