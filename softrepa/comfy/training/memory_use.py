@@ -141,7 +141,7 @@ class AdaptivePairs:
         return any(weight.device.type != self.network.device.type for weight in weights)
 
     def _decide_by_time(self, rows, batch: StepBatch) -> None:
-        """Whether activations are kept: computes as much of the batch as is kept at a time both ways, for the faster."""
+        """Whether activations are kept: computes a part of the batch both ways and keeps the faster."""
         part = batch.parts(MOST_KEPT // (4 * rows.numel()))[0]
         self.network.gradients(rows, first_pairs(batch, 1), 1)  # whatever runs first is slower
         ways = []
