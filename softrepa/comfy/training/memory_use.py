@@ -143,11 +143,11 @@ class AdaptivePairs:
     def _decide_by_time(self, rows, batch: StepBatch) -> None:
         """Whether activations are kept: computes a part of the batch both ways and keeps the faster."""
         part = batch.parts(MOST_KEPT // (4 * rows.numel()))[0]
-        self.network.gradients(rows, first_pairs(batch, 1), 1)  # whatever runs first is slower
         ways = []
         for is_on in (False, True):
             self.network.checkpointing, self.pair_bytes = is_on, 0
             try:
+                self.network.gradients(rows, first_pairs(batch, 1), 1)  # whatever runs first is slower
                 size = min(self.fitting(rows, part), part.pairs)
                 seconds, size = halving(partial(self._seconds, rows, part), size)
             except RuntimeError as error:
