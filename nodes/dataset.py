@@ -97,7 +97,9 @@ class CaptionImageFolder(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder, **_):
-        return folder and dataset_folders.fingerprint(dataset_folders.dataset_path(folder))
+        if folder is None:  # it comes from another node, and may be any
+            return [dataset_folders.fingerprint(path) for path in dataset_folders.dataset_paths().values()]
+        return dataset_folders.fingerprint(dataset_folders.dataset_path(folder))
 
     @classmethod
     def execute(cls, folder, clip, vae, **inputs) -> io.NodeOutput:

@@ -7,10 +7,12 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..softrepa import token_files
+from ..softrepa.comfy.data import dataset_folders
 from ..softrepa.errors import unwritable
+from ..softrepa.numbers import at_least, check_number
 from ..softrepa.smallworld.checkpoint import TOKENS, cached_checkpoint
 from ..softrepa.smallworld.pictures import write_pictures
-from .schema import Tokens, schema, show_on_node
+from .schema import ON_CANVAS, Tokens, schema, show_on_node
 
 
 class LoadSmallWorld(io.ComfyNode):
@@ -66,26 +68,30 @@ class SmallWorldPictures(io.ComfyNode):
                 ),
             ],
             outputs=[io.Combo.Output(display_name="folder", tooltip="For Caption-Image Folder.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[*ON_CANVAS],
         )
 
     @classmethod
     def fingerprint_inputs(cls, count, seed):
-        return sorted(path.name for path in pictures_folder(count, seed).glob("*"))  # draws again what was deleted
+        return dataset_folders.fingerprint(drawn(count, seed))
 
     @classmethod
     def execute(cls, count, seed) -> io.NodeOutput:
-        folder = pictures_folder(count, seed)
-        try:
-            write_pictures(folder, count, seed)
-        except OSError as error:
-            raise unwritable(folder, error) from error
+        folder = drawn(count, seed)
         show_on_node(cls, f"{count} pictures with captions in input/{folder.name}")
         return io.NodeOutput(folder.name)
 
 
-def pictures_folder(count: int, seed: int) -> Path:
-    return Path(folder_paths.get_input_directory()) / f"small_world_{count}_{seed}"
+def drawn(count: int, seed: int) -> Path:
+    """The folder, with what was missing in it. Raises SoftREPAError."""
+    for name, value, expected in (("count", count, at_least(1)), ("seed", seed, at_least(0))):
+        check_number(name, value, expected)
+    folder = Path(folder_paths.get_input_directory()) / f"small_world_{count}_{seed}"
+    try:
+        write_pictures(folder, count, seed)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    return folder
 
 
 NODES = [LoadSmallWorld, SmallWorldPictures]

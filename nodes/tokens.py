@@ -141,7 +141,7 @@ class LoadTokens(io.ComfyNode):
     def execute(cls, model=None, tokens_name="", **options) -> io.NodeOutput:
         tokens = token_files.load(folders.token_path(tokens_name), name=tokens_name)
         patched = ExecutionBlocker(NO_MODEL) if model is None else apply_tokens(model, tokens, **options)
-        show_on_node(cls, description_line(tokens))
+        show_on_node(cls, description_line(tokens) + (", loaded only: no model is connected" if model is None else ""))
         if tokens.time_table is None:
             logging.info(
                 "SoftREPA: %s has no time table; its tokens are the same at every timestep.", shown(tokens_name)

@@ -25,9 +25,10 @@ PYTHONS = (
 
 def comfyuis_python() -> str:
     """The one that is there, in the words of an error, or where it usually is."""
-    found = next((path for name in PYTHONS if (path := Path(os.path.normpath(PACK / name))).is_file()), None)
+    paths = [Path(os.path.normpath(PACK / name)) for name in PYTHONS]
+    found = next((path for path in paths if path.is_file() and str(path) != sys.executable), None)
     return (
-        shown(found)
+        printable(str(found))
         if found
         else ("in a portable installation python_embeded\\python.exe, otherwise the one of its virtual environment")
     )

@@ -9,6 +9,7 @@ const CHOICES = {
     SoftREPALoadTokens: ["tokens_name", "in models/softrepa. Put token files there"],
 }
 const IS_MODEL = /\.safetensors$/ // the frontend itself says that these are missing
+const OFF = [2, 4] // muted, bypassed
 
 // the server lists files in whatever order the disk has them
 const listed = api.getWorkflowTemplates
@@ -29,7 +30,9 @@ app.registerExtension({
             const [name, place] = CHOICES[node.type] ?? []
             const widget = node.widgets?.find((one) => one.name === name)
             const isLinked = node.inputs?.some((input) => input.widget?.name === name && input.link != null)
-            if (!widget || isLinked || widget.options.values.includes(widget.value) || IS_MODEL.test(widget.value)) return []
+            const choices = widget?.options?.values
+            if (!widget?.value || isLinked || IS_MODEL.test(widget.value) || OFF.includes(node.mode)) return []
+            if (!Array.isArray(choices) || choices.includes(widget.value)) return []
             const detail = `There is no "${widget.value}" ${place}, press R, and choose one before you run.`
             return [{ severity: "warn", summary: node.title, detail }]
         })

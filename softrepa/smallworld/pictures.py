@@ -22,10 +22,10 @@ def write_pictures(folder: Path, count: int, seed: int, spec_of: Callable = rand
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         spec = spec_of(rng, CATEGORIES[number % len(CATEGORIES)])
-        image = Image.fromarray((draw(random_scene(rng, spec)) * 255).round().astype(np.uint8))
-        words = caption(rng, spec)
+        scene, words = random_scene(rng, spec), caption(rng, spec)
         picture, text = (folder / f"{number:04}{ending}" for ending in (".png", ".txt"))
         if not text.exists():
             write_atomically(text, partial(Path.write_text, data=words, encoding="utf-8"))
         if not picture.exists():
+            image = Image.fromarray((draw(scene) * 255).round().astype(np.uint8))
             write_atomically(picture, partial(image.save, format="png"))

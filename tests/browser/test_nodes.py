@@ -4,6 +4,7 @@ import pytest
 from softrepa_tests.conftest import ROOT
 
 from tools.translations import LANGUAGES, NOTE, english, memory_of
+from tools.workflow_descriptions import WORKFLOWS
 
 PAGES = sorted(path.stem for path in (ROOT / "nodes" / "web" / "docs").glob("*.md"))
 SEARCHES = {
@@ -104,9 +105,14 @@ def test_widgets_and_tooltips(frontend, info):
 
 def test_cores_curve_weighs_the_tokens(frontend):
     """A graph that knows no curve gets a socket, never a widget of a curve; connected, it runs."""
-    frontend.open_template("Try it without a download")
+    frontend.open_template(next(w.title for w in WORKFLOWS if w.name == "small_world"))
     frontend.set_widgets({"KSampler": {"steps": 2}, "SoftREPAFlowEdit": {"steps": 2, "n_max": 1}})
-    assert "strength_curve" not in frontend.prompt()["2"]["inputs"]
+
+    def applied() -> dict:
+        (node,) = (node for node in frontend.prompt().values() if node["class_type"] == "SoftREPAApplyTokens")
+        return node["inputs"]
+
+    assert "strength_curve" not in applied()
     frontend.page.evaluate(
         """() => {
             const curve = LiteGraph.createNode('CurveEditor')
@@ -118,7 +124,7 @@ def test_cores_curve_weighs_the_tokens(frontend):
     )
     frontend.settle()
     frontend.screenshot("strength_curve")
-    source, slot = frontend.prompt()["2"]["inputs"]["strength_curve"]
+    source, slot = applied()["strength_curve"]
     assert (frontend.prompt()[source]["class_type"], slot) == ("CurveEditor", 0)
     assert frontend.run()["error"] is None
 

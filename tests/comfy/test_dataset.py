@@ -155,11 +155,12 @@ def test_the_second_run_encodes_nothing(encoders, photos, encoded, tmp_path):
 
 def test_a_changed_file_is_encoded_again(encoders, photos, encoded):
     before = read(encoders)
-    marks = dataset_folders.fingerprint(photos)
+    marks, linked = (Folder.fingerprint_inputs(folder=name, clip=None, vae=None) for name in ("photos", None))
     encoded.clear()
     (photos / "2.txt").write_text("quite another caption", encoding="utf-8")
     Image.new("RGB", (90, 70), "black").save(photos / "1.png")
     assert Folder.fingerprint_inputs(folder="photos", clip=None, vae=None) != marks
+    assert Folder.fingerprint_inputs(folder=None, clip=None, vae=None) != linked
     after = read(encoders)
     assert encoded == ["image", "quite another caption"]
     assert after.fingerprint != before.fingerprint

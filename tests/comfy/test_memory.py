@@ -191,12 +191,19 @@ def test_pairs_fill_the_share_of_ram_that_they_may_have(models, monkeypatch):
 
 
 @pytest.mark.parametrize(("device", "seconds", "is_on"), [("mps", 3, False), ("mps", 1, True), ("cpu", 1, False)])
-def test_a_step_is_timed_where_several_runs_of_pairs_fetch_weights(monkeypatch, device, seconds, is_on):
-    """Four of nine pairs fit, with checkpointing all; a step without it takes two seconds. Weights lie on the CPU."""
+@pytest.mark.parametrize("runs_out", [False, True])
+def test_a_step_is_timed_where_several_runs_of_pairs_fetch_weights(monkeypatch, device, seconds, is_on, runs_out):
+    """Four of nine pairs fit, with checkpointing all; a step without it takes two seconds, or memory runs out in it.
+
+    Weights lie on the CPU.
+    """
+    is_on = is_on or (runs_out and device == "mps")
     now, calls = [0], []
 
     def played(rows, step, micro_batch):
         calls.append((network.checkpointing, micro_batch))
+        if runs_out and is_on and not network.checkpointing and micro_batch == 1:
+            raise torch.OutOfMemoryError("no memory")
         now[0] += seconds if network.checkpointing else 2
         return torch.zeros(3, 3), torch.zeros(9, 1, 1, 1)
 
@@ -213,7 +220,8 @@ def test_a_step_is_timed_where_several_runs_of_pairs_fetch_weights(monkeypatch, 
     pairs = AdaptivePairs(network, is_auto=True)
     for _ in range(2):
         pairs.gradients(torch.zeros(1, 1, 1), step_of("sd3"), 0)
-    timed = [] if device == "cpu" else [(False, 4), (True, 22)]
+    kept = [(False, 1)] if runs_out else [(False, 1), (False, 4)]
+    timed = [] if device == "cpu" else [*kept, (True, 1), (True, 9)]
     assert calls == timed + 2 * [(True, 9) if is_on else (False, 4)]
     assert pairs.pair_bytes == (25 if is_on else 125)
 

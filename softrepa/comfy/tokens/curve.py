@@ -38,8 +38,8 @@ class StrengthCurve:
 
     @property
     def facts(self) -> list[Any]:
-        """All that its values follow from, for JSON."""
-        return [type(self.core).__name__, self.core.points]
+        """What it is known by, for JSON: its points, and values between them, which need not follow from the points."""
+        return [self.core.points, [self.at(percent / 100) for percent in range(101)]]
 
     def at(self, percent: float) -> float:
         value = round(self.core.interp(percent), DIGITS)

@@ -1,6 +1,7 @@
 """How many image-caption pairs run at once: as many as the memory holds, found by measuring one."""
 
 import logging
+import math
 import time
 from functools import partial
 
@@ -140,12 +141,20 @@ class AdaptivePairs:
         return any(weight.device.type != self.network.device.type for weight in weights)
 
     def _decide_by_time(self, rows, batch: StepBatch) -> None:
-        """Whether activations are kept: computes the batch both ways and keeps the faster."""
+        """Whether activations are kept: computes a part of the batch both ways and keeps the faster."""
+        part = batch.parts(MOST_KEPT // (4 * rows.numel()))[0]
         ways = []
         for is_on in (False, True):
             self.network.checkpointing, self.pair_bytes = is_on, 0
-            size = self.fitting(rows, batch)
-            seconds, size = halving(partial(self._seconds, rows, batch), size)
+            try:
+                self.network.gradients(rows, first_pairs(batch, 1), 1)  # whatever runs first is slower
+                size = min(self.fitting(rows, part), part.pairs)
+                seconds, size = halving(partial(self._seconds, rows, part), size)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                memory.soft_empty_cache()
+                seconds, size = math.inf, 1
             ways.append((seconds, self.network.checkpointing, size, self.pair_bytes))
         logging.info(
             "SoftREPA: each run of pairs fetches weights: a step takes %.2f s with activations kept, %.2f s with "

@@ -62,6 +62,8 @@ class RecomputedBlock:
         self.forward, self.place, self.adds_in_place, self.foreign = forward, place, adds_in_place, foreign
 
     def __call__(self, *args, transformer_options: dict, **kwargs):
+        if not torch.is_grad_enabled():
+            return self.forward(*args, transformer_options=transformer_options, **kwargs)
         leaves, form = tree_flatten((args, kwargs))
         where = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         state, options = call_state(transformer_options), dict(transformer_options)
