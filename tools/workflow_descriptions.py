@@ -1067,7 +1067,8 @@ def training_blueprint() -> Blueprint:
             ("training steps", ("6", "steps")),
             ("preset", ("6", "preset")),
             ("prompts", ("5", "prompts")),
-            *((name, ("5", name)) for name in ("steps", "cfg", "width", "height")),
+            ("sampling steps", ("5", "steps")),
+            *((name, ("5", name)) for name in ("cfg", "width", "height")),
         ),
         outputs=(("tokens", "6", 0), ("grid", "5", 0), ("table", "5", 2)),
     )
