@@ -93,6 +93,15 @@ def frontend(server, page_of):
         assert page.errors == [], "\n".join(page.errors)
 
 
+@pytest.fixture(scope="module")
+def one_page(browser, server, screenshots):
+    """For many tests, in less time than a page for each. Errors in its console are for the tests to look at."""
+    with browser.new_context(viewport={"width": 1680, "height": 1050}) as context:
+        page = pages.Frontend(context.new_page(), server.port, screenshots)
+        page.open()
+        yield page
+
+
 @pytest.fixture(scope="session")
 def info(server) -> dict:
     return server.object_info()

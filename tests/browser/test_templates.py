@@ -7,7 +7,6 @@ import pytest
 from comfyui_softrepa.softrepa.training.presets import RELATIVE
 from softrepa_tests.conftest import ROOT
 
-from tools import frontend as pages
 from tools.frontend import read_graph
 from tools.workflow_descriptions import BLUEPRINTS, WORKFLOWS
 
@@ -143,15 +142,6 @@ def test_listed_with_their_pictures(frontend):
         assert card.evaluate(WIDTH_OF_PICTURE) == 768, workflow.title
 
 
-@pytest.fixture(scope="module")
-def one_page(browser, server, screenshots):
-    """For all templates, which opens in less time than a page for each."""
-    with browser.new_context(viewport={"width": 1680, "height": 1050}) as context:
-        page = pages.Frontend(context.new_page(), server.port, screenshots)
-        page.open()
-        yield page
-
-
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.name)
 def test_opens(one_page, info, workflow):
     frontend = one_page
@@ -180,7 +170,8 @@ def test_runs(frontend, workflow):
         tokens = {"tokens_name": f"softrepa_{'sd15' if 'sd15' in workflow.name else 'sd3'}.safetensors"}
         frontend.set_widgets(SMALL | {"SoftREPALoadTokens": tokens})
     if workflow.name == "small_world_training":  # its own forty steps take a minute
-        frontend.set_widgets({"SoftREPATrainTokens": {"steps": 6, "preview_every": 3}})
+        few = {"SoftREPASmallWorldPictures": {"count": 16}, "SoftREPAScore": {"batch_size": 2, "batches": 1}}
+        frontend.set_widgets(few | {"SoftREPATrainTokens": {"steps": 4, "preview_every": 2}})
     seen = frontend.run()
     assert seen["error"] is None
     frontend.page.wait_for_function(PICTURED, arg=list(RUN[workflow.name]), timeout=60_000)
