@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import comfy_api.latest  # noqa: F401  # the input module below imports it, and it the other, in a circle
 from comfy_api import input as core_inputs
 
 from ...errors import SoftREPAError, shown
