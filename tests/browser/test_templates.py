@@ -270,7 +270,8 @@ def test_blueprints(one_page, blueprint):
 
 def test_an_error_is_shown_on_its_node(frontend):
     """The published tokens of SD3 medium do not fit the stand-in's width."""
-    frontend.open_template(next(w.title for w in WORKFLOWS if w.name == "convert_tokens"))
+    frontend.open_template(next(w.title for w in WORKFLOWS if w.name == "text_to_image_sd3"))
+    frontend.set_widgets(SMALL | {"SoftREPALoadTokens": {"tokens_name": "sd3"}})
     seen = frontend.run()
     assert seen["error"]["node_type"] == "SoftREPALoadTokens"
     sentence = seen["error"]["exception_message"].strip()
