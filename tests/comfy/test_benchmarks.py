@@ -157,15 +157,6 @@ def test_without_a_gpu_it_says_what_it_would_measure(monkeypatch):
         assert column in done.stdout
 
 
-def test_the_table_of_small_models():
-    done = command("--small")
-    assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0][2:] for row in rows[2:]] == [case.title for case in gpu.SMALL_CASES]
-    assert {row.count(" | ") for row in rows} == {len(gpu.COLUMNS)}
-    assert " - |" not in done.stdout
-
-
 SLOW = """
 import time
 print('{"row": "a", "column": "training", "text": "1/s"}', flush=True)
