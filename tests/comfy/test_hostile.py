@@ -141,7 +141,7 @@ def test_texts_for_the_browser_can_be_sent(monkeypatch):
     sent = []
     stub = SimpleNamespace(send_progress_text=lambda text, node: sent.append(text.encode("utf-8")))
     monkeypatch.setattr(server.PromptServer, "instance", stub, raising=False)
-    node = SimpleNamespace(hidden=SimpleNamespace(unique_id="1"))
+    node = SimpleNamespace(hidden=SimpleNamespace(unique_id="1", dynprompt=None))
     schema.show_on_node(node, "2 images left out: caf\udce9.png\nand 全角　空白")
     assert sent == ["2 images left out: caf\\udce9.png\nand 全角　空白".encode()]
 

@@ -30,6 +30,7 @@ TRAINING = (
     "gradient_clip",
     "ema_decay",
     "caption_dropout",
+    "guidance_scale",
     "preview_cfg",
 )
 OF_THE_DATASET = ("validation_percent", "cache_gb")
