@@ -91,8 +91,8 @@ def test_object_info(server):
     info = server.object_info("SoftREPALoadTokens")
     assert info["display_name"] == "Load SoftREPA Tokens"
     assert info["category"] == "SoftREPA"
-    assert list(info["input"]["required"]) == ["model", "tokens_name"]
-    assert list(info["input"]["optional"]) == OPTIONS
+    assert list(info["input"]["required"]) == ["tokens_name"]
+    assert list(info["input"]["optional"]) == ["model", *OPTIONS]
     defaults = [info["input"]["optional"][name][1].get("default") for name in OPTIONS]
     flat = {"points": [[0, 1], [1, 1]], "interpolation": "linear"}
     assert defaults == [1.0, 0.0, 1.0, "both", "auto", "positive", flat]
