@@ -5,7 +5,6 @@ pictures are those of the first model. There is no distilled guidance: what embe
 with cfg 2 as there.
 """
 
-import math
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from softrepa.smallworld.text import WIDTH as TEXT_WIDTH
 from softrepa.smallworld.text import FastEncoder
 
 from .fitting import save_atomically
+from .model import padding_bias
 
 FILE = Path(__file__).with_name("flux.safetensors")
 CHECKPOINT_NAME = "smallworld-flux.safetensors"
@@ -78,8 +78,7 @@ class Velocity:
         from softrepa.comfy.training.recomputation import OutOfPlace, plain_operations
 
         context, pooled = encoded
-        bias = torch.zeros(1, 1, 1, context.shape[1] + noisy.shape[-1] * noisy.shape[-2] // 4, device=noisy.device)
-        bias[..., context.shape[1] - 1] = math.log(self.text.repeats)
+        bias = padding_bias(context, noisy, self.text)
 
         def attention(_, q, k, v, heads, **options):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)

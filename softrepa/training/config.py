@@ -16,8 +16,6 @@ TEMPERATURE_MODES = ("fixed", "relative")
 LEAST_RELATIVE = 0.2
 """Below it exp(-e / tau) vanishes again: 1 / 0.2 is e / tau of a mean error."""
 
-GUIDANCE_SCALE = 4.0
-
 USED_BY = {
     "denoising_weight": ("contrastive",),
     "temperature": ("contrastive",),
@@ -72,7 +70,7 @@ class Settings:
     positive_guidance: float = agsm.POSITIVE_GUIDANCE
     negative_guidance: float = agsm.NEGATIVE_GUIDANCE
     teacher_decay: float = agsm.TEACHER_DECAY
-    guidance_scale: float = GUIDANCE_SCALE
+    guidance_scale: float = 4.0
 
 
 @dataclass(frozen=True)
