@@ -33,6 +33,8 @@ def arguments() -> argparse.Namespace:
     train = commands.add_parser("train", help="train everything and write the shipped file; resumes")
     train.add_argument("--state", type=Path, default=environment.cache_folder() / "smallworld", help="where it resumes")
     train.add_argument("--into", type=Path, help="folder of the finished file")
+    train.add_argument("--device", default="cpu", help="of PyTorch, where the network is trained (cpu)")
+    train.add_argument("--workers", type=int, default=0, help="processes that draw its pictures ahead (0)")
     measure = commands.add_parser("measure", help="draw, check and count")
     measure.add_argument("--images", type=int, default=1000, help="pictures to draw (1000)")
     measure.add_argument("--into", type=Path, default=FOLDER / "results", help="folder of the report")
@@ -62,21 +64,21 @@ def use_comfyui() -> None:
     comfy.cli_args.args.cpu = not torch.cuda.is_available()
 
 
-def train(network: str, state: Path, into: Path | None) -> None:
+def train(network: str, state: Path, into: Path | None, device: str, workers: int) -> None:
     from softrepa.smallworld import checkpoint
 
     from . import autoencoder, flux, train
 
     text, settings = fast_encoder(), train.settings(network)
     if network == "flux":
-        weights = train.train_model(network, checkpoint.read_shipped()["encoder"], text, state)
+        weights = train.train_model(network, checkpoint.read_shipped()["encoder"], text, state, device, workers)
         shutil.copyfile(state / "flux.log.jsonl", FOLDER / "flux.log.jsonl")
         target = (into or FOLDER) / flux.FILE.name
         flux.write(target, weights, {"training": json.dumps(settings)})
     else:
         encoder = autoencoder.fit_encoder()
         decoder = autoencoder.train_decoder(encoder, state)
-        weights = train.train_model(network, encoder, text, state)
+        weights = train.train_model(network, encoder, text, state, device, workers)
         for name in ("decoder", "decoder-2", "decoder-3", "model"):
             shutil.copyfile(state / f"{name}.log.jsonl", FOLDER / f"{name}.log.jsonl")
         target = (into or SHIPPED) / checkpoint.SHIPPED.name
@@ -151,7 +153,7 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     use_comfyui()
     if chosen.command == "train":
-        train(chosen.network, chosen.state, chosen.into)
+        train(chosen.network, chosen.state, chosen.into, chosen.device, chosen.workers)
     elif chosen.command == "measure":
         measure(chosen.network, chosen.images, chosen.into)
     elif chosen.command == "tokens":

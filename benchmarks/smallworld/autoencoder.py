@@ -83,8 +83,8 @@ def train_decoder(encoder: dict[str, torch.Tensor], folder: Path) -> dict[str, t
     decoder = make_decoder()
     window = 6
 
-    def draw_windows(rng, generator, spread=1.0):
-        images = torch.from_numpy(random_images(rng, 8, spread))
+    def windows_of(images, rng, generator):
+        images = torch.from_numpy(images)
         latents = encode(encoder, images)
         levels = torch.rand(len(latents), 1, 1, 1, generator=generator) * NOISE
         noisy = latents + levels * torch.randn(latents.shape, generator=generator)
@@ -98,18 +98,18 @@ def train_decoder(encoder: dict[str, torch.Tensor], folder: Path) -> dict[str, t
             targets.append(picture[rows, columns])
         return torch.stack(windows), torch.stack(targets)
 
-    def first(rng, generator):
-        windows, targets = draw_windows(rng, generator)
+    def first(images, rng, generator):
+        windows, targets = windows_of(images, rng, generator)
         return F.l1_loss(decoder(decoder_input(windows)), targets.movedim(-1, 1))
 
-    def second(rng, generator, spread=1.0):
-        windows, targets = draw_windows(rng, generator, spread)
+    def outlines(images, rng, generator):
+        windows, targets = windows_of(images, rng, generator)
         near = F.max_pool2d(mask(targets)[:, None], 9, stride=1, padding=4)
         return ((decoder(decoder_input(windows)) - targets.movedim(-1, 1)).abs() * (0.2 + 0.8 * near)).mean()
 
-    third = partial(second, spread=SPREAD)
-    rounds = (("decoder", first, 1), ("decoder-2", second, 3), ("decoder-3", third, 6))
-    for (name, loss, seed), steps in zip(rounds, DECODER_STEPS, strict=True):
+    rounds = (("decoder", first, 1.0, 1), ("decoder-2", outlines, 1.0, 3), ("decoder-3", outlines, SPREAD, 6))
+    for (name, loss, spread, seed), steps in zip(rounds, DECODER_STEPS, strict=True):
+        draw = partial(random_images, count=8, spread=spread)
         schedule = Schedule(steps, lr=1e-3, seed=seed, warmup=50, ema=0.99)
-        decoder.load_state_dict(fit(decoder, loss, schedule, folder, name))
+        decoder.load_state_dict(fit(decoder, draw, loss, schedule, folder, name))
     return decoder.state_dict()

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
 
 from softrepa.files import write_atomically
 
@@ -43,18 +45,42 @@ def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict
     write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
 
 
+@dataclass(frozen=True)
+class Steps(Dataset):
+    """What `draw` makes of each step's generator, and that generator as it is then. Any process can draw any step."""
+
+    draw: Callable[[np.random.Generator], Any]
+    seed: int
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, index: int) -> tuple[Any, np.random.Generator]:
+        rng = np.random.default_rng((self.seed, self.first + index))
+        return self.draw(rng), rng
+
+
+def _as_drawn(example):
+    return example
+
+
 def fit(
     module: torch.nn.Module,
-    loss: Callable[[np.random.Generator, torch.Generator], torch.Tensor],
+    draw: Callable[[np.random.Generator], Any],
+    loss: Callable[[Any, np.random.Generator, torch.Generator], torch.Tensor],
     schedule: Schedule,
     folder: Path,
     name: str,
     is_hidden: Callable[[str], bool] = lambda name: False,
+    workers: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Train `module` and return the running average of its weights.
+    """Train `module` where it lies and return the running average of its weights.
 
-    `loss` draws its batch from the two generators, which are seeded by the step alone: a resumed run repeats an
-    uninterrupted one. State is kept in `folder/name.state.safetensors`, the log in `folder/name.log.jsonl`.
+    `draw` makes a step's batch, ahead of it in `workers` processes; `loss` takes the batch and two generators. All are
+    seeded by the step alone: a resumed run repeats an uninterrupted one. State is kept in
+    `folder/name.state.safetensors`, the log in `folder/name.log.jsonl`.
     """
     state_path, log_path = folder / f"{name}.state.safetensors", folder / f"{name}.log.jsonl"
     parameters = dict(module.named_parameters())
@@ -65,12 +91,12 @@ def fit(
         first, seconds = _restore(state_path, parameters, average, optimizers)
     losses, mark = [], time.monotonic()
     last = schedule.stop or schedule.steps
-    for step in range(first, last):
+    steps = Steps(draw, schedule.seed, first, last)
+    ahead = DataLoader(steps, batch_size=None, collate_fn=_as_drawn, num_workers=workers)
+    for step, (batch, rng) in enumerate(ahead, first):
         for optimizer, factor in optimizers:
             optimizer.param_groups[0]["lr"] = schedule.rate(step) * factor
-        value = loss(np.random.default_rng((schedule.seed, step)), torch.Generator().manual_seed(
-            schedule.seed * 1_000_003 + step
-        ))  # fmt: skip
+        value = loss(batch, rng, torch.Generator().manual_seed(schedule.seed * 1_000_003 + step))
         module.zero_grad(set_to_none=True)
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -126,5 +152,7 @@ def _restore(path: Path, parameters, average, optimizers) -> tuple[int, float]:
             elif part == "average":
                 average[key].copy_(value)
             else:
-                owners[parameters[key]].state[parameters[key]][part] = value
+                # AdamW counts its steps on the CPU
+                device = value.device if part == "step" else parameters[key].device
+                owners[parameters[key]].state[parameters[key]][part] = value.to(device)
         return int(file.metadata()["step"]), float(file.metadata()["seconds"])

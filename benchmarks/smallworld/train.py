@@ -5,6 +5,7 @@ well and to read loosely, which is the defect that it exists to show.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -39,7 +40,7 @@ class Plan:
 PLANS = {
     # the rest of the schedule would draw no better and read better: there would be less to improve
     "model": Plan(model, batch=64, steps=4000, descent=0.5, stop=3200),
-    "flux": Plan(flux, batch=32, steps=1600, descent=0.3, stop=1600),
+    "flux": Plan(flux, batch=128, steps=1900, descent=0.4, stop=1900),
 }
 
 
@@ -65,22 +66,37 @@ def noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.where(torch.rand(count, generator=generator) < 0.8, SHIFT * u / (1 + (SHIFT - 1) * u), uniform)
 
 
+def examples(rng: np.random.Generator, encoder: dict[str, torch.Tensor], count: int) -> tuple[torch.Tensor, list[str]]:
+    """A batch of `example`: latents (B, 16, 12, 12) and captions."""
+    pictures, captions = zip(*(example(rng) for _ in range(count)), strict=True)
+    return encode(encoder, torch.from_numpy(np.stack(pictures))), list(captions)
+
+
 def train_model(
-    name: str, encoder: dict[str, torch.Tensor], text: FastEncoder, folder: Path
+    name: str,
+    encoder: dict[str, torch.Tensor],
+    text: FastEncoder,
+    folder: Path,
+    device: str = "cpu",
+    workers: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Train the network of a plan; returns the running average of its weights. Resumes from `folder`."""
+    """Train the network of a plan; returns the running average of its weights. Resumes from `folder`.
+
+    Pictures are drawn ahead in `workers` processes.
+    """
     torch.manual_seed(2)
     plan = PLANS[name]
-    module = plan.network.make_model()
+    module = plan.network.make_model().to(device)
     velocity = plan.network.Velocity(module, text)
 
-    def loss(rng, generator):
-        pictures, captions = zip(*(example(rng) for _ in range(plan.batch)), strict=True)
-        clean = encode(encoder, torch.from_numpy(np.stack(pictures)))
+    def loss(batch, rng, generator):
+        clean, captions = batch
         noise = torch.randn(clean.shape, generator=generator)
         sigma = noise_levels(plan.batch, generator)
+        clean, noise, sigma = (tensor.to(device, non_blocking=True) for tensor in (clean, noise, sigma))
         s = sigma[:, None, None, None]
-        prediction = velocity((1 - s) * clean + s * noise, sigma, text(list(captions)))
+        encoded = tuple(tensor.to(device, non_blocking=True) for tensor in text(captions))
+        prediction = velocity((1 - s) * clean + s * noise, sigma, encoded)
         return (prediction - (noise - clean)).square().mean()
 
     schedule = Schedule(
@@ -94,7 +110,10 @@ def train_model(
         save_every=100,
         stop=plan.stop,
     )
-    return fit(module, loss, schedule, folder, name, lambda key: key.startswith(plan.network.INSIDE))
+    draw = partial(examples, encoder=encoder, count=plan.batch)
+    return fit(
+        module, draw, loss, schedule, folder, name, lambda key: key.startswith(plan.network.INSIDE), workers=workers
+    )
 
 
 def settings(name: str) -> dict:

@@ -210,30 +210,36 @@ def test_broken_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
 
 
+def _a_number(rng):
+    return float(rng.random())
+
+
 def test_training_resumes_where_it_stopped(tmp_path):
-    def run(folder, *stops):
+    """With batches drawn as they are needed or ahead by other processes."""
+
+    def run(folder, workers, *stops):
         for stop in stops:
             torch.manual_seed(0)
             module = torch.nn.Linear(3, 2)
 
-            def loss(rng, generator, module=module, stop=stop):
+            def loss(drawn, rng, generator, module=module, stop=stop):
                 if stop == "stopped" and loss.steps == 25:
                     raise KeyboardInterrupt
                 loss.steps += 1
-                noise = torch.randn(4, 3, generator=generator) + float(rng.random())
+                noise = torch.randn(4, 3, generator=generator) + drawn * float(rng.random())
                 return (module(noise) - 1).square().mean()
 
             loss.steps = 0
             schedule = fitting.Schedule(40, lr=0.01, seed=4, warmup=5, save_every=10)
             if stop == "stopped":
                 with pytest.raises(KeyboardInterrupt):
-                    fitting.fit(module, loss, schedule, folder, "line")
+                    fitting.fit(module, _a_number, loss, schedule, folder, "line", workers=workers)
             else:
-                return fitting.fit(module, loss, schedule, folder, "line")
+                return fitting.fit(module, _a_number, loss, schedule, folder, "line", workers=workers)
         return None
 
-    whole = run(tmp_path / "whole", "finished")
-    resumed = run(tmp_path / "resumed", "stopped", "finished")
+    whole = run(tmp_path / "whole", 0, "finished")
+    resumed = run(tmp_path / "resumed", 2, "stopped", "finished")
     for key, value in whole.items():
         assert torch.equal(value, resumed[key])
 
