@@ -1,6 +1,6 @@
 """What soft tokens do on the small world: they are trained by the pack's own engine and tested on what they never saw.
 
-python3 -m benchmarks.alignment [ROW ...] [--everything] [--seeds 5] [--jobs 2] [--report | --draw]
+python3 -m benchmarks.alignment [ROW ...] [--everything | --places] [--seeds 5] [--jobs 2] [--train | --report | --draw]
 
 Without arguments the main comparison: the plain model, SoftREPA with the paper's constants, and as a control the same
 tokens trained with the plain denoising loss; with guidance, without, and on more counting prompts. What is done stays
@@ -15,13 +15,17 @@ import os
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 from benchmarks.alignment_rows import (
     BATCHES,
     COUNTING,
+    CPU,
+    DEVELOPMENT,
+    DEVICES,
     EACH,
     EVERYTHING,
     FAST,
@@ -29,45 +33,61 @@ from benchmarks.alignment_rows import (
     HARD,
     MAIN_ROWS,
     PICTURES,
+    REPORTED,
     ROWS,
     SEEDS,
+    SOFTREPA,
     TEMPERATURE,
     TESTS,
     Job,
+    Row,
     result_path,
+    tokens_path,
 )
 from tools import environment
 from tools.lock import exclusive
 
 
-def set_up(work: Path) -> None:
-    """A worker: ComfyUI with its folders in `work`, the small world in it, one thread."""
+def set_up(work: Path, device: str) -> None:
+    """A worker: ComfyUI with its folders in `work`, one thread; a card computes in full float32, as the CPU does."""
     import torch
 
     from softrepa.comfy import startup
 
     torch.set_num_threads(1)
-    startup.start(Path(os.environ["COMFYUI_PATH"]), ["--base-directory", str(work)])
+    torch.backends.cudnn.allow_tf32 = False
+    options = ["--cpu"] if device == CPU else ["--force-fp32", "--fp32-vae", "--fp32-text-enc"]
+    startup.start(Path(os.environ["COMFYUI_PATH"]), [*options, "--base-directory", str(work)])
+    import comfy.model_management
     import comfy.utils
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
+    if (found := comfy.model_management.get_torch_device().type) != device:
+        raise RuntimeError(f"--device is {device}, but ComfyUI computes on {found}: this machine has no such device.")
 
 
 def prepare(work: Path) -> None:
-    """The checkpoint and the training folder."""
-    from benchmarks.smallworld.study import write_training_folder
+    """The folders and the checkpoint."""
     from softrepa.smallworld.checkpoint import CHECKPOINT_NAME, write_checkpoint
 
     for name in ("models/checkpoints", "models/softrepa", "input", "output", "temp", "user"):
         (work / name).mkdir(parents=True, exist_ok=True)
     if not (work / "models" / "checkpoints" / CHECKPOINT_NAME).exists():
         write_checkpoint(work / "models" / "checkpoints" / CHECKPOINT_NAME)
+
+
+def training_folder(work: Path) -> str:
+    """Its name below `input`; it is drawn where it is not there."""
+    from benchmarks.smallworld.study import write_training_folder
+
     folder = work / "input" / f"world{PICTURES}"
-    if not folder.exists():
-        unfinished = folder.with_name("unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        write_training_folder(unfinished, PICTURES)
-        unfinished.rename(folder)
+    with exclusive(work / "pictures.lock"):
+        if not folder.exists():
+            unfinished = folder.with_name("unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            write_training_folder(unfinished, PICTURES)
+            unfinished.rename(folder)
+    return folder.name
 
 
 @cache
@@ -79,58 +99,103 @@ def stock_model(work: Path):
 
 @cache
 def test(work: Path, name: str):
-    from benchmarks.smallworld.study import SEED, Test, held_out
+    from benchmarks.smallworld.study import SEED, Test, development_spec, held_out, reported_spec
     from softrepa.smallworld.world import CATEGORIES
 
     stock, number = stock_model(work), list(TESTS).index(name)
     categories = ("counting",) if name == COUNTING else CATEGORIES
     pictures = held_out(stock, BATCHES, HARD, SEED + 2) if name == EVERYTHING else None
-    return Test(stock, dict.fromkeys(categories, TESTS[name]), SEED + 1 + 2 * number, pictures)
+    prompts, seed = dict.fromkeys(categories, TESTS[name]), SEED + 1 + 2 * number
+    if name in (DEVELOPMENT, REPORTED):
+        spec_of = development_spec if name == DEVELOPMENT else reported_spec
+        return Test(stock, prompts, seed, spec_of=spec_of, noise=1000 * number, batch=60)
+    return Test(stock, prompts, seed, pictures)
 
 
-def patched(work: Path, job: Job):
-    """The MODEL with the job's tokens on it; they are trained first where they are not there."""
+def trained_tokens(work: Path, job: Job) -> Path:
+    """The file of the job's tokens as the repository keeps it; they are trained first where it does not."""
     import contextlib
     import io
 
     from softrepa.comfy import headless
-    from softrepa.comfy.tokens.patching import apply_tokens
+    from softrepa.files import write_atomically
     from softrepa.smallworld.checkpoint import CHECKPOINT_NAME
+
+    kept = tokens_path(job)
+    with exclusive(work / f"{job.trained_as}.lock"):
+        if not kept.exists():
+            data = {"checkpoint": CHECKPOINT_NAME, "folder": training_folder(work), "resolution": 96}
+            named = {"filename_prefix": job.trained_as, "resume": True}
+            with contextlib.redirect_stderr(io.StringIO()):  # its progress line
+                trained = headless.train(data | job.training | FAST | named)
+            write_atomically(kept, lambda temporary: shutil.copyfile(trained, temporary))
+    return kept
+
+
+def patched(work: Path, job: Job):
+    """The MODEL with the job's tokens on it, where the row says."""
+    from softrepa.comfy.tokens.patching import apply_tokens
     from softrepa.token_files import load
 
     model = stock_model(work).model
     if job.row.training is None:
         return model
-    data = {"checkpoint": CHECKPOINT_NAME, "folder": f"world{PICTURES}", "resolution": 96}
-    with exclusive(work / f"{job.trained_as}.lock"), contextlib.redirect_stderr(io.StringIO()):  # its progress line
-        path = headless.train(data | job.training | FAST | {"filename_prefix": job.trained_as, "resume": True})
-    return apply_tokens(model, load(path))
+    return apply_tokens(model, load(trained_tokens(work, job)), **asdict(job.row.placing))
 
 
-def run(work: Path, job: Job) -> tuple[Job, float]:
-    """Measures a job and writes what it found; returns the seconds it took."""
+def train(work: Path, job: Job) -> tuple[str, float]:
+    """Trains a job's tokens; returns what was done, and the seconds it took."""
+    started = time.monotonic()
+    trained_tokens(work, job)
+    return f"trained: {job.title}", time.monotonic() - started
+
+
+def run(work: Path, job: Job) -> tuple[str, float]:
+    """Measures a job and writes what it found; returns what was done, and the seconds it took."""
+    import torch
+
     from benchmarks.smallworld.measure import replace_text
 
     started = time.monotonic()
     found = test(work, job.row.test).measure(patched(work, job), TEMPERATURE, job.row.cfg)
-    replace_text(result_path(job), json.dumps(found.as_json(), separators=(",", ":")))
-    return job, time.monotonic() - started
+    made = {"device": job.device, "torch": torch.__version__}
+    replace_text(result_path(job), json.dumps(found.as_json() | {"made": made}, separators=(",", ":")))
+    return job.title, time.monotonic() - started
 
 
-def run_all(work: Path, jobs: list[Job], processes: int) -> None:
-    started = time.monotonic()
+def run_all(work: Path, trainings: list[Job], jobs: list[Job], processes: int) -> None:
+    """Trains, and measures each job as soon as its tokens are there."""
+    started, done, total = time.monotonic(), 0, len(trainings) + len(jobs)
     work.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), set_up, (work,)) as pool:
+    waiting: dict[str, list[Job]] = {job.trained_as: [] for job in trainings}
+    device = next(job.device for job in (*trainings, *jobs))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), set_up, (work, device)) as pool:
         pool.submit(prepare, work).result()
-        futures = [pool.submit(run, work, job) for job in jobs]
-        for number, future in enumerate(as_completed(futures), 1):
-            if future.exception():
-                pool.shutdown(wait=False, cancel_futures=True)  # an error shall not wait for hours of other jobs
-            job, seconds = future.result()
-            passed = (time.monotonic() - started) / 60
-            print(
-                f"{number}/{len(jobs)} {job.row.name}, seed {job.seed}: {seconds:.0f} s ({passed:.0f} min)", flush=True
-            )
+        futures = {pool.submit(train, work, job): job.trained_as for job in trainings}
+        for job in jobs:
+            if job.row.training is not None and job.trained_as in waiting:
+                waiting[job.trained_as].append(job)
+            else:
+                futures[pool.submit(run, work, job)] = ""
+        while futures:
+            for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                if future.exception():
+                    pool.shutdown(wait=False, cancel_futures=True)  # an error shall not wait for hours of other jobs
+                what, seconds = future.result()
+                done, passed = done + 1, (time.monotonic() - started) / 60
+                print(f"{done}/{total} {what}: {seconds:.0f} s ({passed:.0f} min)", flush=True)
+                futures |= {pool.submit(run, work, job): "" for job in waiting.get(futures.pop(future), ())}
+
+
+def run_rows(work: Path, rows: list[Row], chosen: argparse.Namespace) -> None:
+    """Whatever of the rows is not there yet."""
+    jobs = [job for row in rows for job in row.jobs(chosen.device)[: chosen.seeds]]
+    jobs.sort(key=lambda job: (bool(job.row.like), job.seed))  # who takes another's tokens comes behind
+    to_measure = [] if chosen.train else [job for job in jobs if not result_path(job).exists()]
+    needed = [job for job in (jobs if chosen.train else to_measure) if job.row.training is not None]
+    trainings = {job.trained_as: job for job in needed if not tokens_path(job).exists()}
+    if trainings or to_measure:
+        run_all(work, list(trainings.values()), to_measure, chosen.jobs)
 
 
 def draw(work: Path, names: list[str]) -> None:
@@ -138,7 +203,7 @@ def draw(work: Path, names: list[str]) -> None:
     from benchmarks.smallworld.measure import contact_sheet, replace_picture
 
     work.mkdir(parents=True, exist_ok=True)
-    set_up(work)
+    set_up(work, CPU)
     prepare(work)
     rows = [test(work, EVERYTHING).row(patched(work, ROWS[name].jobs()[0]), ROWS[name].cfg, EACH) for name in names]
     replace_picture(FOLDER / "alignment_pictures.png", contact_sheet(rows))
@@ -148,34 +213,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.alignment", description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; without any, the main ones")
     parser.add_argument("--everything", action="store_true", help="every row")
+    parser.add_argument("--places", action="store_true", help="where the tokens of the rows (SoftREPA) act best")
+    parser.add_argument("--device", choices=DEVICES, default=CPU, help="of its own results (cpu)")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"at most so many of each row ({SEEDS}, some have 3)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread (one a core)")
     parser.add_argument("--state", type=Path, default=environment.cache_folder() / "alignment", help="where it resumes")
     parser.add_argument(
         "--draw", action="store_true", help="draw pictures of the rows that are trained, measure nothing"
     )
+    parser.add_argument(
+        "--train", action="store_true", help="train the rows' tokens that are not there, measure nothing"
+    )
     parser.add_argument("--report", action="store_true", help="write the report of what is there, run nothing")
     chosen = parser.parse_args()
     if unknown := sorted(set(chosen.rows) - ROWS.keys()):
         parser.error(f"ROW is {', '.join(unknown)}, expected some of: {', '.join(ROWS)}")
     environment.enter("benchmarks.alignment")
+    from benchmarks.alignment_figures import Found
+    from benchmarks.alignment_places import development_rows, reported_rows
     from benchmarks.alignment_report import write_report
 
-    names = list(ROWS) if chosen.everything else chosen.rows or MAIN_ROWS
-    work = chosen.state.absolute()
+    everything = list(ROWS) if chosen.everything else MAIN_ROWS
+    names = chosen.rows or ([SOFTREPA] if chosen.places else everything)
+    work = chosen.state.absolute() / chosen.device
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     if chosen.draw:
         draw(work, names)
         return
-    if not chosen.report:
-        jobs = [job for name in names for job in ROWS[name].jobs() if job.seed < chosen.seeds]
-        jobs.sort(key=lambda job: (bool(job.row.like), job.seed))  # who takes another's tokens comes behind
-        jobs = [job for job in jobs if not result_path(job).exists()]
-        try:
-            run_all(work, jobs, chosen.jobs)
-        finally:
-            write_report()
-    else:
+    try:
+        if chosen.places and not chosen.report:
+            run_rows(work, [row for name in names for row in development_rows(name)], chosen)
+            found = Found(chosen.device)
+            run_rows(work, [row for name in names for row in reported_rows(found, name)], chosen)
+        elif not chosen.report:
+            run_rows(work, [ROWS[name] for name in names], chosen)
+    finally:
         write_report()
 
 

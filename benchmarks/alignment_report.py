@@ -1,14 +1,23 @@
 """What the study found, as a table and a plot: differences between rows with their intervals."""
 
-import json
 import math
 import textwrap
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-
+from benchmarks.alignment_figures import (
+    ALL_RIGHT,
+    CLEAN,
+    COUNTED,
+    DISTANCE,
+    HARD_RETRIEVAL,
+    LOSS,
+    RETRIEVAL,
+    Found,
+    Measure,
+    figure,
+    shown,
+    table,
+)
 from benchmarks.alignment_rows import (
     BASELINE,
     CFG,
@@ -29,41 +38,9 @@ from benchmarks.alignment_rows import (
     STEPS,
     TESTS,
     Row,
-    result_path,
 )
 from softrepa.smallworld.world import CATEGORIES
-from softrepa.statistics import two_way_interval
 
-
-@dataclass(frozen=True)
-class Measure:
-    """A figure of each picture (or one of a whole run), found in a result by `of`."""
-
-    title: str
-    of: tuple[str, ...]
-    percent: bool = True
-
-    def values(self, result: dict) -> list[float]:
-        found = result[self.of[0]]
-        if self.of[0] == "right" and len(self.of) == 1:
-            return [value for category in found.values() for value in category]
-        for part in self.of[1:]:
-            found = found[part]
-        return found if isinstance(found, list) else [found]
-
-    def text(self, value: float, signed: bool = False) -> str:
-        if self.percent:
-            return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}%"
-        return f"{value:+.4f}" if signed else f"{value:.4f}"
-
-
-ALL_RIGHT = Measure("prompts drawn right", ("right",))
-COUNTED = Measure("counting prompts", ("right", "counting"))
-RETRIEVAL = Measure("retrieval among 4 captions", ("retrieval",))
-HARD_RETRIEVAL = Measure("retrieval beside captions wrong by a fact", ("hard_retrieval",))
-LOSS = Measure("contrastive loss", ("loss",), percent=False)
-DISTANCE = Measure("distance to drawn scenes", ("distance",), percent=False)
-CLEAN = Measure("things drawn cleanly", ("clean",))
 MEASURES = (
     ALL_RIGHT,
     *(Measure(f"- {name.replace('_', ' ')}", ("right", name)) for name in CATEGORIES),
@@ -101,80 +78,6 @@ PANELS = (
 """Of the plot: title, measure, the name of the row that has it."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Of two rows on the same prompts and noise: the mean and half the width of its 95% interval.
-
-    That is infinite where one seed says nothing of others.
-    """
-
-    mean: float
-    half: float
-
-    def beyond(self) -> bool:
-        return abs(self.mean) > self.half
-
-
-Figures = dict[int | None, list[float]]
-"""By seed and picture; of a model without seeds under None."""
-
-
-def difference(ones: Figures, others: Figures) -> Difference | None:
-    """Of two models on the same pictures, by seeds that both have; one without seeds stands against every seed.
-
-    Seeds of training and pictures are both drawn at random.
-    """
-    seeds = [seed for seed in (ones if None in others else others) if None in ones or seed in ones]
-    if not seeds:
-        return None
-    cells = np.array(
-        [np.subtract(*(rows[None if None in rows else seed] for rows in (ones, others))) for seed in seeds], dtype=float
-    )
-    return Difference(*two_way_interval(torch.from_numpy(cells[:, ~np.isnan(cells).any(0)])))
-
-
-@dataclass
-class Found:
-    """Results of all rows so far, by seed."""
-
-    results: dict[str, dict[int | None, dict]] = field(default_factory=dict)
-
-    def of(self, name: str) -> dict[int | None, dict]:
-        if name not in self.results:
-            row = ROWS[name]
-            paths = {None if row.training is None else job.seed: result_path(job) for job in row.jobs()}
-            self.results[name] = {
-                seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in paths.items() if path.exists()
-            }
-        return self.results[name]
-
-    def values(self, name: str, measure: Measure) -> Figures:
-        return {seed: measure.values(result) for seed, result in self.of(name).items()}
-
-    def mean(self, name: str, measure: Measure) -> str:
-        values = list(self.values(name, measure).values())
-        return measure.text(float(np.nanmean(values))) if values else ""
-
-    def change(self, name: str, other: str, measure: Measure) -> Difference | None:
-        return difference(self.values(name, measure), self.values(other, measure))
-
-
-def shown(change: Difference | None, measure: Measure) -> str:
-    """With its interval, if there is one; bold where that does not contain 0."""
-    if change is None:
-        return ""
-    if not math.isfinite(change.half):
-        return measure.text(change.mean, signed=True)
-    low, high = (measure.text(change.mean + side * change.half, signed=True) for side in (-1, 1))
-    text = f"{measure.text(change.mean, signed=True)} ({low} to {high})"
-    return f"**{text}**" if change.beyond() else text
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    return [*lines, ""]
-
-
 def report(found: Found) -> str:
     measured = len(next((values for values in found.values(BASELINE, RETRIEVAL).values()), []))
     lines = [
@@ -196,7 +99,10 @@ of figures: of 20 differences that are nothing, one will be bold.""",
     head = ["", *(f"{name} ({len(found.of(name))} runs)" for name in (BASELINE, SOFTREPA, CONTROL))]
     rows = []
     for title, measure, form in (*((measure.title, measure, "{}") for measure in MEASURES), *ELSEWHERE):
-        means = (found.mean(form.format(name), measure) or "not run" for name in (BASELINE, SOFTREPA, CONTROL))
+        means = (
+            figure(found.mean(form.format(name), measure), measure) or "not run"
+            for name in (BASELINE, SOFTREPA, CONTROL)
+        )
         changes = (found.change(*map(form.format, pair), measure) for pair in versus)
         rows.append([title, *means, *(shown(change, measure) for change in changes)])
     lines += table([*head, *(f"{one} - {other}" for one, other in versus)], rows)
@@ -221,7 +127,7 @@ def part_table(found: Found, part: str) -> list[str]:
     for row in rows:
         results = found.of(row.name)
         if row.training is None:
-            cells = [found.mean(row.name, measure) for measure in measures]
+            cells = [figure(found.mean(row.name, measure), measure) for measure in measures]
         else:
             cells = [shown(found.change(row.name, plain_like(row), measure), measure) for measure in measures]
         lines.append([row.name, str(len(results)) if results else "not run", *cells])

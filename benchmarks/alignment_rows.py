@@ -3,30 +3,62 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).absolute().parent / "smallworld" / "results"
 RESULTS = FOLDER / "alignment"
 """A file for each run. They come with the repository, so that a further row does not cost those that are there."""
+TOKENS = RESULTS / "tokens"
+"""What was trained, a file for each run: who measures it once more, or otherwise, needs no training."""
 STEPS, PICTURES, SEEDS = 1500, 1200, 5
 PROMPTS, BATCHES, HARD = 40, 48, 144  # of each category; of four held-out pictures; beside captions wrong by a fact
 CFG, TEMPERATURE = 2.0, 0.07
 EACH = 2  # pictures of each category in the README
 EVERYTHING, GUIDANCE, COUNTING = "everything", "guidance", "counting"
-TESTS = {EVERYTHING: PROMPTS, GUIDANCE: 80, COUNTING: 160}
-"""Prompts of each category. Each test has its own; the first has held-out pictures besides, the last one category."""
+DEVELOPMENT, REPORTED = "development", "reported"
+TESTS = {EVERYTHING: PROMPTS, GUIDANCE: 80, COUNTING: 160, DEVELOPMENT: 40, REPORTED: 160}
+"""Prompts of each category. Each test has its own; the first has held-out pictures besides, the third one category.
+
+The last two have no caption and no noise in common, so that what is chosen on one can be reported on the other.
+"""
 REFERENCE = {"batch_size": 4, "learning_rate": 1e-3}
 FAST = {"micro_batch": 64, "checkpointing": False, "checkpoint_every": 250, "on_no_contrast": "go on"}
+CPU = "cpu"
+DEVICES = (CPU, "cuda")
+"""Where the study trains and draws. A card rounds otherwise: its tokens and results have files of their own."""
 VERSION = 1
 """Raised with any other change that decides a result: the world, the small world's file, the pack's own training."""
+
+
+@dataclass(frozen=True)
+class Placing:
+    """Where and how strongly a row's tokens act while it draws: options of `apply_tokens`."""
+
+    strength: float = 1.0
+    apply_to: str = "both"
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+
+    @property
+    def title(self) -> str:
+        """What differs from the reference, in words."""
+        halves = {"both": "", "positive": "conditional half only", "negative": "unconditional half only"}
+        window = (self.start_percent, self.end_percent)
+        parts = (
+            halves[self.apply_to],
+            f"strength {self.strength:g}" if self.strength != 1 else "",
+            "steps {:.0%} to {:.0%}".format(*window) if window != (0, 1) else "",
+        )
+        return ", ".join(filter(None, parts)) or "as in the reference"
 
 
 @dataclass(frozen=True)
 class Row:
     """A model to measure: trained with `training` beside the reference's constants, or the plain one where it is None.
 
-    `like` is the row whose tokens it takes instead of training its own, `test` which of `TESTS` it takes.
+    `like` is the row whose tokens it takes instead of training its own, `test` which of `TESTS` it takes, `placing`
+    where the tokens act in it, `first_seed` the seed of the first of its runs.
     """
 
     name: str
@@ -36,9 +68,12 @@ class Row:
     cfg: float = CFG
     like: str = ""
     test: str = EVERYTHING
+    placing: Placing = Placing()
+    first_seed: int = 0
 
-    def jobs(self) -> list["Job"]:
-        return [Job(self, seed) for seed in range(self.seeds if self.training is not None else 1)]
+    def jobs(self, device: str = CPU) -> list["Job"]:
+        runs = range(self.seeds if self.training is not None else 1)
+        return [Job(self, self.first_seed + run, device) for run in runs]
 
 
 BASELINE, SOFTREPA, CONTROL = "plain model", "SoftREPA", "denoising loss only"
@@ -95,6 +130,11 @@ class Job:
 
     row: Row
     seed: int
+    device: str = CPU
+
+    @property
+    def title(self) -> str:
+        return f"{self.row.name}, seed {self.seed}"
 
     @property
     def training(self) -> dict:
@@ -108,12 +148,22 @@ class Job:
         facts = [VERSION, trained, self.row.cfg, PICTURES, PROMPTS, BATCHES, HARD, TEMPERATURE]
         if self.row.test != EVERYTHING:
             facts.append([self.row.test, TESTS[self.row.test]])
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        if self.row.placing != Placing():
+            facts.append(asdict(self.row.placing))
+        return self._hash(facts)
 
     @property
     def trained_as(self) -> str:
-        return hashlib.sha256(json.dumps([VERSION, self.training, PICTURES], sort_keys=True).encode()).hexdigest()[:16]
+        return self._hash([VERSION, self.training, PICTURES])
+
+    def _hash(self, facts: list) -> str:
+        own = [] if self.device == CPU else [self.device]
+        return hashlib.sha256(json.dumps([*facts, *own], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def result_path(job: Job) -> Path:
     return RESULTS / f"{job.key}.json"
+
+
+def tokens_path(job: Job) -> Path:
+    return TOKENS / f"{job.trained_as}.safetensors"

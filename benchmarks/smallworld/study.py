@@ -1,9 +1,11 @@
 """What the study of soft tokens trains on, what it tests, and how: scenes apart, one figure a picture."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from .measure import SAMPLING, StockModel
 from .tokens import HeldOut
 
 SEED = 2026
-BATCH = 12  # pictures sampled at once
+BATCH = 12  # pictures sampled at once; their noise depends on it
 CELLS = 12  # a picture is compared with others as CELLS x CELLS mean colours
 
 
@@ -51,6 +53,23 @@ def training_spec(rng: np.random.Generator, category: str) -> Spec:
 def test_spec(rng: np.random.Generator, category: str) -> Spec:
     """Of "single_object" nothing is held out: a shape is all that such a caption says."""
     while not is_held_out(spec := random_spec(rng, category)) and category != "single_object":
+        pass
+    return spec
+
+
+def is_for_development(spec: Spec) -> bool:
+    """About half of all captions: on them settings are chosen, on the others the chosen ones are reported."""
+    return crc32(plain_caption(spec).encode()) % 2 == 0
+
+
+def development_spec(rng: np.random.Generator, category: str) -> Spec:
+    while not is_for_development(spec := test_spec(rng, category)):
+        pass
+    return spec
+
+
+def reported_spec(rng: np.random.Generator, category: str) -> Spec:
+    while is_for_development(spec := test_spec(rng, category)):
         pass
     return spec
 
@@ -87,13 +106,23 @@ def held_out(stock: StockModel, batches: int, hard: int, seed: int) -> HeldOut:
 class Test:
     """Prompts, and held-out pictures if any, with noise that stays the same for every model.
 
-    `prompts` is how many of each category.
+    `prompts` is how many of each category, `spec_of` draws one of a category; `noise` is the seed of the first
+    of the batches.
     """
 
-    def __init__(self, stock: StockModel, prompts: dict[str, int], seed: int, held_out: HeldOut | None = None):
-        self.stock, self.held_out = stock, held_out
+    def __init__(
+        self,
+        stock: StockModel,
+        prompts: dict[str, int],
+        seed: int,
+        held_out: HeldOut | None = None,
+        spec_of: Callable[[np.random.Generator, str], Spec] = test_spec,
+        noise: int = 0,
+        batch: int = BATCH,
+    ):
+        self.stock, self.held_out, self.noise, self.batch = stock, held_out, noise, batch
         rng = np.random.default_rng(seed)
-        self.prompts = [(name, test_spec(rng, name)) for name, count in prompts.items() for _ in range(count)]
+        self.prompts = [(name, spec_of(rng, name)) for name, count in prompts.items() for _ in range(count)]
         self.drawn = small(np.stack([draw(random_scene(rng, spec)) for _, spec in self.prompts for _ in range(4)]))
 
     def measure(self, model, temperature: float, cfg: float) -> Measured:
@@ -132,11 +161,13 @@ class Test:
         """One of each of `prompts`, or of all, float32 (N, H, W, 3)."""
         nodes, pictures = self.stock.nodes, []
         texts = [plain_caption(spec) for _, spec in prompts or self.prompts]
-        for start in range(0, len(texts), BATCH):
-            some = texts[start : start + BATCH]
+        for start in range(0, len(texts), self.batch):
+            some = texts[start : start + self.batch]
             latent = {"samples": torch.zeros(len(some), 16, IMAGE_SIZE // 8, IMAGE_SIZE // 8)}
             prompt = {"positive": self.stock.encode_all(some), "negative": self.stock.negative}
-            out = nodes.KSampler().sample(model, start, latent_image=latent, **prompt, **SAMPLING | {"cfg": cfg})[0]
+            out = nodes.KSampler().sample(
+                model, self.noise + start, latent_image=latent, **prompt, **SAMPLING | {"cfg": cfg}
+            )[0]
             pictures.append(nodes.VAEDecode().decode(self.stock.vae, out)[0].float().clamp(0, 1).cpu().numpy())
         return np.concatenate(pictures)
 

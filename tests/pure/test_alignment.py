@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import alignment_rows
-from benchmarks.alignment_report import CATEGORIES, Found, difference, plot, report
+from benchmarks import alignment_places, alignment_rows
+from benchmarks.alignment_figures import Found, difference
+from benchmarks.alignment_places import GUIDANCES, placings
+from benchmarks.alignment_report import CATEGORIES, plot, report
 from benchmarks.alignment_rows import BASELINE, CONTROL, ROWS, SOFTREPA, Job
 from benchmarks.smallworld import study
 from benchmarks.smallworld.tokens import CATEGORIES as TRAINED
-from softrepa.smallworld.world import COLOURS, SHAPES, Group, Spec, draw, random_scene
+from softrepa.smallworld.world import COLOURS, SHAPES, Group, Spec, draw, plain_caption, random_scene
 
 
 def test_what_is_held_out():
@@ -32,6 +34,17 @@ def test_training_and_test_say_different_things():
     assert not any(map(study.is_held_out, trained))
     for name, specs in tested.items():
         assert all(map(study.is_held_out, specs)) == (name != "single_object")
+
+
+def test_settings_are_chosen_and_reported_on_other_captions():
+    rng = np.random.default_rng(0)
+    for name in CATEGORIES:
+        sides = [
+            {plain_caption(spec_of(rng, name)) for _ in range(60)}
+            for spec_of in (study.development_spec, study.reported_spec)
+        ]
+        assert all(sides)
+        assert not sides[0] & sides[1]
 
 
 def test_the_distance_knows_what_it_compares():
@@ -106,9 +119,42 @@ def test_the_report(tmp_path, monkeypatch):
     assert f"{SOFTREPA} (0 runs)" in report(Found())  # other settings, other results
 
 
-def test_rows_differ_by_what_decides_them():
-    keys = [job.key for row in ROWS.values() for job in row.jobs()]
-    assert len(set(keys)) == len(keys)
-    guided = ROWS[f"{SOFTREPA}, cfg 3"].jobs()[0]
-    assert guided.trained_as == ROWS[SOFTREPA].jobs()[0].trained_as
-    assert guided.key != ROWS[SOFTREPA].jobs()[0].key
+def test_kept_results_are_of_rows_that_are_there():
+    """What was measured is found again: the names of its files are what they were."""
+    trained = [row.name for row in ROWS.values() if row.training is not None and not row.like]
+    rows = [*ROWS.values(), *(row for name in trained for row in places_rows(name))]
+    known = {job.key for row in rows for device in alignment_rows.DEVICES for job in row.jobs(device)}
+    assert {path.stem for path in alignment_rows.RESULTS.glob("*.json")} <= known
+
+
+def places_rows(like):
+    for cfg in GUIDANCES:
+        for test in (alignment_rows.DEVELOPMENT, alignment_rows.REPORTED):
+            yield alignment_places.plain(cfg, test)
+            yield from (alignment_places.placed(like, cfg, one, test) for one in placings(cfg))
+
+
+def test_what_decides_a_figure_is_in_its_name():
+    rows = [*ROWS.values(), *places_rows(SOFTREPA)]
+    jobs = [job for row in rows for device in alignment_rows.DEVICES for job in row.jobs(device)]
+    assert len({job.key for job in jobs}) == len(jobs)
+    trained = {(job.seed, job.device): job.trained_as for job in jobs if job.row.like == SOFTREPA}
+    assert len(set(trained.values())) == len(trained) == 2 * 8
+    assert trained[0, "cpu"] == ROWS[SOFTREPA].jobs()[0].trained_as
+
+
+def test_the_best_of_each_guidance_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment_rows, "RESULTS", tmp_path)
+    rows = [row for row in alignment_places.development_rows(SOFTREPA) if row.cfg == 2 and row.training is not None]
+    assert not alignment_places.reported_rows(Found(), SOFTREPA)
+    for row in rows:
+        for job in row.jobs()[: -1 if row is rows[-1] else None]:
+            write(job, 0.3 if row is rows[4] else 0.1)
+    assert not alignment_places.reported_rows(Found(), SOFTREPA)  # one run is missing
+    write(rows[-1].jobs()[-1], 0.1)
+    plain, best = alignment_places.reported_rows(Found(), SOFTREPA)
+    assert (plain.cfg, plain.training, plain.test) == (2, None, "reported")
+    assert (best.cfg, best.placing, best.test) == (2, rows[4].placing, "reported")
+    seeds = {job.seed for row in rows for job in row.jobs()}
+    assert not seeds & {job.seed for job in best.jobs()}
+    assert not alignment_places.reported_rows(Found("cuda"), SOFTREPA)

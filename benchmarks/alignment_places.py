@@ -1,0 +1,55 @@
+"""Where tokens act best: settings are compared on development prompts, the best of each guidance is reported on others.
+
+The tokens of the two are of other seeds too, so that nothing a figure is chosen on is part of what is reported.
+"""
+
+from benchmarks.alignment_figures import ALL_RIGHT, Found
+from benchmarks.alignment_rows import BASELINE, DEVELOPMENT, REPORTED, ROWS, SEEDS, Placing, Row
+
+PART = "Where tokens act"
+GUIDANCES = (1.0, 1.25, 1.5, 2.0, 3.0)
+HALVES = ("both", "positive")
+STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
+WINDOWS, WINDOW_STRENGTHS = ((0.0, 0.5), (0.5, 1.0)), (1.0, 2.0)
+RUNS = 3  # of each setting on development prompts
+PLACINGS = [
+    *(Placing(strength, half) for half in HALVES for strength in STRENGTHS),
+    *(Placing(strength, half, *window) for half in HALVES for window in WINDOWS for strength in WINDOW_STRENGTHS),
+]
+
+
+def placings(cfg: float) -> list[Placing]:
+    """Without guidance there is only the conditional half."""
+    return [one for one in PLACINGS if cfg != 1 or one.apply_to == "both"]
+
+
+def plain(cfg: float, test: str) -> Row:
+    return Row(f"{BASELINE}, cfg {cfg:g}, {test} prompts", None, PART, cfg=cfg, test=test)
+
+
+def placed(like: str, cfg: float, placing: Placing, test: str) -> Row:
+    """The tokens of row `like`."""
+    name = f"{like}, cfg {cfg:g}, {placing.title}, {test} prompts"
+    runs, first = (RUNS, SEEDS) if test == DEVELOPMENT else (ROWS[like].seeds, 0)
+    return Row(name, {}, PART, runs, cfg, like, test, placing, first)
+
+
+def development_rows(like: str) -> list[Row]:
+    rows = [plain(cfg, DEVELOPMENT) for cfg in GUIDANCES]
+    return rows + [placed(like, cfg, placing, DEVELOPMENT) for cfg in GUIDANCES for placing in placings(cfg)]
+
+
+def reported_rows(found: Found, like: str) -> list[Row]:
+    """The plain model and the chosen setting at every guidance where one is chosen."""
+    pairs = [(cfg, chosen(found, like, cfg)) for cfg in GUIDANCES]
+    return [
+        row for cfg, placing in pairs if placing for row in (plain(cfg, REPORTED), placed(like, cfg, placing, REPORTED))
+    ]
+
+
+def chosen(found: Found, like: str, cfg: float) -> Placing | None:
+    """The setting with which most development prompts are drawn right; None until all of that guidance have run."""
+    rows = {placing: placed(like, cfg, placing, DEVELOPMENT) for placing in placings(cfg)}
+    if any(len(found.of(row)) < row.seeds for row in rows.values()):
+        return None
+    return max(rows, key=lambda placing: found.mean(rows[placing], ALL_RIGHT))
