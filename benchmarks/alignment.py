@@ -189,7 +189,7 @@ def run_all(work: Path, trainings: list[Job], jobs: list[Job], processes: int) -
 
 def run_rows(work: Path, rows: list[Row], chosen: argparse.Namespace) -> None:
     """Whatever of the rows is not there yet."""
-    jobs = [job for row in rows for job in row.jobs(chosen.device)[: chosen.seeds]]
+    jobs = list({job.key: job for row in rows for job in row.jobs(chosen.device)[: chosen.seeds]}.values())
     jobs.sort(key=lambda job: (bool(job.row.like), job.seed))  # who takes another's tokens comes behind
     to_measure = [] if chosen.train else [job for job in jobs if not result_path(job).exists()]
     needed = [job for job in (jobs if chosen.train else to_measure) if job.row.training is not None]
