@@ -3,9 +3,11 @@
 python3 -m benchmarks.alignment [ROW ...] [--everything | --places] [--seeds 5] [--jobs 2] [--train | --report | --draw]
 
 Without arguments the main comparison: the plain model, SoftREPA with the paper's constants, and as a control the same
-tokens trained with the plain denoising loss; with guidance, without, and on more counting prompts. What is done stays
-done: stopped, it goes on where it was, and every run writes smallworld/results/alignment.md anew, in which rows that
-were not run are marked.
+tokens trained with the plain denoising loss; with guidance, without, and on more counting prompts. With --places the
+tokens of a row at other guidances and strengths, on one half of guidance, in some of the steps.
+
+What is done stays done: stopped, it goes on where it was, and every run writes smallworld/results/alignment.md anew, in
+which rows that were not run are marked.
 """
 
 import argparse
@@ -58,12 +60,9 @@ def set_up(work: Path, device: str) -> None:
     torch.backends.cudnn.allow_tf32 = False
     options = ["--cpu"] if device == CPU else ["--force-fp32", "--fp32-vae", "--fp32-text-enc"]
     startup.start(Path(os.environ["COMFYUI_PATH"]), [*options, "--base-directory", str(work)])
-    import comfy.model_management
     import comfy.utils
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
-    if (found := comfy.model_management.get_torch_device().type) != device:
-        raise RuntimeError(f"--device is {device}, but ComfyUI computes on {found}: this machine has no such device.")
 
 
 def prepare(work: Path) -> None:
@@ -198,6 +197,20 @@ def run_rows(work: Path, rows: list[Row], chosen: argparse.Namespace) -> None:
         run_all(work, list(trainings.values()), to_measure, chosen.jobs)
 
 
+def run_places(work: Path, names: list[str], chosen: argparse.Namespace) -> None:
+    """All settings on development prompts, then the chosen ones on others."""
+    from benchmarks.alignment_figures import Found
+    from benchmarks.alignment_places import development_rows, reported_rows
+
+    grid = [row for name in names for row in development_rows(name)]
+    if chosen.train:
+        run_rows(work, [*grid, *(ROWS[name] for name in names)], chosen)  # the latter's tokens are what is reported
+        return
+    run_rows(work, grid, chosen)
+    found = Found(chosen.device)
+    run_rows(work, [row for name in names for row in reported_rows(found, name)], chosen)
+
+
 def draw(work: Path, names: list[str]) -> None:
     """The first prompts of every category, a line of pictures for each row; the prompts of wrong ones are red."""
     from benchmarks.smallworld.measure import contact_sheet, replace_picture
@@ -226,13 +239,16 @@ def main() -> None:
     )
     parser.add_argument("--report", action="store_true", help="write the report of what is there, run nothing")
     chosen = parser.parse_args()
-    if unknown := sorted(set(chosen.rows) - ROWS.keys()):
-        parser.error(f"ROW is {', '.join(unknown)}, expected some of: {', '.join(ROWS)}")
+    known = [row.name for row in ROWS.values() if not chosen.places or row.has_own_tokens]
+    if unknown := sorted(set(chosen.rows) - set(known)):
+        parser.error(f"ROW is {', '.join(unknown)}, expected some of: {', '.join(known)}")
     environment.enter("benchmarks.alignment")
-    from benchmarks.alignment_figures import Found
-    from benchmarks.alignment_places import development_rows, reported_rows
+    import torch
+
     from benchmarks.alignment_report import write_report
 
+    if chosen.device != CPU and not torch.cuda.is_available():
+        parser.error(f"--device is {chosen.device}, but PyTorch finds no such device here, expected {CPU}")
     everything = list(ROWS) if chosen.everything else MAIN_ROWS
     names = chosen.rows or ([SOFTREPA] if chosen.places else everything)
     work = chosen.state.absolute() / chosen.device
@@ -242,9 +258,7 @@ def main() -> None:
         return
     try:
         if chosen.places and not chosen.report:
-            run_rows(work, [row for name in names for row in development_rows(name)], chosen)
-            found = Found(chosen.device)
-            run_rows(work, [row for name in names for row in reported_rows(found, name)], chosen)
+            run_places(work, names, chosen)
         elif not chosen.report:
             run_rows(work, [ROWS[name] for name in names], chosen)
     finally:

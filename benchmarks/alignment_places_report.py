@@ -28,7 +28,7 @@ TOGETHER = 1 - (1 - CONFIDENCE) / len(GUIDANCES)
 
 def places_section() -> list[str]:
     """Of every row whose tokens were tried so, by device; of SoftREPA on the CPU where nothing was."""
-    trained = [row.name for row in ROWS.values() if row.training is not None and not row.like]
+    trained = [row.name for row in ROWS.values() if row.has_own_tokens]
     tried = [(Found(device), like) for device in DEVICES for like in trained]
     tried = [(found, like) for found, like in tried if any(grid_runs(found, like))]
     lines = [f"## {PART}", "", introduction(), ""]
