@@ -3,9 +3,11 @@
 python3 -m benchmarks.alignment [ROW ...] [--everything | --places] [--seeds 5] [--jobs 2] [--train | --report | --draw]
 
 Without arguments the main comparison: the plain model, SoftREPA with the paper's constants, and as a control the same
-tokens trained with the plain denoising loss; with guidance, without, and on more counting prompts. What is done stays
-done: stopped, it goes on where it was, and every run writes smallworld/results/alignment.md anew, in which rows that
-were not run are marked.
+tokens trained with the plain denoising loss; with guidance, without, and on more counting prompts. With --places the
+tokens of a row at other guidances and strengths, on one half of guidance, in some of the steps.
+
+What is done stays done: stopped, it goes on where it was, and every run writes smallworld/results/alignment.md anew, in
+which rows that were not run are marked.
 """
 
 import argparse
@@ -58,12 +60,9 @@ def set_up(work: Path, device: str) -> None:
     torch.backends.cudnn.allow_tf32 = False
     options = ["--cpu"] if device == CPU else ["--force-fp32", "--fp32-vae", "--fp32-text-enc"]
     startup.start(Path(os.environ["COMFYUI_PATH"]), [*options, "--base-directory", str(work)])
-    import comfy.model_management
     import comfy.utils
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
-    if (found := comfy.model_management.get_torch_device().type) != device:
-        raise RuntimeError(f"--device is {device}, but ComfyUI computes on {found}: this machine has no such device.")
 
 
 def prepare(work: Path) -> None:
@@ -189,13 +188,27 @@ def run_all(work: Path, trainings: list[Job], jobs: list[Job], processes: int) -
 
 def run_rows(work: Path, rows: list[Row], chosen: argparse.Namespace) -> None:
     """Whatever of the rows is not there yet."""
-    jobs = [job for row in rows for job in row.jobs(chosen.device)[: chosen.seeds]]
+    jobs = list({job.key: job for row in rows for job in row.jobs(chosen.device)[: chosen.seeds]}.values())
     jobs.sort(key=lambda job: (bool(job.row.like), job.seed))  # who takes another's tokens comes behind
     to_measure = [] if chosen.train else [job for job in jobs if not result_path(job).exists()]
     needed = [job for job in (jobs if chosen.train else to_measure) if job.row.training is not None]
     trainings = {job.trained_as: job for job in needed if not tokens_path(job).exists()}
     if trainings or to_measure:
         run_all(work, list(trainings.values()), to_measure, chosen.jobs)
+
+
+def run_places(work: Path, names: list[str], chosen: argparse.Namespace) -> None:
+    """All settings on development prompts, then the chosen ones on others."""
+    from benchmarks.alignment_figures import Found
+    from benchmarks.alignment_places import development_rows, reported_rows
+
+    grid = [row for name in names for row in development_rows(name)]
+    if chosen.train:
+        run_rows(work, [*grid, *(ROWS[name] for name in names)], chosen)  # the latter's tokens are what is reported
+        return
+    run_rows(work, grid, chosen)
+    found = Found(chosen.device)
+    run_rows(work, [row for name in names for row in reported_rows(found, name)], chosen)
 
 
 def draw(work: Path, names: list[str]) -> None:
@@ -226,13 +239,16 @@ def main() -> None:
     )
     parser.add_argument("--report", action="store_true", help="write the report of what is there, run nothing")
     chosen = parser.parse_args()
-    if unknown := sorted(set(chosen.rows) - ROWS.keys()):
-        parser.error(f"ROW is {', '.join(unknown)}, expected some of: {', '.join(ROWS)}")
+    known = [row.name for row in ROWS.values() if not chosen.places or row.has_own_tokens]
+    if unknown := sorted(set(chosen.rows) - set(known)):
+        parser.error(f"ROW is {', '.join(unknown)}, expected some of: {', '.join(known)}")
     environment.enter("benchmarks.alignment")
-    from benchmarks.alignment_figures import Found
-    from benchmarks.alignment_places import development_rows, reported_rows
+    import torch
+
     from benchmarks.alignment_report import write_report
 
+    if chosen.device != CPU and not torch.cuda.is_available():
+        parser.error(f"--device is {chosen.device}, but PyTorch finds no such device here, expected {CPU}")
     everything = list(ROWS) if chosen.everything else MAIN_ROWS
     names = chosen.rows or ([SOFTREPA] if chosen.places else everything)
     work = chosen.state.absolute() / chosen.device
@@ -242,9 +258,7 @@ def main() -> None:
         return
     try:
         if chosen.places and not chosen.report:
-            run_rows(work, [row for name in names for row in development_rows(name)], chosen)
-            found = Found(chosen.device)
-            run_rows(work, [row for name in names for row in reported_rows(found, name)], chosen)
+            run_places(work, names, chosen)
         elif not chosen.report:
             run_rows(work, [ROWS[name] for name in names], chosen)
     finally:

@@ -8,24 +8,25 @@ import numpy as np
 import torch
 
 from benchmarks.alignment_rows import CPU, ROWS, Row, result_path
-from softrepa.statistics import two_way_interval
+from benchmarks.smallworld.checker import UNCLEAR
+from softrepa.statistics import CONFIDENCE, two_way_interval
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of each picture (or one of a whole run), found in a result by `of`."""
+    """A figure of each picture (or one of a whole run), found in a result by `of`; earlier ones do not have all."""
 
     title: str
     of: tuple[str, ...]
     percent: bool = True
 
-    def values(self, result: dict) -> list[float]:
-        found = result[self.of[0]]
+    def values(self, result: dict) -> list[float] | None:
+        found = (result | derived(result)).get(self.of[0])
         if self.of[0] == "right" and len(self.of) == 1:
             return [value for category in found.values() for value in category]
         for part in self.of[1:]:
             found = found[part]
-        return found if isinstance(found, list) else [found]
+        return [found] if isinstance(found, int | float) else found
 
     def text(self, value: float, signed: bool = False) -> str:
         if self.percent:
@@ -33,8 +34,25 @@ class Measure:
         return f"{value:+.4f}" if signed else f"{value:.4f}"
 
 
+def derived(result: dict) -> dict:
+    """What follows from a result's figures, where it has them."""
+    made = {}
+    if "surplus" in result:
+        made["too_many"] = [float(number > 0) for number in result["surplus"]]
+        made["too_few"] = [float(number < 0) for number in result["surplus"]]
+    if "margin" in result:
+        made["unclear"] = [float(margin < UNCLEAR) for margin in result["margin"]]
+        right = [value for category in result["right"].values() for value in category]
+        made["clearly_right"] = [value * (1 - unclear) for value, unclear in zip(right, made["unclear"], strict=True)]
+    return made
+
+
 ALL_RIGHT = Measure("prompts drawn right", ("right",))
 COUNTED = Measure("counting prompts", ("right", "counting"))
+TOO_MANY = Measure("counting: too many", ("too_many",))
+TOO_FEW = Measure("counting: too few", ("too_few",))
+CLEARLY_RIGHT = Measure("prompts clearly drawn right", ("clearly_right",))
+UNCLEAR_ONES = Measure("unclear verdicts", ("unclear",))
 RETRIEVAL = Measure("retrieval among 4 captions", ("retrieval",))
 HARD_RETRIEVAL = Measure("retrieval beside captions wrong by a fact", ("hard_retrieval",))
 LOSS = Measure("contrastive loss", ("loss",), percent=False)
@@ -44,7 +62,7 @@ CLEAN = Measure("things drawn cleanly", ("clean",))
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two rows on the same prompts and noise: the mean and half the width of its 95% interval.
+    """Of two rows on the same prompts and noise: the mean and half the width of its interval.
 
     That is infinite where one seed says nothing of others.
     """
@@ -60,7 +78,7 @@ Figures = dict[int | None, list[float]]
 """By seed and picture; of a model without seeds under None."""
 
 
-def difference(ones: Figures, others: Figures) -> Difference | None:
+def difference(ones: Figures, others: Figures, confidence: float = CONFIDENCE) -> Difference | None:
     """Of two models on the same pictures, by seeds that both have; one without seeds stands against every seed.
 
     Seeds of training and pictures are both drawn at random.
@@ -71,7 +89,7 @@ def difference(ones: Figures, others: Figures) -> Difference | None:
     cells = np.array(
         [np.subtract(*(rows[None if None in rows else seed] for rows in (ones, others))) for seed in seeds], dtype=float
     )
-    return Difference(*two_way_interval(torch.from_numpy(cells[:, ~np.isnan(cells).any(0)])))
+    return Difference(*two_way_interval(torch.from_numpy(cells[:, ~np.isnan(cells).any(0)]), confidence))
 
 
 @dataclass
@@ -92,19 +110,25 @@ class Found:
         return self.results[row.name]
 
     def values(self, row: str | Row, measure: Measure) -> Figures:
-        return {seed: measure.values(result) for seed, result in self.of(row).items()}
+        values = {seed: measure.values(result) for seed, result in self.of(row).items()}
+        return {seed: figures for seed, figures in values.items() if figures is not None}
 
     def mean(self, row: str | Row, measure: Measure) -> float:
         """Over runs and pictures; NaN where nothing was measured."""
         values = list(self.values(row, measure).values())
         return float(np.nanmean(values)) if values else math.nan
 
-    def change(self, row: str | Row, other: str | Row, measure: Measure) -> Difference | None:
-        return difference(self.values(row, measure), self.values(other, measure))
+    def change(
+        self, row: str | Row, other: str | Row, measure: Measure, confidence: float = CONFIDENCE
+    ) -> Difference | None:
+        return difference(self.values(row, measure), self.values(other, measure), confidence)
 
-
-def figure(mean: float, measure: Measure) -> str:
-    return "" if math.isnan(mean) else measure.text(mean)
+    def said(self, row: str | Row, measure: Measure) -> str:
+        """The mean in words, or why there is none."""
+        if not self.of(row):
+            return "not run"
+        mean = self.mean(row, measure)
+        return "not recorded" if math.isnan(mean) else measure.text(mean)
 
 
 def shown(change: Difference | None, measure: Measure) -> str:

@@ -7,17 +7,21 @@ from pathlib import Path
 from benchmarks.alignment_figures import (
     ALL_RIGHT,
     CLEAN,
+    CLEARLY_RIGHT,
     COUNTED,
     DISTANCE,
     HARD_RETRIEVAL,
     LOSS,
     RETRIEVAL,
+    TOO_FEW,
+    TOO_MANY,
+    UNCLEAR_ONES,
     Found,
     Measure,
-    figure,
     shown,
     table,
 )
+from benchmarks.alignment_places_report import places_section
 from benchmarks.alignment_rows import (
     BASELINE,
     CFG,
@@ -39,11 +43,16 @@ from benchmarks.alignment_rows import (
     TESTS,
     Row,
 )
+from benchmarks.smallworld.checker import UNCLEAR
 from softrepa.smallworld.world import CATEGORIES
 
 MEASURES = (
     ALL_RIGHT,
+    CLEARLY_RIGHT,
     *(Measure(f"- {name.replace('_', ' ')}", ("right", name)) for name in CATEGORIES),
+    TOO_MANY,
+    TOO_FEW,
+    UNCLEAR_ONES,
     *(Measure(f"facts: {name.replace('_', ' ')}", ("facts", name)) for name in CATEGORIES),
     RETRIEVAL,
     HARD_RETRIEVAL,
@@ -60,7 +69,7 @@ NOTES = {
 SHORT = {
     EVERYTHING: (ALL_RIGHT, COUNTED, RETRIEVAL, HARD_RETRIEVAL, CLEAN, DISTANCE),
     GUIDANCE: (ALL_RIGHT, COUNTED, CLEAN, DISTANCE),
-    COUNTING: (COUNTED, CLEAN, DISTANCE),
+    COUNTING: (COUNTED, TOO_MANY, TOO_FEW, CLEAN, DISTANCE),
 }
 """Measures of a row in a table of many, by its test."""
 ELSEWHERE = (
@@ -90,7 +99,9 @@ can be held out; the model itself was trained on everything). {PROMPTS} prompts 
 {CFG:g} and read by the checker; retrieval and loss are of {measured} held-out pictures, and of {HARD} beside captions
 that are wrong by one fact, with the same noise for all. Differences are in points for shares, with 95% intervals over
 seeds and pictures, of the distance over seeds only; **bold** where 0 is outside. There is no correction for the number
-of figures: of 20 differences that are nothing, one will be bold.""",
+of figures: of 20 differences that are nothing, one will be bold. A verdict is unclear where a change of one thing's
+overlap with an outline by less than {UNCLEAR} would turn it (of drawn scenes none is). Where a run is older than a
+figure, that is "not recorded".""",
         "",
         f"## {MAIN}",
         "",
@@ -99,10 +110,7 @@ of figures: of 20 differences that are nothing, one will be bold.""",
     head = ["", *(f"{name} ({len(found.of(name))} runs)" for name in (BASELINE, SOFTREPA, CONTROL))]
     rows = []
     for title, measure, form in (*((measure.title, measure, "{}") for measure in MEASURES), *ELSEWHERE):
-        means = (
-            figure(found.mean(form.format(name), measure), measure) or "not run"
-            for name in (BASELINE, SOFTREPA, CONTROL)
-        )
+        means = (found.said(form.format(name), measure) for name in (BASELINE, SOFTREPA, CONTROL))
         changes = (found.change(*map(form.format, pair), measure) for pair in versus)
         rows.append([title, *means, *(shown(change, measure) for change in changes)])
     lines += table([*head, *(f"{one} - {other}" for one, other in versus)], rows)
@@ -113,7 +121,7 @@ of figures: of 20 differences that are nothing, one will be bold.""",
         lines += [f"## {part}", "", text, "", *part_table(found, part)]
         if part == OPTIONS:
             lines += ["Differences from SoftREPA, of runs with the same seeds:", "", *against_softrepa(found)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *places_section()])
 
 
 def part_table(found: Found, part: str) -> list[str]:
@@ -125,12 +133,14 @@ def part_table(found: Found, part: str) -> list[str]:
     measures = SHORT[test]
     lines = []
     for row in rows:
-        results = found.of(row.name)
-        if row.training is None:
-            cells = [figure(found.mean(row.name, measure), measure) for measure in measures]
+        runs = len(found.of(row))
+        if not runs:
+            cells = [""] * len(measures)
+        elif row.training is None:
+            cells = [found.said(row, measure) for measure in measures]
         else:
-            cells = [shown(found.change(row.name, plain_like(row), measure), measure) for measure in measures]
-        lines.append([row.name, str(len(results)) if results else "not run", *cells])
+            cells = [change_from_plain(found, row, measure) for measure in measures]
+        lines.append([row.name, str(runs or "not run"), *cells])
     return table(["row", "runs", *(measure.title for measure in measures)], lines)
 
 
@@ -146,6 +156,12 @@ def against_softrepa(found: Found) -> list[str]:
             cells.append(shown(change, measure))
         lines.append([option, *cells])
     return table(["row", *(title for title, _, _ in measures)], lines)
+
+
+def change_from_plain(found: Found, row: Row, measure: Measure) -> str:
+    if not found.values(row, measure):
+        return "not recorded"
+    return shown(found.change(row, plain_like(row), measure), measure)
 
 
 def plain_like(row: Row) -> str:

@@ -71,6 +71,10 @@ class Row:
     placing: Placing = Placing()
     first_seed: int = 0
 
+    @property
+    def has_own_tokens(self) -> bool:
+        return self.training is not None and not self.like
+
     def jobs(self, device: str = CPU) -> list["Job"]:
         runs = range(self.seeds if self.training is not None else 1)
         return [Job(self, self.first_seed + run, device) for run in runs]

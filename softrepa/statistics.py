@@ -92,8 +92,8 @@ def mean_interval(values: Tensor) -> tuple[float, float, float]:
     return float(values.mean()), half, deviation
 
 
-def two_way_interval(cells: Tensor) -> tuple[float, float]:
-    """Mean of (runs, pictures) cells and half its 95% interval, where both runs and pictures are drawn at random.
+def two_way_interval(cells: Tensor, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Mean of (runs, pictures) cells and half its interval, where both runs and pictures are drawn at random.
 
     The variance of the mean is that of a two-way layout with one figure a cell, (MS_runs + MS_pictures - MS_rest) / n,
     with Satterthwaite's degrees of freedom. One run says nothing of others.
@@ -110,7 +110,7 @@ def two_way_interval(cells: Tensor) -> tuple[float, float]:
     total = max(sum(sign * square for sign, square, _ in terms), *(square for sign, square, _ in terms if sign > 0))
     spread = sum(square**2 / free for _, square, free in terms)
     degrees = max(total**2 / spread, runs - 1) if spread else runs - 1
-    return float(mean), t_quantile((1 + CONFIDENCE) / 2, degrees) * math.sqrt(total / cells.numel())
+    return float(mean), t_quantile((1 + confidence) / 2, degrees) * math.sqrt(total / cells.numel())
 
 
 @cache

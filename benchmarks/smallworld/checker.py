@@ -4,7 +4,8 @@ The verdicts follow GenEval: an object is present, a count is exact, a relation 
 classes, an attribute sits on the right class. Nothing here uses the scene that was asked for. Numpy only.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,19 +13,23 @@ from softrepa.smallworld.world import COLOURS, IMAGE_SIZE, SHAPES, Group, Spec, 
 
 SMALLEST_AREA = 40  # pixels; the smallest things drawn, small triangles and diamonds, cover 130
 LEAST_OVERLAP = 0.65  # with the best shape's outline, as intersection over union
+UNCLEAR = 0.05  # where a change of one overlap by less would turn a verdict
 COLOUR_REACH = 0.30  # how far, in RGB, a thing's median colour may be from the palette's
 
 
 @dataclass(frozen=True)
 class Found:
-    """One connected patch of foreground. `shape` or `colour` is None when nothing in the world looks like it."""
+    """One connected patch of foreground. `shape` or `colour` is None when nothing in the world looks like it.
+
+    overlaps: with each shape's outline.
+    """
 
     shape: str | None
     colour: str | None
     size: str
     x: float
     y: float
-    overlap: float
+    overlaps: dict[str, float]
 
 
 def _outlines() -> dict[str, tuple[np.ndarray, tuple[float, float, float, float]]]:
@@ -71,7 +76,7 @@ def find(image: np.ndarray) -> list[Found]:
             continue
         rows, columns = np.flatnonzero(patch.any(1)), np.flatnonzero(patch.any(0))
         crop = patch[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        overlaps = {shape: _overlap(crop, outline) for shape, outline in _OUTLINES.items()}
+        overlaps = {shape: float(_overlap(crop, outline)) for shape, outline in _OUTLINES.items()}
         shape = max(overlaps, key=overlaps.get)
         distance = np.linalg.norm(palette - np.median(image[patch], axis=0), axis=1)
         nearest = int(distance.argmin())
@@ -81,7 +86,7 @@ def find(image: np.ndarray) -> list[Found]:
             "large" if max(crop.shape) > 20 else "small",
             float(columns[0] + columns[-1] + 1) / 2,
             float(rows[0] + rows[-1] + 1) / 2,
-            float(overlaps[shape]),
+            overlaps,
         )))  # fmt: skip
     return [thing for _, thing in sorted(found, key=lambda entry: -entry[0])]
 
@@ -116,7 +121,7 @@ def facts(found: list[Found], spec: Spec) -> dict[str, bool]:
     of_shape = {group.shape: [thing for thing in found if thing.shape == group.shape] for group in spec.groups}
     verdict["two_objects" if several else "single_object"] = all(of_shape.values())
     if any(group.count > 1 for group in spec.groups):
-        verdict["counting"] = all(len(of_shape[group.shape]) == group.count for group in spec.groups)
+        verdict["counting"] = not any(surplus(found, spec))
     if any(group.colour for group in spec.groups):
         verdict["colour_attribution" if several else "colours"] = all(
             sum(group.colour in (None, thing.colour) for thing in of_shape[group.shape]) >= group.count
@@ -131,6 +136,35 @@ def facts(found: list[Found], spec: Spec) -> dict[str, bool]:
         first, second = ([t for t in found if _matches(t, group)] for group in spec.groups[:2])
         verdict["position"] = any(holds(spec.relation, a, b) for a in first for b in second)
     return verdict
+
+
+def surplus(found: list[Found], spec: Spec) -> list[int]:
+    """How many things more than asked there are of each group's shape, below 0 where there are fewer."""
+    return [sum(thing.shape == group.shape for thing in found) - group.count for group in spec.groups]
+
+
+def margin(found: list[Found], spec: Spec) -> float:
+    """How near the verdict is to the other one: by how much one overlap would have to change, 1 where none would do.
+
+    It says what a half-drawn thing is worth; colours, sizes and places of things are taken as they are read.
+    """
+    verdict = all(facts(found, spec).values())
+    others = (
+        (change, [*found[:index], replace(thing, shape=shape), *found[index + 1 :]])
+        for index, thing in enumerate(found)
+        for shape, change in _other_readings(thing)
+    )
+    return min((change for change, things in others if all(facts(things, spec).values()) != verdict), default=1.0)
+
+
+def _other_readings(thing: Found) -> Iterator[tuple[str | None, float]]:
+    """What else a thing may be taken for, and by how much an overlap would have to change for that."""
+    best = max(thing.overlaps.values())
+    for shape, overlap in thing.overlaps.items():
+        if shape != thing.shape:
+            yield shape, max(best, LEAST_OVERLAP) - overlap
+    if thing.shape is not None:
+        yield None, best - LEAST_OVERLAP
 
 
 def correct(image: np.ndarray, spec: Spec) -> bool:

@@ -71,6 +71,7 @@ class StockModel:
             flux.write_checkpoint(folder / flux.CHECKPOINT_NAME)
             self.model, _, self.vae = nodes.CheckpointLoaderSimple().load_checkpoint(flux.CHECKPOINT_NAME)
         self.negative = self.encode("")
+        self._encoded: dict = {}  # a study draws the same prompts again and again
 
     @torch.inference_mode()
     def encode(self, text: str):
@@ -78,7 +79,8 @@ class StockModel:
 
     def encode_all(self, texts: list[str]):
         """A conditioning with a text for each picture of a batch."""
-        parts = [self.encode(text)[0] for text in texts]
+        self._encoded |= {text: self.encode(text) for text in texts if text not in self._encoded}
+        parts = [self._encoded[text][0] for text in texts]
         pooled = torch.cat([extra["pooled_output"] for _, extra in parts])
         return [[torch.cat([context for context, _ in parts]), {"pooled_output": pooled}]]
 

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import alignment_places, alignment_rows
-from benchmarks.alignment_figures import Found, difference
+from benchmarks.alignment_figures import Found, derived, difference
 from benchmarks.alignment_places import GUIDANCES, placings
+from benchmarks.alignment_places_report import places_section
 from benchmarks.alignment_report import CATEGORIES, plot, report
 from benchmarks.alignment_rows import BASELINE, CONTROL, ROWS, SOFTREPA, Job
 from benchmarks.smallworld import study
@@ -97,7 +98,9 @@ def write(job: Job, shift: float) -> None:
     by_category = {name: figures(4) for name in CATEGORIES}
     facts = {name: [*figures(20), *[float("nan")] * 4] for name in CATEGORIES}
     single = {name: figures(24) for name in ("clean", "loss", "retrieval", "hard_retrieval")}
-    result = {"right": by_category, "facts": facts, "distance": shift, **single}
+    single |= {"surplus": [rng.choice((-1, 0, 1)) for _ in range(4)], "margin": figures(24)}
+    made = {"device": job.device, "torch": "made-up"}
+    result = {"right": by_category, "facts": facts, "distance": shift, "made": made, **single}
     alignment_rows.result_path(job).write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -121,7 +124,7 @@ def test_the_report(tmp_path, monkeypatch):
 
 def test_kept_results_are_of_rows_that_are_there():
     """What was measured is found again: the names of its files are what they were."""
-    trained = [row.name for row in ROWS.values() if row.training is not None and not row.like]
+    trained = [row.name for row in ROWS.values() if row.has_own_tokens]
     rows = [*ROWS.values(), *(row for name in trained for row in places_rows(name))]
     known = {job.key for row in rows for device in alignment_rows.DEVICES for job in row.jobs(device)}
     assert {path.stem for path in alignment_rows.RESULTS.glob("*.json")} <= known
@@ -158,3 +161,51 @@ def test_the_best_of_each_guidance_is_reported(tmp_path, monkeypatch):
     seeds = {job.seed for row in rows for job in row.jobs()}
     assert not seeds & {job.seed for job in best.jobs()}
     assert not alignment_places.reported_rows(Found("cuda"), SOFTREPA)
+
+
+def test_the_report_of_the_places(tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment_rows, "RESULTS", tmp_path)
+    rows = [row for row in alignment_places.development_rows(SOFTREPA) if row.cfg == 2]
+    for row in rows:
+        for job in row.jobs():
+            write(job, 0.3 if row is rows[5] else 0.0)
+    (line,) = (line for line in places_section() if "chosen |" in line)
+    assert line.startswith(f"| {rows[5].placing.title} | not run | not run | not run | +")
+    for row in alignment_places.reported_rows(Found(), SOFTREPA):
+        for job in row.jobs():
+            write(job, 0.5 if row.training is not None else 0.0)
+    for job in rows[5].jobs("cuda"):
+        write(job, 0.0)
+    lines = places_section()
+    (line,) = (line for line in lines if line.startswith(f"| 2 | {rows[5].placing.title} | 5 |"))
+    assert line.count("**") == 2  # what is corrected, and nothing else
+    assert sum(line.startswith("| 1 | not chosen yet | not run |") for line in lines) == 2
+    assert [line[4:] for line in lines if line.startswith("### ")] == [
+        f"{SOFTREPA}, drawn on {device} by PyTorch made-up" for device in alignment_rows.DEVICES
+    ]
+
+
+def test_what_earlier_results_lack_is_not_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment_rows, "RESULTS", tmp_path)
+    for job in ROWS[BASELINE].jobs() + ROWS[SOFTREPA].jobs()[:2]:
+        write(job, 0.0)
+    lines = {line.split(" | ")[0][2:]: line for line in report(Found()).splitlines() if line.startswith("| ")}
+    assert "not recorded" not in lines["counting: too many"]
+    for job in ROWS[SOFTREPA].jobs()[:2]:
+        path = alignment_rows.result_path(job)
+        result = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({name: result[name] for name in result if name != "surplus"}), encoding="utf-8")
+    lines = {line.split(" | ")[0][2:]: line for line in report(Found()).splitlines() if line.startswith("| ")}
+    assert lines["counting: too many"].split(" | ")[2:4] == ["not recorded", "not run"]
+    assert "not recorded" not in lines["unclear verdicts"]
+
+
+def test_figures_that_follow_from_a_result():
+    result = {"surplus": [2, 0, -1], "margin": [0.01, 0.2, 1], "right": {"counting": [1, 1, 0]}}
+    assert derived(result) == {
+        "too_many": [1, 0, 0],
+        "too_few": [0, 0, 1],
+        "unclear": [1, 0, 0],
+        "clearly_right": [0, 1, 0],
+    }
+    assert derived({}) == {}

@@ -114,6 +114,45 @@ def test_noise_and_empty_pictures():
     assert not [found for found in checker.find(noise) if found.shape and found.colour]
 
 
+def test_how_many_too_many_or_too_few():
+    three = checker.find(picture(*(("diamond", "green", "small", x, 48) for x in (16, 48, 80))))
+    assert [checker.surplus(three, Spec((Group("diamond", count),))) for count in (2, 3, 4)] == [[1], [0], [-1]]
+    assert checker.surplus(three, Spec((Group("diamond"), Group("cross", 2)))) == [2, -2]
+
+
+def half_drawn(rows: int):
+    """A large diamond without its lowest rows."""
+    image = picture(("diamond", "red", "large", 48, 48))
+    last = np.flatnonzero((image.min(-1) < 0.55).any(1))[-1]
+    image[last - rows + 1 : last + 1] = image[0, 0]
+    return checker.find(image)
+
+
+def test_the_margin_of_what_is_half_drawn():
+    """Where one row of pixels turns the verdict, the verdicts on both sides are near each other."""
+    spec = Spec((Group("diamond"),))
+    found = [half_drawn(rows) for rows in range(14)]
+    right = [all(checker.facts(things, spec).values()) for things in found]
+    margins = [checker.margin(things, spec) for things in found]
+    turn = right.index(False)
+    assert right == [True] * turn + [False] * (14 - turn)
+    assert max(margins[turn - 1 : turn + 1]) < 0.06 < min(margins[0], margins[-1])
+
+
+def test_the_margin_of_what_is_drawn_whole():
+    rng = np.random.default_rng(5)
+    for number in range(60):
+        spec = world.random_spec(rng, world.CATEGORIES[number % 6])
+        assert checker.margin(checker.find(world.draw(world.random_scene(rng, spec))), spec) > checker.UNCLEAR
+
+
+def test_a_thing_that_decides_nothing_has_no_margin():
+    circle, blot = checker.find(RED_CIRCLE_LEFT_OF_BLUE_SQUARE)[0], half_drawn(7)[0]
+    spec = Spec((Group(str(circle.shape)),))
+    assert checker.margin([circle, circle, blot], spec) == 1  # neither of two circles alone turns the verdict
+    assert checker.margin([circle], spec) < 0.4
+
+
 def test_checker_says_which_picture_size_it_reads():
     with pytest.raises(ValueError, match=r"expected a picture of shape \(96, 96, 3\), got \(64, 64, 3\)"):
         checker.find(np.zeros((64, 64, 3), np.float32))
