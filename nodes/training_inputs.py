@@ -69,7 +69,8 @@ def training_inputs() -> dict[str, io.Input]:
             "objective",
             "contrastive: the paper's. agsm: its successor's score matching with two banks, about one and a half times "
             "the work. denoising: no contrast at all, to see what the contrast adds. guidance: what the model predicts "
-            "at guidance_scale, so that guidance 1 with tokens comes nearer to it.",
+            "at guidance_scale, so that guidance 1 with tokens comes nearer to it. guided contrast: the paper's, on "
+            "predictions at guidance_scale.",
             options=list(OBJECTIVES),
             **ADVANCED,
         ),
@@ -99,7 +100,8 @@ def training_inputs() -> dict[str, io.Input]:
         ),
         widget(
             "guidance_scale",
-            "The guidance whose predictions are learned, of objective guidance: the cfg that suits the model.",
+            "The guidance whose predictions objective guidance learns and guided contrast compares: the cfg that suits "
+            "the model.",
             min=1.0,
             max=100.0,
             step=0.5,

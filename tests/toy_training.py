@@ -14,6 +14,10 @@ class ToyPairs:
     def __init__(self):
         self.seen = []
 
+    def moved(self, rows):
+        """What the rows add to a prediction."""
+        return rows.mean(dim=(0, 1))
+
     def embed(self, rows):
         return rows
 
@@ -32,7 +36,7 @@ class ToyPairs:
                 if not batch.compared[i, j]:
                     continue
                 leaf = rows.clone().requires_grad_()
-                error = (x.flatten()[:WIDTH] - cond["cross_attn"] - leaf.mean(dim=(0, 1))).square().mean()
+                error = (x.flatten()[:WIDTH] - cond["cross_attn"] - self.moved(leaf)).square().mean()
                 gradients += torch.autograd.grad(error, leaf)
                 errors[i, j] = error.detach()
         return errors, torch.stack(gradients) if gradients else rows.new_zeros(0, *rows.shape)
@@ -43,6 +47,20 @@ class ToyPairs:
     def weighted_gradient(self, rows, batch, weights, micro_batch):
         gradients = self.gradients(rows, batch, micro_batch)[1]
         return torch.einsum("p,p...->...", weights[batch.compared].to(gradients), gradients)
+
+    def gradients_and_predictions(self, rows, batch, micro_batch):
+        places = batch.compared.nonzero().tolist()
+        seen = [(batch.conds[j]["cross_attn"] + self.moved(rows)).view_as(batch.latents[0]) for _, j in places]
+        none = rows.new_zeros(0, *batch.latents[0].shape)
+        return *self.gradients(rows, batch, micro_batch), torch.stack(seen) if seen else none
+
+    def unconditional(self, rows, batch, empty, micro_batch):
+        seen = (empty["cross_attn"] + self.moved(rows)).view_as(batch.latents[0])
+        return seen * batch.compared.any(dim=1).view(-1, 1, 1, 1), batch.latents
+
+    def through_unconditional(self, rows, batch, empty, pulls, micro_batch):
+        leaf = rows.clone().requires_grad_()
+        return torch.autograd.grad((self.moved(leaf) * pulls.sum(dim=0).flatten()).sum(), leaf)[0].double()
 
     def regression(self, aims, banks, teacher, batch, weights, micro_batch):
         """Each pair pulls its bank, the first to 1, the second to -1."""

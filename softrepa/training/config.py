@@ -8,27 +8,29 @@ from ..errors import SoftREPAError, shown
 from ..numbers import ABOVE_0, FROM_0, SHARE_BELOW_1, at_least, check_number
 from . import agsm, loss, optimizers
 
-OBJECTIVES = ("contrastive", "denoising", "agsm", "guidance")
-"""The paper's; its plain denoising loss alone, to see what the contrast adds; its successor's (`agsm.py`); and what the
-model itself predicts at a guidance (`pairs.guided`)."""
+OBJECTIVES = ("contrastive", "denoising", "agsm", "guidance", "guided contrast")
+"""The paper's; its plain denoising loss alone, to see what the contrast adds; its successor's (`agsm.py`); what the
+model itself predicts at a guidance (`Pairs.guided`); and the paper's on guided predictions (`pairs.Guided`)."""
+CONTRASTIVE = ("contrastive", "guided contrast")
+"""Objectives that are the paper's loss on a matrix of errors."""
 
 TEMPERATURE_MODES = ("fixed", "relative")
 LEAST_RELATIVE = 0.2
 """Below it exp(-e / tau) vanishes again: 1 / 0.2 is e / tau of a mean error."""
 
 USED_BY = {
-    "denoising_weight": ("contrastive",),
-    "temperature": ("contrastive",),
-    "temperature_mode": ("contrastive",),
-    "logit_scale": ("contrastive",),
-    "symmetric": ("contrastive",),
-    "hard_negatives": ("contrastive", "agsm"),
-    "negatives": ("contrastive", "agsm"),
+    "denoising_weight": CONTRASTIVE,
+    "temperature": CONTRASTIVE,
+    "temperature_mode": CONTRASTIVE,
+    "logit_scale": CONTRASTIVE,
+    "symmetric": CONTRASTIVE,
+    "hard_negatives": (*CONTRASTIVE, "agsm"),
+    "negatives": (*CONTRASTIVE, "agsm"),
     "agsm_temperature": ("agsm",),
     "positive_guidance": ("agsm",),
     "negative_guidance": ("agsm",),
     "teacher_decay": ("agsm",),
-    "guidance_scale": ("guidance",),
+    "guidance_scale": ("guidance", "guided contrast"),
 }
 """Settings that not every objective has."""
 
@@ -39,7 +41,7 @@ class Settings:
 
     What is neither the paper's nor AGSM's: `temperature_mode` and `symmetric` (`loss.contrastive_loss`), and
     `hard_negatives`, up to how many captions wrong by two swapped words each image is compared with as well.
-    `guidance_scale` is that of the predictions that the objective "guidance" learns.
+    `guidance_scale` is that of the predictions that objective "guidance" learns and "guided contrast" compares.
     `negatives`: how many captions of other images each image is compared with; 0 are all the others of its batch. More
     than those are drawn from the dataset.
     """

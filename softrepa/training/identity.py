@@ -8,7 +8,7 @@ from dataclasses import asdict
 from ..data.dataset import Dataset
 from ..families import format_blocks
 from ..tokens import SoftTokens
-from .config import TrainingConfig
+from .config import USED_BY, TrainingConfig
 from .inputs import TrainingInputs
 
 
@@ -33,7 +33,8 @@ def run_identity(
     """
     settings = asdict(config)
     del settings["steps"]
-    for name, is_used in (("negatives", config.negatives), ("guidance_scale", config.objective == "guidance")):
+    has_guidance = config.objective in USED_BY["guidance_scale"]
+    for name, is_used in (("negatives", config.negatives), ("guidance_scale", has_guidance)):
         if not is_used:
             del settings[name]  # checkpoints of earlier versions do not know it
     return settings | {

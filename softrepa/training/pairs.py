@@ -60,6 +60,10 @@ class StepBatch:
         """The same images and captions, and of the pairs these."""
         return replace(self, compared=compared)
 
+    def under(self, cond: Cond) -> "StepBatch":
+        """The images that are compared with anything, each under this caption alone."""
+        return replace(self, conds=[cond], compared=self.compared.any(dim=1, keepdim=True))
+
 
 class Pairs(Protocol):
     """The frozen model on image-caption pairs, `micro_batch` of them at once (`softrepa/comfy/training/pairs.py`).
@@ -75,6 +79,22 @@ class Pairs(Protocol):
 
     def weighted_gradient(self, rows: Rows, batch: StepBatch, weights: Tensor, micro_batch: int) -> Tensor:
         """Sum of the pairs' gradients times `weights` (B, J), (L, m, hidden width)."""
+
+    def gradients_and_predictions(
+        self, rows: Rows, batch: StepBatch, micro_batch: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `gradients`, and what the model predicts of each compared pair, (P, C, H, W) float32 on the CPU."""
+
+    def unconditional(self, rows: Rows, batch: StepBatch, empty: Cond, micro_batch: int) -> tuple[Tensor, Tensor]:
+        """What the model with the rows predicts of each image under `empty`, and its target; (B, C, H, W), on the CPU.
+
+        The prediction is 0 where an image is compared with nothing.
+        """
+
+    def through_unconditional(
+        self, rows: Rows, batch: StepBatch, empty: Cond, pulls: Tensor, micro_batch: int
+    ) -> Tensor:
+        """The gradient by the rows of these predictions' products with `pulls` (B, C, H, W), (L, m, hidden width)."""
 
     def regression(
         self, aims: Aims, banks: Tensor, teacher: Tensor, batch: StepBatch, weights: Tensor, micro_batch: int
@@ -93,6 +113,90 @@ class Pairs(Protocol):
     def embed(self, rows: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """Predictions as in sampling with guidance, v_u + scale (v_j - v_u) (arXiv 2207.12598), v_u under `empty`."""
+
+    empty: Cond
+    scale: float
+
+
+class Plain:
+    """Errors of pairs at fixed rows, and gradients of a loss on them."""
+
+    def __init__(self, pairs: Pairs, rows: Rows, micro_batch: int):
+        self.pairs, self.rows, self.micro_batch = pairs, rows, micro_batch
+
+    def kept_bytes(self, batch: StepBatch) -> int:
+        """Of a pair, until the weights of its loss are known."""
+        return 4 * self.rows.numel()
+
+    def errors(self, batch: StepBatch) -> Tensor:
+        """(B, J)."""
+        return self.pairs.errors(self.rows, batch, self.micro_batch)
+
+    def gradients(self, batch: StepBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Errors (B, J), and what gives the loss's gradient for its weights (B, J), (L, m, hidden width)."""
+        errors, gradients = self.pairs.gradients(self.rows, batch, self.micro_batch)
+        return errors, lambda weights: weighted_sum(weights[batch.compared], gradients)
+
+    def weighted_gradient(self, batch: StepBatch, weights: Tensor, most: int) -> Tensor:
+        """The loss's gradient for its weights (B, J), while at most `most` pairs are kept."""
+        return self.pairs.weighted_gradient(self.rows, batch, weights, self.micro_batch)
+
+
+class Guided(Plain):
+    """The same of guided predictions; the rows act on both halves, as in sampling.
+
+    An error is that of v_u + s (v_j - v_u) - target = s (v_j - aim) =: r_j with aim = v_u + (target - v_u) / s, so s^2
+    times that of v_j beside the aim, and so is its gradient through v_j. The gradient through v_u is one for all
+    captions of an image: v_u is pulled by (1 - s) sum_j W_j 2 r_j / N, of N = C H W numbers.
+    """
+
+    def __init__(self, pairs: Pairs, rows: Rows, micro_batch: int, guidance: Guidance):
+        super().__init__(pairs, rows, micro_batch)
+        self.empty, self.scale = guidance.empty, guidance.scale
+
+    def kept_bytes(self, batch: StepBatch) -> int:
+        return super().kept_bytes(batch) + 4 * batch.latents[0].numel()
+
+    def errors(self, batch: StepBatch) -> Tensor:
+        return self.scale**2 * super().errors(self._aimed(batch))
+
+    def gradients(self, batch: StepBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        batch = self._aimed(batch)
+        errors, gradients, predictions = self.pairs.gradients_and_predictions(self.rows, batch, self.micro_batch)
+        return self.scale**2 * errors, lambda weights: self._through_both(batch, weights, gradients, predictions)
+
+    def weighted_gradient(self, batch: StepBatch, weights: Tensor, most: int) -> Tensor:
+        total = torch.zeros(self.rows.shape, dtype=torch.float64)
+        for part in batch.parts(most):
+            total += self.gradients(part)[1](weights)
+        return total
+
+    def _aimed(self, batch: StepBatch) -> StepBatch:
+        unconditional, targets = self.pairs.unconditional(self.rows, batch, self.empty, self.micro_batch)
+        return replace(batch, targets=unconditional + (targets - unconditional) / self.scale)
+
+    def _through_both(self, batch: StepBatch, weights: Tensor, gradients: Tensor, predictions: Tensor) -> Tensor:
+        assert batch.targets is not None
+        images, _ = batch.compared.nonzero(as_tuple=True)
+        of_pairs = weights[batch.compared]
+        residuals = self.scale * (predictions - batch.targets[images])
+        factors = (1 - self.scale) * 2 / batch.latents[0].numel() * of_pairs.to(residuals)
+        pulls = torch.zeros_like(batch.targets, dtype=residuals.dtype)
+        pulls.index_add_(0, images, torch.einsum("p,p...->p...", factors, residuals))
+        through = self.pairs.through_unconditional(self.rows, batch, self.empty, pulls, self.micro_batch)
+        return self.scale**2 * weighted_sum(of_pairs, gradients) + through
+
+
+def errors_of(pairs: Pairs, rows: Rows, micro_batch: int, guidance: Guidance | None) -> Plain:
+    """Guided or not; at scale 1 guidance is none."""
+    if guidance is None or guidance.scale == 1:
+        return Plain(pairs, rows, micro_batch)
+    return Guided(pairs, rows, micro_batch, guidance)
+
+
 def backward_through_pairs(
     rows: Rows,
     pairs: Pairs,
@@ -103,6 +207,7 @@ def backward_through_pairs(
     most_kept: int = MOST_KEPT,
     *,
     ranks: Ranks = ALONE,
+    guidance: Guidance | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Adds d loss / d parameters to the parameters behind `rows`; returns the loss and the errors (B, J).
 
@@ -111,22 +216,24 @@ def backward_through_pairs(
     own rows of E give (`is_by_row`), that is after each row, so gradients of some rows are kept at a time. Where it is
     not, or a row has more of them than `most_kept` bytes, the errors are computed first, without gradients.
 
-    Of several processes each computes its share of the pairs; all of them know W, and sum the gradients.
+    Of several processes each computes its share of the pairs; all of them know W, and sum the gradients. With
+    `guidance` each predicts what its pairs' images are without a caption, and takes back what its pairs say of it: that
+    gradient is linear in what they say.
     """
     fixed = rows.detach()
-    most = most_kept // (4 * fixed.numel())
+    way = errors_of(pairs, fixed, micro_batch, guidance)
+    most = most_kept // way.kept_bytes(batch)
     parts = batch.parts(most)
     if (is_by_row or len(parts) == 1) and all(part.pairs <= most for part in parts):
         errors, gradient = torch.zeros(batch.compared.shape), torch.zeros(fixed.shape, dtype=torch.float64)
         for part in parts:
-            own = part.only(ranks.pairs(part.compared))
-            found, gradients = pairs.gradients(fixed, own, micro_batch)
+            found, weighted = way.gradients(part.only(ranks.pairs(part.compared)))
             errors = errors.to(found.dtype) + ranks.summed(found.detach())
-            gradient += weighted_sum(loss_weights(errors, objective)[own.compared], gradients)
+            gradient += weighted(loss_weights(errors, objective))
     else:
         own = batch.only(ranks.pairs(batch.compared))
-        errors = ranks.summed(pairs.errors(fixed, own, micro_batch).detach())
-        gradient = pairs.weighted_gradient(fixed, own, loss_weights(errors, objective), micro_batch)
+        errors = ranks.summed(way.errors(own).detach())
+        gradient = way.weighted_gradient(own, loss_weights(errors, objective), most)
     rows.backward(ranks.summed(gradient).to(rows))
     return objective(errors), errors
 

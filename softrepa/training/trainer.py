@@ -16,9 +16,9 @@ from ..errors import SoftREPAError
 from ..families import INIT_STD, Blocks, Family, depth
 from ..tokens import BUCKETS, SoftTokens, bucket
 from . import agsm, loss, optimizers
-from .config import TrainingConfig
+from .config import CONTRASTIVE, TrainingConfig
 from .noising import draw_timestep
-from .pairs import Pairs, Rows, StepBatch, backward_through_pairs
+from .pairs import Guidance, Pairs, Rows, StepBatch, backward_through_pairs
 from .ranks import ALONE, Ranks
 
 ALONE_WITH_ITS_CAPTION = ("denoising", "guidance")
@@ -88,7 +88,7 @@ class Trainer:
         empty: Cond | None = None,
         ranks: Ranks = ALONE,
     ):
-        if config.denoising_weight is None and config.objective == "contrastive":
+        if config.denoising_weight is None and config.objective in CONTRASTIVE:
             config = replace(config, denoising_weight=start.family.recipe.denoising_weight)
         self.config, self.pairs, self.next_batch, self.empty = config, pairs, next_batch, empty
         self.ranks = ranks
@@ -185,7 +185,7 @@ class Trainer:
         else:
             value, errors = self._contrast(batch, micro_batch, len(conds))
         self._check_number("loss", value.item())
-        is_retrieval = config.objective == "contrastive"  # AGSM's captions are not all read with one bank
+        is_retrieval = config.objective in CONTRASTIVE  # AGSM's captions are not all read with one bank
         shared = slice(len(conds))
         accuracy = loss.retrieval_accuracy(errors[:, shared], compared[:, shared]) if is_retrieval else math.nan
         return t, value.item(), accuracy, errors.diagonal().mean().item()
@@ -211,7 +211,16 @@ class Trainer:
             # these look at the whole batch: at its mean error, and at its columns
             is_by_row=config.temperature_mode != "relative" and not config.symmetric,
             ranks=self.ranks,
+            guidance=self.guidance,
         )
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """Of the predictions whose errors are compared."""
+        if self.config.objective != "guided contrast":
+            return None
+        assert self.empty is not None
+        return Guidance(self.empty, self.config.guidance_scale)
 
     def _guided(self, batch: StepBatch, micro_batch: int) -> Tensor:
         """Of the images whose pairs are computed here."""

@@ -14,7 +14,7 @@ from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training import agsm
 from comfyui_softrepa.softrepa.training.loss import comparison, contrastive_loss, denoising_loss
-from comfyui_softrepa.softrepa.training.pairs import StepBatch, backward_through_pairs
+from comfyui_softrepa.softrepa.training.pairs import MOST_KEPT, Guidance, StepBatch, backward_through_pairs
 from comfyui_softrepa.softrepa.training.trainer import TrainableTokens
 from softrepa_tests.golden_step import FAMILIES, TIMESTEP, batch, golden_tokens
 from softrepa_tests.learning import train
@@ -173,11 +173,61 @@ def test_guidance(models, family, micro_batch):
     same_gradients(ours, plain)
 
 
+GUIDED = {
+    "paper": lambda errors, compared: contrastive_loss(errors, 2.0, denoising_weight=10.0, compared=compared),
+    "relative": lambda errors, compared: contrastive_loss(errors, 1.0, 4.0, 0.5, True, True, compared, 3),
+}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+@pytest.mark.parametrize("micro_batch", (1, 100))
+@pytest.mark.parametrize(("name", "most_kept"), [("paper", MOST_KEPT), ("relative", 1)])
+def test_guided_contrast(models, family, micro_batch, name, most_kept):
+    """Errors of guided predictions, with tokens in both halves, by one plain graph."""
+    scale, compared = 2.5, comparison(WRONG)
+    empty = with_wrong_captions(family)[2][5]
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        by_hand = Plain(models[family], family)
+        stack.enter_context(by_hand.network.trainable())
+        plain, ours = TrainableTokens(golden_tokens(family)), TrainableTokens(golden_tokens(family))
+        rows = plain.rows(by_hand.t)
+        matrix = torch.zeros(compared.shape)
+        for i, captions in enumerate(OWN_CAPTIONS):
+            nothing = by_hand.output(i, 5, rows)
+            for j in captions:
+                guided = nothing + scale * (by_hand.output(i, j, rows) - nothing)
+                matrix[i, j] = (guided - by_hand.target[i]).square().mean()
+        loss = GUIDED[name](matrix, compared)
+        loss.backward()
+
+        value, errors = backward_through_pairs(
+            ours.rows(by_hand.t),
+            TrainableNetwork(models[family], ours.blocks),
+            StepBatch(*with_wrong_captions(family), by_hand.t, compared),
+            micro_batch,
+            lambda errors: GUIDED[name](errors, compared),
+            name == "paper",
+            most_kept,
+            guidance=Guidance(empty, scale),
+        )
+    assert abs(value - loss) <= 1e-5 * loss.abs()
+    assert relative_error(errors, matrix.detach()) <= 1e-5
+    same_gradients(ours, plain)
+
+
+def test_a_guided_contrast_at_guidance_1_is_the_contrast(models, token_folder):
+    paper = train(models, "sd15", temperature=2.0)
+    guided = train(models, "sd15", temperature=2.0, objective="guided contrast", guidance_scale=1.0)
+    assert torch.equal(guided[0].tokens, paper[0].tokens)
+    assert guided[1] == paper[1]
+
+
 OTHERS = [
     {"preset": "AGSM", "hard_negatives": 1, "micro_batch": 3},
     {"hard_negatives": 1, "symmetric": True, "temperature_mode": "relative", "temperature": 1.0},
     {"objective": "denoising"},
     {"preset": "guidance", "guidance_scale": 2.0},
+    {"objective": "guided contrast", "guidance_scale": 2.0, "temperature": 2.0, "hard_negatives": 1},
 ]
 
 

@@ -1,9 +1,11 @@
 """The token gradient from pair gradients, however many of these are kept at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comfyui_softrepa.softrepa.training.loss import comparison, contrastive_loss, denoising_loss
-from comfyui_softrepa.softrepa.training.pairs import StepBatch, backward_through_pairs
+from comfyui_softrepa.softrepa.training.pairs import Guidance, StepBatch, backward_through_pairs
 from softrepa_tests.toy_training import WIDTH, ToyPairs
 
 WRONG = (2, 0, 1, 3)
@@ -43,6 +45,13 @@ class Counting(ToyPairs):
         return torch.einsum("p,p...->...", weights[batch.compared], gradients)
 
 
+class Curved(ToyPairs):
+    """Predictions are no line in the rows."""
+
+    def moved(self, rows):
+        return rows.mean(dim=(0, 1)).square()
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize(("kept", "parts"), [(7, [6, 4, 5, 7]), (11, [10, 5, 7]), (100, [22]), (5, None)])
 def test_any_number_of_kept_gradients_gives_the_gradient_of_one_graph(name, kept, parts):
@@ -69,6 +78,34 @@ def test_any_number_of_kept_gradients_gives_the_gradient_of_one_graph(name, kept
         assert (pairs.given, pairs.scored) == (parts, 0)
     else:
         assert (pairs.given, pairs.scored) == ([], 1)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("kept", [1, 7, 22])
+def test_guided_predictions_give_the_gradient_of_one_graph(name, kept):
+    """However many are kept; in float64."""
+    batch, scale = toy_batch(), 3.0
+    doubled = [cond | {"cross_attn": cond["cross_attn"].double()} for cond in batch.conds]
+    batch = replace(batch, latents=batch.latents.double(), conds=doubled)
+    empty = {"name": "", "cross_attn": torch.linspace(-1, 1, WIDTH, dtype=torch.float64)}
+    objective, is_by_row = OBJECTIVES[name][0](batch.compared), OBJECTIVES[name][1]
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(3, 2, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
+    nothing = empty["cross_attn"] + rows.mean(dim=(0, 1)).square()
+    errors = torch.zeros(batch.compared.shape, dtype=torch.float64)
+    for i, j in batch.compared.nonzero().tolist():
+        own = batch.conds[j]["cross_attn"] + rows.mean(dim=(0, 1)).square()
+        errors[i, j] = (nothing + scale * (own - nothing) - batch.latents[i].flatten()).square().mean()
+    plain = objective(errors)
+    (expected,) = torch.autograd.grad(plain, rows)
+
+    ours = rows.detach().clone().requires_grad_()
+    most = kept * 4 * (rows.numel() + batch.latents[0].numel())
+    guidance = Guidance(empty, scale)
+    value, found = backward_through_pairs(ours, Curved(), batch, 2, objective, is_by_row, most, guidance=guidance)
+    assert torch.allclose(value, plain, rtol=1e-12)
+    assert torch.allclose(found, errors, rtol=1e-12)
+    assert torch.allclose(ours.grad, expected, rtol=1e-10, atol=1e-14)
 
 
 def test_parts_are_whole_rows():

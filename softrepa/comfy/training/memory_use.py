@@ -61,6 +61,15 @@ class AdaptivePairs:
     def weighted_gradient(self, rows, batch, weights, micro_batch):
         return self._fitted(self.network.weighted_gradient, (rows,), batch, (weights,), micro_batch)
 
+    def gradients_and_predictions(self, rows, batch, micro_batch):
+        return self._fitted(self.network.gradients_and_predictions, (rows,), batch, (), micro_batch)
+
+    def unconditional(self, rows, batch, empty, micro_batch):
+        return self._fitted(self.network.unconditional, (rows,), batch, (empty,), micro_batch)
+
+    def through_unconditional(self, rows, batch, empty, pulls, micro_batch):
+        return self._fitted(self.network.through_unconditional, (rows,), batch, (empty, pulls), micro_batch)
+
     def regression(self, aims, banks, teacher, batch, weights, micro_batch):
         return self._fitted(partial(regression, self.network), (aims, banks, teacher), batch, (weights,), micro_batch)
 

@@ -140,6 +140,19 @@ class PairNetwork:
                 found[images] = (unconditional + scale * (conditional - unconditional)).cpu()
         return found
 
+    def unconditional(self, rows: Rows, batch: StepBatch, empty: Cond, micro_batch: int) -> tuple[Tensor, Tensor]:
+        """Predictions with `rows` under `empty`, and targets, (B, C, H, W) on the CPU."""
+        images_alone = batch.under(empty)
+        sigma, seen, target, captions = self.prepared(images_alone)
+        found = torch.zeros(seen.shape)
+        with torch.no_grad():
+            for images, texts in captions.runs(micro_batch, images_alone.compared):
+                memory.throw_exception_if_processing_interrupted()
+                own = rows.to(self.device).expand(len(images), *rows.shape)
+                output = self.output(seen[images], sigma, captions.joined(texts, self.device), own)
+                found[images] = output.float().cpu()
+        return found, target
+
     def prepared(self, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor, Captions]:
         """sigma (), x_t and target (B, C, H, W), and the captions; on the CPU, for a batch may be large."""
         latents, noise = (ordinary(tensor).to("cpu", torch.float32) for tensor in (batch.latents, batch.noise))

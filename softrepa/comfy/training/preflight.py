@@ -10,15 +10,15 @@ from comfy.model_patcher import ModelPatcher
 from ...data.batches import variety
 from ...data.dataset import Dataset
 from ...errors import SoftREPAError
-from ...training.config import TrainingConfig
+from ...training.config import CONTRASTIVE, TrainingConfig
 from ...training.inputs import GO_ON, STOP
 from ...training.loss import comparison, denoising_loss
-from ...training.pairs import StepBatch
+from ...training.pairs import StepBatch, errors_of
 from ...training.presets import RELATIVE
 from ..data.checks import check_encodings
 from ..families import ModelShape, model_shape
 from ..models import check_plain
-from .memory_use import first_pairs, memory_line
+from .memory_use import AdaptivePairs, first_pairs, memory_line
 from .session import Parts
 
 VANISHING = 1e-4
@@ -68,8 +68,11 @@ def check_gradients(parts: Parts, notice: Callable[[str, str], None], on_no_cont
                 f"Soft block {layer} gets no gradient, expected one in each: another node replaces its attention."
             )
     config = trainer.config
-    if config.objective != "contrastive":
+    if config.objective not in CONTRASTIVE:
         return
+    if trainer.guidance:
+        # not with `pairs`, which would take this for how many fit at once
+        errors = errors_of(AdaptivePairs(pairs.network), rows, 1, trainer.guidance).errors(first_pairs(whole, 2))
     errors = errors.detach().requires_grad_()
     contrast = trainer.objective(errors) - (config.denoising_weight or 0.0) * denoising_loss(errors)
     slope = torch.autograd.grad(contrast, errors)[0].abs().max().item()

@@ -1,6 +1,8 @@
 """Gradients of pairs' errors by the soft rows, through a MODEL's own frozen network."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 
 import comfy.model_management as memory
@@ -8,6 +10,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...data.dataset import Cond
 from ...errors import SoftREPAError
 from ...families import Blocks
 from ...training.noising import pair_error
@@ -30,6 +33,11 @@ def gradient_of(values: Tensor, leaf: Tensor, scale: float) -> Tensor:
             "expected the model from before that node."
         )
     return gradient / scale
+
+
+def product(output: Tensor, pulls: Tensor) -> Tensor:
+    """Whose gradient by the output are the pulls, (P, C, H, W) -> (P,)."""
+    return (output.float() * pulls).flatten(1).sum(dim=1)
 
 
 def with_foreign_tensors(method):
@@ -73,22 +81,48 @@ class TrainableNetwork(PairNetwork):
 
     @with_foreign_tensors
     def gradients(self, rows: Rows, batch: StepBatch, micro_batch: int) -> tuple[Tensor, Tensor]:
+        return self._gradients(rows, batch, micro_batch)
+
+    @with_foreign_tensors
+    def gradients_and_predictions(
+        self, rows: Rows, batch: StepBatch, micro_batch: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        predictions = torch.empty(batch.pairs, *batch.latents.shape[1:])
+        return *self._gradients(rows, batch, micro_batch, predictions), predictions
+
+    def _gradients(
+        self, rows: Rows, batch: StepBatch, micro_batch: int, predictions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Fills `predictions` where they are given."""
         errors = torch.zeros(batch.compared.shape, device=self.device)
         places = torch.full(errors.shape, -1)
         places[batch.compared] = torch.arange(batch.pairs)
         gradients = torch.empty(batch.pairs, *rows.shape, device=self.device)
         with self.trainable():
-            for images, texts, error, gradient in self._by_pair(rows, batch, micro_batch):
+            for images, texts, output, error, gradient in self._by_pair(rows, batch, micro_batch):
                 errors[images, texts] = error
                 gradients[places[images, texts]] = gradient
+                if predictions is not None:
+                    predictions[places[images, texts]] = output.float().cpu()
         return errors, gradients
 
     @with_foreign_tensors
     def weighted_gradient(self, rows: Rows, batch: StepBatch, weights: Tensor, micro_batch: int) -> Tensor:
         total = torch.zeros(rows.shape, dtype=torch.float64)
         with self.trainable():
-            for images, texts, _, gradient in self._by_pair(rows, batch, micro_batch):
+            for images, texts, *_, gradient in self._by_pair(rows, batch, micro_batch):
                 total += weighted_sum(weights[images, texts], gradient)
+        return total
+
+    @with_foreign_tensors
+    def through_unconditional(
+        self, rows: Rows, batch: StepBatch, empty: Cond, pulls: Tensor, micro_batch: int
+    ) -> Tensor:
+        images_alone = replace(batch.under(empty), targets=pulls)
+        total = torch.zeros(rows.shape, dtype=torch.float64)
+        with self.trainable():
+            for images, *_, gradient in self._by_pair(rows, images_alone, micro_batch, product):
+                total += weighted_sum(torch.ones(len(images)), gradient)
         return total
 
     @with_foreign_tensors
@@ -106,16 +140,25 @@ class TrainableNetwork(PairNetwork):
             self.output(seen[:1], sigma, captions.joined([longest], self.device), leaf)
         return saved.bytes
 
-    def _by_pair(self, rows: Rows, batch: StepBatch, micro_batch: int):
-        """(image indices, caption indices, errors, gradients by their rows) of `micro_batch` pairs at a time."""
+    def _by_pair(
+        self,
+        rows: Rows,
+        batch: StepBatch,
+        micro_batch: int,
+        measure: Callable[[Tensor, Tensor], Tensor] = pair_error,
+    ):
+        """Of `micro_batch` pairs at a time (image indices, caption indices, predictions, errors, gradients of these).
+
+        measure: what an error is, of predictions and targets (P, C, H, W); its gradient is by the pair's own rows.
+        """
         sigma, seen, target, captions = self.prepared(batch)
         rows = rows.to(self.device)
         for images, texts in captions.runs(micro_batch, batch.compared):
             memory.throw_exception_if_processing_interrupted()
             leaf = rows.expand(len(images), *rows.shape).clone().requires_grad_()
             output = self.output(seen[images], sigma, captions.joined(texts, self.device), leaf)
-            error = pair_error(output, target[images].to(self.device))
-            yield images, texts, error.detach(), gradient_of(error, leaf, target[0].numel())
+            error = measure(output, target[images].to(self.device))
+            yield images, texts, output.detach(), error.detach(), gradient_of(error, leaf, target[0].numel())
 
     @contextmanager
     def trainable(self):
