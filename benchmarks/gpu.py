@@ -171,12 +171,20 @@ def collected(command: list[str], seconds: float) -> tuple[list[Cell], str]:
     return [Cell(**json.loads(line)) for line in lines], trouble
 
 
-def table(chosen: tuple[Case, ...], cells: list[Cell]) -> str:
-    """In markdown, a row a case; a dash where a figure is missing."""
+def head() -> list[list[str]]:
+    return [["model", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
+
+
+def rows_of(chosen: Iterable[Case], cells: list[Cell]) -> list[list[str]]:
+    """A row a case; a dash where a figure is missing."""
     found = {(cell.row, cell.column): cell.text for cell in cells}
-    rows = [["model", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
-    rows += [[case.title, *(found.get((case.title, column), "-") for column in COLUMNS)] for case in chosen]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return [[case.title, *(found.get((case.title, column), "-") for column in COLUMNS)] for case in chosen]
+
+
+def print_rows(rows: list[list[str]]) -> None:
+    """In markdown, at once: whoever ends the command keeps what was measured."""
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)
 
 
 def listing() -> str:
@@ -195,13 +203,16 @@ def run_part(chosen: list[Case], device, rounds: int, seconds: float) -> None:
 
 
 def run_all(chosen: tuple[Case, ...], command: Callable[[str], list[str]], parts: dict[str, float]) -> int:
-    """Prints the table; 1 where figures are missing or failed. `parts`: seconds by family."""
+    """Prints the table by family; 1 where figures are missing or failed. `parts`: seconds of each."""
     cells, troubles = [], []
+    print(f"{machine()}\n", flush=True)
+    print_rows(head())
     for family, seconds in parts.items():
         found, trouble = collected(command(family), seconds)
+        print_rows(rows_of([case for case in chosen if case.family == family], found))
         cells += found
         troubles += [f"{family} {trouble}"] if trouble else []
-    print(f"{machine()}\n\n{table(chosen, cells)}\n\n{LEGEND}")
+    print(f"\n{LEGEND}")
     print("\n".join(troubles), file=sys.stderr)
     return int(bool(troubles) or any(cell.text == FAILED for cell in cells))
 
