@@ -85,6 +85,7 @@ MAIN, OPTIONS = "The main comparison", "Other ways to train"
 GUIDANCE_PART, COUNTING_PART = "Other guidance (2 above)", "Counting, with more prompts"
 RELATIVE = {"temperature_mode": "relative", "temperature": 1.0}
 AGSM = {"objective": "agsm"}
+RANKING = {"contrast": "ranking"}
 GUIDED = {"objective": "guided contrast", "guidance_scale": 2.0}
 
 
@@ -100,6 +101,8 @@ def _rows() -> Iterator[Row]:
     for scale in (2.0, 3.0):
         yield Row(f"guidance {scale:g} learned", {"objective": "guidance", "guidance_scale": scale}, OPTIONS)
     yield Row("guided contrast 2", GUIDED, OPTIONS)
+    yield Row("ranking loss", RANKING, OPTIONS)
+    yield Row("guided contrast 2, ranking loss", GUIDED | RANKING, OPTIONS)
     for part, name, values in (
         ("Number of tokens (4)", "n_tokens", (1, 2, 8, 16)),
         ("Number of blocks with tokens (3)", "blocks", ("1", "2")),

@@ -29,6 +29,8 @@ OPTIONS = (
     *("optimizer", "accumulation", "warmup_steps", "gradient_clip", "ema_decay"),
     # how the run goes
     *("checkpointing", "micro_batch", "checkpoint_every", "on_no_contrast", "preview_cfg"),
+    # behind them what came later: saved graphs hold the values in this order
+    "contrast",
 )
 """What few people set, by subject."""
 ALL_IN_ONE = (

@@ -8,6 +8,7 @@ from ..softrepa.data.swaps import MOST
 from ..softrepa.training import optimizers
 from ..softrepa.training.config import OBJECTIVES, TEMPERATURE_MODES
 from ..softrepa.training.inputs import ON_NO_CONTRAST, TIME_TABLE, TrainingInputs
+from ..softrepa.training.loss import CONTRASTS
 from ..softrepa.training.presets import PRESETS
 from .schema import ADVANCED, Dataset, Tokens
 from .schema import widget as input_widget
@@ -75,6 +76,13 @@ def training_inputs() -> dict[str, io.Input]:
             **ADVANCED,
         ),
         widget("symmetric", "Also compares each caption with all images of the batch.", **ADVANCED),
+        widget(
+            "contrast",
+            "cross-entropy: the paper's. ranking: the share of the other captions that fit better than the image's "
+            "own, softly, 0 to 1; has no logit_scale.",
+            options=list(CONTRASTS),
+            **ADVANCED,
+        ),
         widget(
             "hard_negatives",
             "Captions with two words swapped that each image is compared with as well. 0: none, as the paper.",

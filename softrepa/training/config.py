@@ -24,6 +24,7 @@ USED_BY = {
     "temperature_mode": CONTRASTIVE,
     "logit_scale": CONTRASTIVE,
     "symmetric": CONTRASTIVE,
+    "contrast": CONTRASTIVE,
     "hard_negatives": (*CONTRASTIVE, "agsm"),
     "negatives": (*CONTRASTIVE, "agsm"),
     "agsm_temperature": ("agsm",),
@@ -39,8 +40,8 @@ USED_BY = {
 class Settings:
     """The method's settings by the names of the node's inputs; the defaults are the reference's, but for `steps`.
 
-    What is neither the paper's nor AGSM's: `temperature_mode` and `symmetric` (`loss.contrastive_loss`), and
-    `hard_negatives`, up to how many captions wrong by two swapped words each image is compared with as well.
+    What is neither the paper's nor AGSM's: `temperature_mode`, `symmetric` and `contrast` (`loss.contrastive_loss`),
+    and `hard_negatives`, up to how many captions wrong by two swapped words each image is compared with as well.
     `guidance_scale` is that of the predictions that objective "guidance" learns and "guided contrast" compares.
     `negatives`: how many captions of other images each image is compared with; 0 are all the others of its batch. More
     than those are drawn from the dataset.
@@ -73,6 +74,7 @@ class Settings:
     negative_guidance: float = agsm.NEGATIVE_GUIDANCE
     teacher_decay: float = agsm.TEACHER_DECAY
     guidance_scale: float = 4.0
+    contrast: str = loss.CROSS_ENTROPY
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class TrainingConfig(Settings):
 
     def __post_init__(self):
         optimizers.check(self.optimizer)
-        for name, known in (("objective", OBJECTIVES), ("temperature_mode", TEMPERATURE_MODES)):
+        words = {"objective": OBJECTIVES, "temperature_mode": TEMPERATURE_MODES, "contrast": loss.CONTRASTS}
+        for name, known in words.items():
             if getattr(self, name) not in known:
                 raise SoftREPAError(f'{name} is "{shown(getattr(self, name))}", expected one of {", ".join(known)}.')
         least = {"steps": 1, "batch_size": 2, "accumulation": 1, "warmup_steps": 0, "hard_negatives": 0, "negatives": 0}
@@ -115,6 +118,11 @@ class TrainingConfig(Settings):
                     f"{name} is {getattr(self, name)}, expected {wanted} with objective {self.objective}, which does "
                     "not use it."
                 )
+        if self.contrast == loss.RANKING and self.logit_scale != loss.LOGIT_SCALE:
+            raise SoftREPAError(
+                f"logit_scale is {self.logit_scale}, expected its default, {loss.LOGIT_SCALE}, with contrast ranking, "
+                "which does not use it."
+            )
 
     @property
     def wrong_captions(self) -> int:

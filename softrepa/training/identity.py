@@ -10,6 +10,7 @@ from ..families import format_blocks
 from ..tokens import SoftTokens
 from .config import USED_BY, TrainingConfig
 from .inputs import TrainingInputs
+from .loss import CROSS_ENTROPY
 
 
 def file_metadata(inputs: TrainingInputs, config: TrainingConfig, dataset: Dataset, model: str) -> dict[str, str]:
@@ -33,8 +34,12 @@ def run_identity(
     """
     settings = asdict(config)
     del settings["steps"]
-    has_guidance = config.objective in USED_BY["guidance_scale"]
-    for name, is_used in (("negatives", config.negatives), ("guidance_scale", has_guidance)):
+    later = {
+        "negatives": config.negatives > 0,
+        "guidance_scale": config.objective in USED_BY["guidance_scale"],
+        "contrast": config.contrast != CROSS_ENTROPY,
+    }
+    for name, is_used in later.items():
         if not is_used:
             del settings[name]  # checkpoints of earlier versions do not know it
     return settings | {

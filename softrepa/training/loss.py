@@ -5,11 +5,14 @@ are captions that only some of the images are compared with: `compared` (B, J) s
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CROSS_ENTROPY, RANKING = "cross-entropy", "ranking"
+CONTRASTS = (CROSS_ENTROPY, RANKING)
 LOGIT_SCALE = 4.0
 TEMPERATURE = 0.07
 
@@ -32,6 +35,18 @@ def contrast(
     return F.cross_entropy(scores, _own(errors), reduction="none")
 
 
+def soft_rank(errors: Tensor, temperature: float | Tensor = TEMPERATURE, compared: Tensor | None = None) -> Tensor:
+    """The share of the other captions that fit an image better than its own, softly, (B,), 0 to 1.
+
+    mean_j sigmoid((e_ii - e_ij) / tau) over the j != i that it is compared with; ranks by sigmoids of differences are
+    those of Smooth-AP (arXiv 2007.12163).
+    """
+    others = torch.ones_like(errors, dtype=torch.bool) if compared is None else compared.to(errors.device, copy=True)
+    others.fill_diagonal_(False)
+    better = torch.sigmoid((errors.diagonal().unsqueeze(1) - errors) / temperature)
+    return (better * others).sum(dim=1) / others.sum(dim=1).clamp(min=1)
+
+
 def contrastive_loss(
     errors: Tensor,
     temperature: float = TEMPERATURE,
@@ -41,6 +56,7 @@ def contrastive_loss(
     symmetric: bool = False,
     compared: Tensor | None = None,
     shared: int | None = None,
+    kind: str = CROSS_ENTROPY,
 ) -> Tensor:
     """mean_i cross_entropy(l_i, i) + lambda mean_i e_ii; the rest is not the paper's.
 
@@ -48,11 +64,13 @@ def contrastive_loss(
     the batch where it is not given; a constant to the gradient. A batch has one timestep, so that is a tau(t):
     exp(-e / tau) then dies out at none.
     symmetric: the mean of this cross-entropy and that of each caption among the images.
+    kind: "ranking" is `soft_rank` instead of the cross-entropy, and has no `scale`.
     """
     tau = temperature * mean_error(errors.detach(), compared, shared) if relative else temperature
-    value = contrast(errors, tau, scale, compared).mean()
+    of_each = soft_rank if kind == RANKING else partial(contrast, scale=scale)
+    value = of_each(errors, tau, compared=compared).mean()
     if symmetric:
-        value = (value + contrast(errors[:, : len(errors)].T, tau, scale).mean()) / 2
+        value = (value + of_each(errors[:, : len(errors)].T, tau).mean()) / 2
     return value + denoising_weight * denoising_loss(errors)
 
 

@@ -131,6 +131,10 @@ class Plain:
         """Of a pair, until the weights of its loss are known."""
         return 4 * self.rows.numel()
 
+    def share(self, batch: StepBatch, ranks: Ranks) -> StepBatch:
+        """What this process computes of a batch."""
+        return batch.only(ranks.pairs(batch.compared))
+
     def errors(self, batch: StepBatch) -> Tensor:
         """(B, J)."""
         return self.pairs.errors(self.rows, batch, self.micro_batch)
@@ -159,6 +163,10 @@ class Guided(Plain):
 
     def kept_bytes(self, batch: StepBatch) -> int:
         return super().kept_bytes(batch) + 4 * batch.latents[0].numel()
+
+    def share(self, batch: StepBatch, ranks: Ranks) -> StepBatch:
+        """Whole images: then v_u is computed once, and what pulls it is one sum."""
+        return batch.only(ranks.images(batch.compared))
 
     def errors(self, batch: StepBatch) -> Tensor:
         return self.scale**2 * super().errors(self._aimed(batch))
@@ -216,9 +224,7 @@ def backward_through_pairs(
     own rows of E give (`is_by_row`), that is after each row, so gradients of some rows are kept at a time. Where it is
     not, or a row has more of them than `most_kept` bytes, the errors are computed first, without gradients.
 
-    Of several processes each computes its share of the pairs; all of them know W, and sum the gradients. With
-    `guidance` each predicts what its pairs' images are without a caption, and takes back what its pairs say of it: that
-    gradient is linear in what they say.
+    Of several processes each computes its share of the pairs; all of them know W, and sum the gradients.
     """
     fixed = rows.detach()
     way = errors_of(pairs, fixed, micro_batch, guidance)
@@ -227,11 +233,11 @@ def backward_through_pairs(
     if (is_by_row or len(parts) == 1) and all(part.pairs <= most for part in parts):
         errors, gradient = torch.zeros(batch.compared.shape), torch.zeros(fixed.shape, dtype=torch.float64)
         for part in parts:
-            found, weighted = way.gradients(part.only(ranks.pairs(part.compared)))
+            found, weighted = way.gradients(way.share(part, ranks))
             errors = errors.to(found.dtype) + ranks.summed(found.detach())
             gradient += weighted(loss_weights(errors, objective))
     else:
-        own = batch.only(ranks.pairs(batch.compared))
+        own = way.share(batch, ranks)
         errors = ranks.summed(way.errors(own).detach())
         gradient = way.weighted_gradient(own, loss_weights(errors, objective), most)
     rows.backward(ranks.summed(gradient).to(rows))

@@ -54,7 +54,8 @@ class Ranks:
     def images(self, compared: Tensor) -> Tensor:
         """As `pairs`, all or none of an image's."""
         mine = torch.zeros_like(compared)
-        rows = self.part(len(compared))
+        rows = compared.any(dim=1).nonzero().flatten()
+        rows = rows[self.part(len(rows))]
         mine[rows] = compared[rows]
         return mine
 

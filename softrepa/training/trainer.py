@@ -195,9 +195,16 @@ class Trainer:
         config = self.config
         if config.objective in ALONE_WITH_ITS_CAPTION:
             return loss.denoising_loss(errors)
-        relative, weight = config.temperature_mode == "relative", config.denoising_weight or 0.0
         return loss.contrastive_loss(
-            errors, config.temperature, config.logit_scale, weight, relative, config.symmetric, compared, shared
+            errors,
+            config.temperature,
+            config.logit_scale,
+            config.denoising_weight or 0.0,
+            config.temperature_mode == "relative",
+            config.symmetric,
+            compared,
+            shared,
+            config.contrast,
         )
 
     def _contrast(self, batch: StepBatch, micro_batch: int, shared: int) -> tuple[Tensor, Tensor]:

@@ -227,7 +227,7 @@ OTHERS = [
     {"hard_negatives": 1, "symmetric": True, "temperature_mode": "relative", "temperature": 1.0},
     {"objective": "denoising"},
     {"preset": "guidance", "guidance_scale": 2.0},
-    {"objective": "guided contrast", "guidance_scale": 2.0, "temperature": 2.0, "hard_negatives": 1},
+    {"objective": "guided contrast", "guidance_scale": 2.0, "temperature": 2.0, "contrast": "ranking"},
 ]
 
 

@@ -10,7 +10,8 @@ from comfyui_softrepa.softrepa.data.swaps import MOST, swaps
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training import agsm
 from comfyui_softrepa.softrepa.training.config import TrainingConfig
-from comfyui_softrepa.softrepa.training.loss import comparison, contrastive_loss
+from comfyui_softrepa.softrepa.training.loss import comparison, contrastive_loss, soft_rank
+from comfyui_softrepa.softrepa.training.pairs import loss_weights
 from softrepa_tests.toy_training import trainer
 
 
@@ -38,6 +39,38 @@ def test_symmetric_and_relative_by_hand():
     assert torch.allclose(found, (rows + columns) / 2)
     ours, plain = (torch.autograd.grad(value, errors)[0] for value in (found, (rows + columns) / 2))
     assert torch.allclose(ours, plain)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_ranking_by_hand(symmetric):
+    """Its weights of the errors, too, in float64."""
+    compared, tau, weight = comparison([2, 0, 1]), 0.3, 0.25
+    generator = torch.Generator().manual_seed(0)
+    errors = torch.rand(3, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    temperature = tau * errors.detach()[:, :3].mean()
+
+    def rank(own, others):
+        return sum(1 / (1 + torch.exp((other - own) / temperature)) for other in others) / len(others)
+
+    plain = 0.0
+    for i, captions in enumerate(([1, 2, 3, 4], [0, 2], [0, 1, 5])):
+        row = rank(errors[i, i], [errors[i, j] for j in captions])
+        column = rank(errors[i, i], [errors[k, i] for k in range(3) if k != i])
+        plain = plain + ((row + column) / 2 if symmetric else row) / 3 + weight * errors[i, i] / 3
+    found = contrastive_loss(
+        errors, tau, 4.0, weight, relative=True, symmetric=symmetric, compared=compared, kind="ranking"
+    )
+    ours = loss_weights(
+        errors, lambda e: contrastive_loss(e, tau, 4.0, weight, True, symmetric, compared, None, "ranking")
+    )
+    assert torch.allclose(found, plain, rtol=1e-12)
+    assert torch.allclose(ours, torch.autograd.grad(plain, errors)[0], rtol=1e-10, atol=1e-15)
+
+
+def test_a_rank_is_a_share():
+    errors = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
+    assert torch.allclose(soft_rank(errors, 1e-3), torch.tensor([0.0, 0.5, 1.0]))
+    assert soft_rank(errors, 1e-3, torch.eye(3, dtype=torch.bool)).tolist() == [0, 0, 0]
 
 
 def test_relative_temperature_leaves_no_timestep_without_gradient():
@@ -148,6 +181,10 @@ def test_hard_negatives_that_cannot_be():
         ({"hard_negatives": 9}, "hard_negatives is 9, expected at most 4"),
         ({"temperature_mode": "relative"}, "temperature is 0.07, expected about 1 with temperature_mode relative"),
         ({"hard_negatives": -1}, "hard_negatives is -1, expected 0 or more"),
+        ({"contrast": "hinge"}, 'contrast is "hinge", expected one of cross-entropy, ranking'),
+        ({"contrast": "ranking", "logit_scale": 2.0}, "logit_scale is 2.0, expected its default, 4.0, with contrast"),
+        ({"objective": "denoising", "contrast": "ranking"}, "contrast is ranking, expected its default, cross-entropy"),
+        ({"guidance_scale": 2.0}, "guidance_scale is 2.0, expected its default, 4.0, with objective contrastive"),
         ({"objective": "agsm", "negative_guidance": -1.0}, "negative_guidance is -1.0, expected 0 or more"),
     ],
 )

@@ -30,7 +30,7 @@ WAYS = {
         "caption_dropout": 0.5,
     },
     "guidance": {"batch_size": 5, "objective": "guidance", "temperature": 0.07, "optimizer": "SGD"},
-    "guided": {"batch_size": 4, "objective": "guided contrast", "guidance_scale": 2.5, "denoising_weight": 0.5},
+    "guided": {"batch_size": 4, "objective": "guided contrast", "guidance_scale": 2.5, "contrast": "ranking"},
     "AGSM": {"batch_size": 3, "objective": "agsm", "temperature": 0.07, "teacher_decay": 0.9},
 }
 

@@ -15,7 +15,7 @@ from PIL import Image
 from ...charts import Chart, Line, draw, smooth
 from ...files import read_bounded, write_atomically
 from ...training.config import TrainingConfig
-from ...training.loss import TEMPERATURE
+from ...training.loss import CROSS_ENTROPY, TEMPERATURE
 from ...training.trainer import StepRecord
 from ..tokens.patching import apply_tokens
 from .score import HeldOut, score
@@ -106,7 +106,8 @@ class Measured(Report):
 
 def is_papers_loss(config: TrainingConfig) -> bool:
     """Whether what is trained on can be compared with what is measured on held-out images, the contrastive loss."""
-    return config.objective == "contrastive" and config.temperature_mode == "fixed"
+    has_its_errors = config.objective == "contrastive" and config.contrast == CROSS_ENTROPY
+    return has_its_errors and config.temperature_mode == "fixed"
 
 
 class Curves(Report):
