@@ -146,7 +146,7 @@ def train(work: Path, job: Job) -> tuple[str, float]:
     """Trains a job's tokens; returns what was done, and the seconds it took."""
     started = time.monotonic()
     trained_tokens(work, job)
-    return f"trained: {job.title}", time.monotonic() - started
+    return f"trained {job.row.like or job.row.name}, seed {job.seed}", time.monotonic() - started
 
 
 def run(work: Path, job: Job) -> tuple[str, float]:
@@ -159,7 +159,7 @@ def run(work: Path, job: Job) -> tuple[str, float]:
     found = test(work, job.row.test).measure(patched(work, job), TEMPERATURE, job.row.cfg)
     made = {"device": job.device, "torch": torch.__version__}
     replace_text(result_path(job), json.dumps(found.as_json() | {"made": made}, separators=(",", ":")))
-    return job.title, time.monotonic() - started
+    return f"{job.row.name}, seed {job.seed}", time.monotonic() - started
 
 
 def run_all(work: Path, trainings: list[Job], jobs: list[Job], processes: int) -> None:
