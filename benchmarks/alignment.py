@@ -146,7 +146,7 @@ def train(work: Path, job: Job) -> tuple[str, float]:
     """Trains a job's tokens; returns what was done, and the seconds it took."""
     started = time.monotonic()
     trained_tokens(work, job)
-    return f"trained: {job.title}", time.monotonic() - started
+    return f"trained {job.row.like or job.row.name}, seed {job.seed}", time.monotonic() - started
 
 
 def run(work: Path, job: Job) -> tuple[str, float]:
@@ -159,7 +159,7 @@ def run(work: Path, job: Job) -> tuple[str, float]:
     found = test(work, job.row.test).measure(patched(work, job), TEMPERATURE, job.row.cfg)
     made = {"device": job.device, "torch": torch.__version__}
     replace_text(result_path(job), json.dumps(found.as_json() | {"made": made}, separators=(",", ":")))
-    return job.title, time.monotonic() - started
+    return f"{job.row.name}, seed {job.seed}", time.monotonic() - started
 
 
 def run_all(work: Path, trainings: list[Job], jobs: list[Job], processes: int) -> None:
@@ -189,7 +189,8 @@ def run_all(work: Path, trainings: list[Job], jobs: list[Job], processes: int) -
 def run_rows(work: Path, rows: list[Row], chosen: argparse.Namespace) -> None:
     """Whatever of the rows is not there yet."""
     jobs = list({job.key: job for row in rows for job in row.jobs(chosen.device)[: chosen.seeds]}.values())
-    jobs.sort(key=lambda job: (bool(job.row.like), job.seed))  # who takes another's tokens comes behind
+    # who takes another's tokens comes behind; a guidance of the places is done before the next one begins
+    jobs.sort(key=lambda job: (bool(job.row.like), job.row.cfg if chosen.places else 0, job.seed))
     to_measure = [] if chosen.train else [job for job in jobs if not result_path(job).exists()]
     needed = [job for job in (jobs if chosen.train else to_measure) if job.row.training is not None]
     trainings = {job.trained_as: job for job in needed if not tokens_path(job).exists()}

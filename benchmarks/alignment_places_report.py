@@ -30,7 +30,7 @@ def places_section() -> list[str]:
     """Of every row whose tokens were tried so, by device; of SoftREPA on the CPU where nothing was."""
     trained = [row.name for row in ROWS.values() if row.has_own_tokens]
     tried = [(Found(device), like) for device in DEVICES for like in trained]
-    tried = [(found, like) for found, like in tried if any(grid_runs(found, like))]
+    tried = [(found, like) for found, like in tried if was_tried(found, like)]
     lines = [f"## {PART}", "", introduction(), ""]
     for found, like in tried or [(Found(), SOFTREPA)]:
         lines += [f"### {like}, {made_on(found, like)}", "", *grid(found, like), *reported(found, like)]
@@ -54,6 +54,11 @@ def introduction() -> str:
 
 def per_test(test: str) -> int:
     return len(CATEGORIES) * TESTS[test]
+
+
+def was_tried(found: Found, like: str) -> bool:
+    """By the setting that is run first at each guidance."""
+    return any(found.of(placed(like, cfg, placings(cfg)[0], DEVELOPMENT)) for cfg in GUIDANCES)
 
 
 def grid_runs(found: Found, like: str) -> list[int]:

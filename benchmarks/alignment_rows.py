@@ -142,10 +142,6 @@ class Job:
     device: str = CPU
 
     @property
-    def title(self) -> str:
-        return f"{self.row.name}, seed {self.seed}"
-
-    @property
     def training(self) -> dict:
         """The inputs of the node."""
         own = ROWS[self.row.like].training if self.row.like else self.row.training

@@ -71,7 +71,7 @@ class StockModel:
             flux.write_checkpoint(folder / flux.CHECKPOINT_NAME)
             self.model, _, self.vae = nodes.CheckpointLoaderSimple().load_checkpoint(flux.CHECKPOINT_NAME)
         self.negative = self.encode("")
-        self._encoded: dict = {}  # a study draws the same prompts again and again
+        self._encoded: dict = {}  # a study draws the same prompts again and again; 1.3 MB each
 
     @torch.inference_mode()
     def encode(self, text: str):

@@ -127,7 +127,8 @@ class Test:
         self.stock, self.held_out, self.noise, self.batch = stock, held_out, noise, batch
         rng = np.random.default_rng(seed)
         self.prompts = [(name, spec_of(rng, name)) for name, count in prompts.items() for _ in range(count)]
-        self.drawn = small(np.stack([draw(random_scene(rng, spec)) for _, spec in self.prompts for _ in range(4)]))
+        scenes = (np.stack([draw(random_scene(rng, spec)) for _ in range(4)]) for _, spec in self.prompts)
+        self.drawn = np.concatenate([small(pictures) for pictures in scenes])
 
     def measure(self, model, temperature: float, cfg: float) -> Measured:
         """Of a MODEL, with tokens or without. `temperature` is that of the loss; `cfg` the guidance."""

@@ -11,7 +11,7 @@ from PIL import Image
 from benchmarks import alignment_places, alignment_rows
 from benchmarks.alignment_figures import Found, derived, difference
 from benchmarks.alignment_places import GUIDANCES, placings
-from benchmarks.alignment_places_report import places_section
+from benchmarks.alignment_places_report import TOGETHER, places_section
 from benchmarks.alignment_report import CATEGORIES, plot, report
 from benchmarks.alignment_rows import BASELINE, CONTROL, ROWS, SOFTREPA, Job
 from benchmarks.smallworld import study
@@ -71,6 +71,8 @@ def test_differences_by_hand():
     assert difference({0: [1.0]}, {1: [1.0]}) is None
     assert difference({0: [1.0], 1: [3.0]}, {1: [1.0], 0: [0.0], 2: [9.0]}).mean == pytest.approx(1.5)
     assert difference({}, {None: [1.0]}) is None
+    runs = {0: [1.0, 3.0], 1: [2.0, 4.0]}
+    assert difference(runs, {None: [0.0, 0.0]}, TOGETHER).half > 2 * difference(runs, {None: [0.0, 0.0]}).half
 
 
 @pytest.mark.parametrize(("seeds", "seed_spread"), [(5, 0.1), (3, 0.1), (3, 0.0), (5, 0.0)])
@@ -174,7 +176,7 @@ def test_the_report_of_the_places(tmp_path, monkeypatch):
     for row in alignment_places.reported_rows(Found(), SOFTREPA):
         for job in row.jobs():
             write(job, 0.5 if row.training is not None else 0.0)
-    for job in rows[5].jobs("cuda"):
+    for job in rows[1].jobs("cuda"):
         write(job, 0.0)
     lines = places_section()
     (line,) = (line for line in lines if line.startswith(f"| 2 | {rows[5].placing.title} | 5 |"))
