@@ -18,7 +18,7 @@ from comfyui_softrepa.softrepa.comfy.training.out_of_memory import is_out_of_mem
 from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training.loss import contrastive_loss
-from comfyui_softrepa.softrepa.training.pairs import MOST_KEPT, StepBatch, backward_through_pairs
+from comfyui_softrepa.softrepa.training.pairs import MOST_KEPT, Guidance, StepBatch, backward_through_pairs
 from softrepa_tests.golden_step import FAMILIES, TIMESTEP, batch, golden_tokens
 from softrepa_tests.learning import dataset, moved_by, same_training, train
 from softrepa_tests.sampling import relative_error
@@ -250,6 +250,37 @@ def test_a_run_goes_on_with_checkpointing_where_memory_runs_out(models, token_fo
     assert [is_on for is_on, _ in calls[:after]] == [False] * after
     assert calls[-1][0]
     assert caplog.text.count("out of memory for one pair, going on with checkpointing") == 1
+
+
+GUIDED = ("unconditional", "gradients_and_predictions", "through_unconditional")
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_a_guided_step_goes_on_with_fewer_at_once_where_memory_runs_out(models, monkeypatch, name):
+    """Wherever in it that is."""
+
+    def gradient(pairs):
+        with torch.inference_mode(False), torch.enable_grad():
+            rows = seeded((1, 4, 768), "rows", 0.5).clone().requires_grad_()
+            guidance = Guidance(batch("sd15")[2][0], 2.0)
+            backward_through_pairs(
+                rows, pairs, step_of("sd15"), 3, lambda e: contrastive_loss(e, 2.0), guidance=guidance
+            )
+        return rows.grad
+
+    expected, calls, whole = gradient(network_of(models, "sd15")), [], getattr(TrainableNetwork, name)
+
+    def played(self, *args):
+        calls.append(args[-1])
+        if args[-1] > 1:
+            raise torch.OutOfMemoryError("no memory")
+        return whole(self, *args)
+
+    monkeypatch.setattr(TrainableNetwork, name, played)
+    pairs = AdaptivePairs(network_of(models, "sd15"))
+    assert relative_error(gradient(pairs), expected) <= 1e-5
+    assert calls == [3, 1]
+    assert pairs.at_once == 1
 
 
 @pytest.mark.parametrize(("given", "is_on"), [(True, True), (False, False), ("on", True), ("off", False)])
