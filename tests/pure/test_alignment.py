@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import alignment_places, alignment_rows
-from benchmarks.alignment_figures import Found, derived, difference
+from benchmarks.alignment_figures import ALL_RIGHT, Found, derived, difference, shown
 from benchmarks.alignment_places import GUIDANCES, placings
 from benchmarks.alignment_places_report import TOGETHER, places_section
 from benchmarks.alignment_report import CATEGORIES, plot, report
@@ -173,7 +173,8 @@ def test_the_report_of_the_places(tmp_path, monkeypatch):
             write(job, 0.3 if row is rows[5] else 0.0)
     (line,) = (line for line in places_section() if "chosen |" in line)
     assert line.startswith(f"| {rows[5].placing.title} | not run | not run | not run | +")
-    for row in alignment_places.reported_rows(Found(), SOFTREPA):
+    plain, best = alignment_places.reported_rows(Found(), SOFTREPA)
+    for row in (plain, best):
         for job in row.jobs():
             write(job, 0.5 if row.training is not None else 0.0)
     for job in rows[1].jobs("cuda"):
@@ -181,6 +182,7 @@ def test_the_report_of_the_places(tmp_path, monkeypatch):
     lines = places_section()
     (line,) = (line for line in lines if line.startswith(f"| 2 | {rows[5].placing.title} | 5 |"))
     assert line.count("**") == 2  # what is corrected, and nothing else
+    assert shown(Found().change(best, plain, ALL_RIGHT, TOGETHER), ALL_RIGHT) in line
     assert sum(line.startswith("| 1 | not chosen yet | not run |") for line in lines) == 2
     assert [line[4:] for line in lines if line.startswith("### ")] == [
         f"{SOFTREPA}, drawn on {device} by PyTorch made-up" for device in alignment_rows.DEVICES

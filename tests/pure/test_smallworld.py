@@ -146,6 +146,21 @@ def test_the_margin_of_what_is_drawn_whole():
         assert checker.margin(checker.find(world.draw(world.random_scene(rng, spec))), spec) > checker.UNCLEAR
 
 
+@pytest.mark.parametrize(
+    ("shape", "overlaps", "margin"),
+    [
+        ("circle", {"circle": 0.9, "square": 0.8}, 0.1),  # it might be a square
+        ("circle", {"circle": 0.7, "square": 0.3}, 0.05),  # or nothing
+        ("square", {"circle": 0.3, "square": 0.8}, 0.5),
+        (None, {"circle": 0.6, "square": 0.5}, 0.05),
+        (None, {"circle": 0.4, "square": 0.5}, 0.25),  # more than the square, and enough
+    ],
+)
+def test_margins_by_hand(shape, overlaps, margin):
+    thing = checker.Found(shape, "red", "large", 48, 48, overlaps)
+    assert checker.margin([thing], Spec((Group("circle"),))) == pytest.approx(margin)
+
+
 def test_a_thing_that_decides_nothing_has_no_margin():
     circle, blot = checker.find(RED_CIRCLE_LEFT_OF_BLUE_SQUARE)[0], half_drawn(7)[0]
     spec = Spec((Group(str(circle.shape)),))
