@@ -219,8 +219,7 @@ def test_conditioning_hooks_with_a_schedule(models, family):
     assert relative_error(sample(apply_tokens(model, tokens), family), expected) > 1e-4
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd3"])
-def test_torch_compile(models, family):
+def test_torch_compile(models, family="sd3"):
     """As ComfyUI's compile node does it: the same result, and no recompilation after step 2. More is in tests/long."""
     options = {"strength": 0.5, "start_percent": 0.3, "end_percent": 0.7, "apply_to": "positive"}
     same_when_compiled(apply_tokens(models[family], tokens_for(family), **options), family, steps=10, tolerance=EXACT)

@@ -12,15 +12,14 @@ from comfyui_softrepa.softrepa.comfy.editing.flowedit import edit_sigmas
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.editing.flowedit import Draws
 from comfyui_softrepa.softrepa.editing.methods import FLOW_ALIGN, METHODS
-from comfyui_softrepa.softrepa.families import FAMILIES
 from softrepa_tests import tiny_models
 from softrepa_tests.editing import Transformer, aligned_edit, conds, edit, paper_edit, source_latent
+from softrepa_tests.of_families import EVERY_TRANSFORMER
 from softrepa_tests.sampling import prompt, relative_error
 from softrepa_tests.tiny_models import HAS_TIME_AXIS
 from softrepa_tests.token_sets import tokens_for
 
 EXACT = 1e-5
-TRANSFORMERS = [family.name for family in FAMILIES.values() if family.stream == "sequence"]
 STEPS, N_MAX = 4, 3
 
 
@@ -46,7 +45,7 @@ def expected_edit(networks, family, latent, method=None, **options):
     return paper_edit(network, latent, Draws(noise), times, conds(family), 2.0, 4.0, **options)
 
 
-@pytest.mark.parametrize("family", TRANSFORMERS)
+@EVERY_TRANSFORMER
 @pytest.mark.parametrize("options", [{"n_min": 1}, {"method": FLOW_ALIGN}], ids=["FlowEdit", "FlowAlign"])
 def test_equals_the_papers(models, networks, family, options):
     latent = source_latent(family)

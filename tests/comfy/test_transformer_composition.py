@@ -6,17 +6,15 @@ import pytest
 import torch
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.families import FAMILIES
 from softrepa_tests import foreign, tiny_models
 from softrepa_tests.composing import one_by_one, same_when_compiled
+from softrepa_tests.of_families import EACH_KIND
 from softrepa_tests.oracle import injected
 from softrepa_tests.sampling import prompt, relative_error, sample
 from softrepa_tests.tiny_models import seeded
 from softrepa_tests.token_sets import tokens_for
 
 EXACT = 1e-5
-TRANSFORMERS = [family.name for family in FAMILIES.values() if family.stream == "sequence"]
-EVERY = pytest.mark.parametrize("family", TRANSFORMERS)
 
 PROJECTIONS = {
     "lumina2": "layers.0.attention.qkv",
@@ -37,7 +35,7 @@ def lora_for(model, family: str) -> dict[str, torch.Tensor]:
     }
 
 
-@EVERY
+@EACH_KIND
 def test_lora(models, family):
     """It changes the keys of the rows too."""
     model, tokens, lora = models[family], tokens_for(family), lora_for(models[family], family)
@@ -52,7 +50,7 @@ def test_lora(models, family):
     assert relative_error(sample(apply_tokens(model, tokens), family), expected) > 1e-4
 
 
-@EVERY
+@EACH_KIND
 def test_conditioning_hooks_with_a_schedule(models, family):
     model, tokens = models[family], tokens_for(family)
 
@@ -69,14 +67,13 @@ def test_conditioning_hooks_with_a_schedule(models, family):
     assert relative_error(sample(apply_tokens(model, tokens), family, **conds()), expected) <= EXACT
 
 
-@pytest.mark.parametrize("family", ["flux", "zimage", "anima"])
-def test_torch_compile(models, family):
+def test_torch_compile(models, family="zimage"):
     """As ComfyUI's compile node does it: the same result, and no recompilation after step 2. All are in tests/long."""
     options = {"strength": 0.5, "start_percent": 0.3, "apply_to": "positive"}
     same_when_compiled(apply_tokens(models[family], tokens_for(family), **options), family, steps=6, tolerance=EXACT)
 
 
-@EVERY
+@EACH_KIND
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_weights_in_other_dtypes(family, dtype):
     model = tiny_models.build(family)
@@ -88,7 +85,7 @@ def test_weights_in_other_dtypes(family, dtype):
     assert relative_error(ours, expected) <= EXACT
 
 
-@EVERY
+@EACH_KIND
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_half_precision_compute(family, strength):
     """As close to full precision as the plain network is."""
@@ -104,7 +101,7 @@ def test_half_precision_compute(family, strength):
     assert relative_error(half, full) < max(0.1, 1.5 * relative_error(half_plain, plain))
 
 
-@EVERY
+@EACH_KIND
 def test_partial_loading_that_offloads(family, monkeypatch):
     model = tiny_models.build(family)
     expected = sample(apply_tokens(model, tokens_for(family)), family)
@@ -125,7 +122,7 @@ def test_partial_loading_that_offloads(family, monkeypatch):
     assert relative_error(ours, expected) <= EXACT
 
 
-@EVERY
+@EACH_KIND
 def test_a_batch_that_is_split(models, family):
     """A model function wrapper runs the prompts one by one: each gets its own role's weights."""
     patched = apply_tokens(models[family], tokens_for(family), strength=0.5, apply_to="positive")
@@ -156,7 +153,7 @@ def test_a_mask_of_the_text(models, family, copies):
     assert relative_error(sample(apply_tokens(models[family], tokens), family, cfg=1.0), expected) > 1e-4
 
 
-@EVERY
+@EACH_KIND
 @pytest.mark.parametrize("make", [foreign.drops_masks, foreign.refuses_masks])
 def test_strength_under_kernels_without_masks(models, family, make):
     tokens = tokens_for(family)
@@ -167,7 +164,7 @@ def test_strength_under_kernels_without_masks(models, family, make):
     )
 
 
-@EVERY
+@EACH_KIND
 def test_more_texts_than_samples_are_refused(models, family):
     """As packs that append prompts inside the network do."""
     tokens = tokens_for(family)

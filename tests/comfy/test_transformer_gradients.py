@@ -24,14 +24,13 @@ from comfyui_softrepa.softrepa.tokens import SoftTokens
 from comfyui_softrepa.softrepa.training.pairs import StepBatch
 from softrepa_tests import tiny_models
 from softrepa_tests.learning import InMemory
+from softrepa_tests.of_families import EACH_KIND, EVERY_TRANSFORMER
 from softrepa_tests.offloading import shared_buffers
 from softrepa_tests.oracle import blocks_of, injected
 from softrepa_tests.sampling import relative_error, sample
 from softrepa_tests.tiny_models import HIDDEN, latent_shape, seeded
 from softrepa_tests.token_sets import tokens_for
 
-TRANSFORMERS = [family.name for family in FAMILIES.values() if family.stream == "sequence"]
-EVERY = pytest.mark.parametrize("family", TRANSFORMERS)
 BOTH_WAYS = pytest.mark.parametrize("checkpointing", [True, False])
 TIME = 400
 
@@ -108,7 +107,7 @@ def one_graph(model, family, monkeypatch):
     return torch.stack(errors).view(2, 2), torch.stack(found)
 
 
-@EVERY
+@EVERY_TRANSFORMER
 @BOTH_WAYS
 def test_gradients_are_those_of_one_graph(models, family, checkpointing, monkeypatch):
     expected_errors, expected = one_graph(models[family], family, monkeypatch)
@@ -124,7 +123,7 @@ def in_double(norm, x):
     return torch.nn.functional.rms_norm(x, x.shape[-1:], weight=norm.scale.to(x) + 1.0, eps=norm.eps)
 
 
-@EVERY
+@EVERY_TRANSFORMER
 @BOTH_WAYS
 def test_gradients_against_finite_differences(family, checkpointing, monkeypatch):
     with torch.inference_mode():
@@ -153,7 +152,7 @@ def test_gradients_against_finite_differences(family, checkpointing, monkeypatch
     assert abs((gradient * direction).sum() - expected) <= 1e-4 * abs(expected)
 
 
-@EVERY
+@EACH_KIND
 @BOTH_WAYS
 def test_weights_fetched_into_buffers_that_later_layers_use(models, family, checkpointing, monkeypatch):
     errors, expected = gradients(models[family], family, checkpointing)
@@ -164,7 +163,7 @@ def test_weights_fetched_into_buffers_that_later_layers_use(models, family, chec
     assert relative_error(found, expected) <= 1e-4
 
 
-@EVERY
+@EACH_KIND
 def test_weights_stored_in_another_dtype(family):
     with torch.inference_mode():
         model, plain = tiny_models.build(family), tiny_models.build(family)
@@ -174,7 +173,7 @@ def test_weights_stored_in_another_dtype(family):
     assert relative_error(gradients(model, family)[1], gradients(plain, family)[1]) <= 1e-4
 
 
-@EVERY
+@EACH_KIND
 def test_micro_batches_and_checkpointing_change_nothing(models, family):
     errors, expected = gradients(models[family], family, checkpointing=False, micro_batch=1)
     seen, found = gradients(models[family], family, checkpointing=True, micro_batch=4)
@@ -182,7 +181,7 @@ def test_micro_batches_and_checkpointing_change_nothing(models, family):
     assert relative_error(found, expected) <= 1e-4
 
 
-@EVERY
+@EACH_KIND
 def test_the_score_sees_the_tokens(models, family):
     """Errors by the patch equal those of training, and differ from the plain model's."""
     batch, rows = step(family), rows_for(models[family], family)
@@ -193,7 +192,7 @@ def test_the_score_sees_the_tokens(models, family):
     assert relative_error(pair_errors(models[family], None, *given, 2), trained) > 1e-4
 
 
-@EVERY
+@EACH_KIND
 @BOTH_WAYS
 def test_nothing_is_left_on_the_network(models, family, checkpointing):
     network = models[family].model.diffusion_model

@@ -10,14 +10,13 @@ from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.families import FAMILIES
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests import tiny_models
+from softrepa_tests.of_families import EACH_KIND, EVERY_TRANSFORMER
 from softrepa_tests.oracle import blocks_of, injected
 from softrepa_tests.sampling import guider, noise, prompt, record, relative_error, sample, sigmas_of
 from softrepa_tests.tiny_models import HIDDEN, seeded
 from softrepa_tests.token_sets import tokens_for
 
 EXACT = 1e-5
-TRANSFORMERS = [family.name for family in FAMILIES.values() if family.stream == "sequence"]
-EVERY = pytest.mark.parametrize("family", TRANSFORMERS)
 
 
 def all_blocks(model, family: str, seed: str = "all") -> SoftTokens:
@@ -31,7 +30,7 @@ def all_blocks(model, family: str, seed: str = "all") -> SoftTokens:
     )
 
 
-@EVERY
+@EVERY_TRANSFORMER
 def test_strength_one_equals_rows_in_the_stream(models, family):
     tokens = all_blocks(models[family], family)
     ours = sample(apply_tokens(models[family], tokens), family)
@@ -41,14 +40,14 @@ def test_strength_one_equals_rows_in_the_stream(models, family):
     assert relative_error(sample(models[family], family), expected) > 1e-3
 
 
-@EVERY
+@EVERY_TRANSFORMER
 def test_strength_zero_is_the_unpatched_model(models, family):
     patched = apply_tokens(models[family], tokens_for(family), strength=0.0)
     assert patched.model_options == models[family].model_options
     assert torch.equal(sample(patched, family), sample(models[family], family))
 
 
-@EVERY
+@EACH_KIND
 def test_strength_three_is_three_copies(models, family):
     tokens = all_blocks(models[family], family)
     with injected(models[family], tokens, tokens, tokens):
@@ -56,7 +55,7 @@ def test_strength_three_is_three_copies(models, family):
     assert relative_error(sample(apply_tokens(models[family], tokens, strength=3.0), family), expected) <= EXACT
 
 
-@EVERY
+@EACH_KIND
 def test_small_strength_tends_to_the_plain_model(models, family):
     plain = sample(models[family], family)
     tokens = all_blocks(models[family], family)
@@ -68,7 +67,7 @@ def test_small_strength_tends_to_the_plain_model(models, family):
     assert errors[2] < 1e-4
 
 
-@EVERY
+@EVERY_TRANSFORMER
 def test_each_step_reads_its_own_row_of_the_table(models, family):
     """Rows of a time table that are the same but for one: only the step in its bucket tells them apart."""
     tokens, x = tokens_for(family), noise(family)
@@ -80,7 +79,7 @@ def test_each_step_reads_its_own_row_of_the_table(models, family):
     assert [torch.equal(a, b) for a, b in zip(ours, expected, strict=True)] == [True, False, True]
 
 
-@EVERY
+@EACH_KIND
 def test_outside_the_window_the_model_is_plain(models, family):
     model, x = models[family], noise(family)
     sigmas = sigmas_of(model, 6)
@@ -100,7 +99,7 @@ def alone(model, family: str, name: str, active, x, sigmas):
         return record(guider(model, family, cfg=1.0, positive=prompt(family, name)), x, sigmas)[0]
 
 
-@EVERY
+@EACH_KIND
 @pytest.mark.parametrize("apply_to", ["both", "positive", "negative"])
 def test_roles_under_cfg(models, family, apply_to):
     tokens, x = tokens_for(family), noise(family)
@@ -114,7 +113,7 @@ def test_roles_under_cfg(models, family, apply_to):
     assert relative_error(ours, negative + 3.0 * (positive - negative)) <= EXACT
 
 
-@EVERY
+@EACH_KIND
 def test_the_negative_bank(models, family):
     tokens, x = tokens_for(family, banks=True), noise(family)
     other = SoftTokens(tokens.negative_tokens, tokens.family, tokens.blocks, time_table=tokens.time_table)
@@ -128,7 +127,7 @@ def test_the_negative_bank(models, family):
     assert relative_error(ours, negative + 3.0 * (positive - negative)) <= EXACT
 
 
-@EVERY
+@EACH_KIND
 def test_two_nodes_in_a_row_insert_together(models, family):
     first, second = all_blocks(models[family], family), tokens_for(family, "b", blocks=2)
     patched = apply_tokens(apply_tokens(models[family], first), second)
@@ -137,7 +136,7 @@ def test_two_nodes_in_a_row_insert_together(models, family):
     assert relative_error(sample(patched, family), expected) <= EXACT
 
 
-@EVERY
+@EACH_KIND
 def test_without_guidance_there_is_no_negative(models, family):
     """As models that are distilled for it run."""
     tokens = tokens_for(family)
@@ -146,7 +145,7 @@ def test_without_guidance_there_is_no_negative(models, family):
     assert relative_error(sample(apply_tokens(models[family], tokens), family, cfg=1.0), expected) <= EXACT
 
 
-@EVERY
+@EACH_KIND
 def test_a_batch_of_pictures(models, family):
     tokens, x = tokens_for(family), noise(family, batch=3)
     with injected(models[family], tokens):
@@ -154,7 +153,7 @@ def test_a_batch_of_pictures(models, family):
     assert relative_error(sample(apply_tokens(models[family], tokens), family, x=x), expected) <= EXACT
 
 
-@EVERY
+@EACH_KIND
 def test_the_network_called_without_its_wrappers_is_refused(models, family):
     patched = apply_tokens(models[family], tokens_for(family))
     options = patched.model_options["transformer_options"]
@@ -170,7 +169,7 @@ def test_the_network_called_without_its_wrappers_is_refused(models, family):
         )
 
 
-@EVERY
+@EACH_KIND
 def test_nothing_stays_in_the_callers_options(models, family):
     """A network that writes its place into the options it is given must not meet it again in the next call."""
     patched = apply_tokens(models[family], tokens_for(family))
@@ -179,7 +178,7 @@ def test_nothing_stays_in_the_callers_options(models, family):
     assert not {"block_index", "block_type", "optimized_attention_override", "softrepa"} & set(options)
 
 
-@EVERY
+@EACH_KIND
 def test_a_network_that_is_called_twice_in_a_call(models, family):
     """By another node's wrapper, with the same options: what ran last must not be taken for what runs first."""
     tokens = all_blocks(models[family], family)
@@ -195,7 +194,7 @@ def test_a_network_that_is_called_twice_in_a_call(models, family):
     assert torch.equal(sample(twice, family, steps=1), expected)
 
 
-@EVERY
+@EACH_KIND
 def test_another_nodes_kernel_sees_the_rows(models, family):
     keys = []
 
@@ -229,14 +228,14 @@ def test_networks_of_the_same_classes_that_no_family_has(like, kind, change):
         apply_tokens(model, tokens_for(like))
 
 
-@EVERY
+@EVERY_TRANSFORMER
 def test_tokens_of_another_family_are_refused(models, family):
     other = "zimage" if family != "zimage" else "flux"
     with pytest.raises(SoftREPAError, match=rf"are for {other} \(.*\), but this model is {FAMILIES[family].title} \("):
         apply_tokens(models[family], tokens_for(other))
 
 
-@EVERY
+@EVERY_TRANSFORMER
 def test_a_files_family_is_what_it_says(models, family, tmp_path):
     tokens = tokens_for(family, banks=True)
     read = token_files.load(token_files.save(tokens, tmp_path / "mine.safetensors"))

@@ -1,0 +1,19 @@
+"""Which families a test runs on: all of them, or one of each kind where the others differ by nothing that it tests."""
+
+import os
+
+import pytest
+from comfyui_softrepa.softrepa.families import FAMILIES
+
+EVERY_FAMILY = "SOFTREPA_EVERY_FAMILY"
+"""Set: what runs on one of each kind runs on all."""
+TRANSFORMERS = [family.name for family in FAMILIES.values() if family.stream == "sequence"]
+KINDS = {
+    "flux": "joint and single blocks",
+    "qwenimage": "joint blocks with masks",
+    "zimage": "single stream with refiners",
+    "anima": "cross-attention",
+}
+
+EVERY_TRANSFORMER = pytest.mark.parametrize("family", TRANSFORMERS)
+EACH_KIND = pytest.mark.parametrize("family", TRANSFORMERS if EVERY_FAMILY in os.environ else KINDS)
