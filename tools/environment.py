@@ -252,6 +252,7 @@ def build_virtual_environment(folder: Path, requirements: list[Path]) -> None:
     pip(
         folder,
         "install",
+        "--no-compile",  # a tenth of the modules is ever imported
         TORCH,
         *files,
         failure=(
