@@ -18,7 +18,7 @@ from pathlib import Path
 from softrepa import __version__
 
 from . import environment
-from .workflow_descriptions import BLUEPRINTS, NOTE_WIDTH, WORKFLOWS, Blueprint, Column, Node, Note, Workflow
+from .workflow_descriptions import BLUEPRINTS, NOTE_WIDTH, UNTELLING, WORKFLOWS, Blueprint, Column, Node, Note, Workflow
 
 ROOT = Path(__file__).absolute().parents[1]
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
@@ -29,8 +29,6 @@ PROMPT_COLOURS = {
     "Negative prompt": {"color": "#322", "bgcolor": "#533"},
 }
 CATEGORY = "SoftREPA"
-UNTELLING = ("text", "value", "image")
-"""Names of widgets which say nothing without the node's title."""
 INPUT_SIDE, OUTPUT_SIDE = -10, -20  # what stands for a blueprint's own sockets in it
 PACK, VERSION, CORE_VERSION = "comfyui-softrepa", __version__, environment.DEFAULT_VERSION
 # pixels of the frontend's canvas

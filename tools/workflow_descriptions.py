@@ -24,6 +24,8 @@ LINE, PREVIEW = 60, 230
 LIVE_CURVES = 420
 NOTE_WIDTH = 420
 PICTURES = "my_pictures"
+UNTELLING = ("text", "value", "image")
+"""Names of widgets that say nothing without their node's title."""
 PUBLISHED = ("sd15", "sdxl", "sd3")
 
 

@@ -8,8 +8,7 @@ from comfyui_softrepa.softrepa.training.presets import RELATIVE
 from softrepa_tests.conftest import ROOT
 
 from tools.frontend import read_graph
-from tools.make_workflows import UNTELLING
-from tools.workflow_descriptions import BLUEPRINTS, WORKFLOWS
+from tools.workflow_descriptions import BLUEPRINTS, UNTELLING, WORKFLOWS
 
 SMALL = {
     "EmptyLatentImage": {"width": 128, "height": 128},
