@@ -15,10 +15,10 @@ from ..softrepa.comfy.comparing.questions import QuestionJudge
 from ..softrepa.comfy.comparing.run import Comparison, Ways, compare, graph_of, prompt_files
 from ..softrepa.comparing.inputs import CompareInputs, Prompt, parse_prompts, read_prompts
 from ..softrepa.comparing.summary import Judged, as_csv, as_text, check_scores, summarize
-from ..softrepa.errors import SoftREPAError, printable, shown
+from ..softrepa.errors import SoftREPAError, shown
 from ..softrepa.statistics import Unit
 from ..softrepa.training.timesteps import SCORED, parse_timesteps
-from .schema import ADVANCED, ON_CANVAS, Dataset, Tokens, schema, show_on_node, whole_graph
+from .schema import ADVANCED, ON_CANVAS, Dataset, Tokens, in_lines, schema, show_on_node, whole_graph
 from .schema import widget as input_widget
 
 Judge = io.Custom("SOFTREPA_JUDGE")
@@ -230,7 +230,7 @@ class CompareScores(io.ComfyNode):
             raise SoftREPAError("Comparison has 1 arm, expected 2 or more: give another strength or a second model.")
         show_on_node(cls, text)
         outputs = (text, change.mean, change.low, change.high, as_csv(lines))
-        return io.NodeOutput(*outputs, ui=ui.PreviewText(printable(text)))
+        return io.NodeOutput(*outputs, ui=ui.PreviewText(in_lines(text)))
 
 
 def chain_input() -> io.Input:

@@ -99,9 +99,14 @@ def tell_of_new_tokens() -> None:
 
 
 def show_on_node(node: type[io.ComfyNode], text: str) -> None:
-    """Writes a line under the node in the graph; nothing outside a running server.
+    """Writes lines under the node in the graph; nothing outside a running server."""
+    if name := id_on_canvas(node):
+        PromptServer.instance.send_progress_text(in_lines(text), name)
+
+
+def in_lines(text: str) -> str:
+    """A text as nodes show it: Nodes 2.0 takes it for Markdown, which keeps lines apart only behind two spaces.
 
     Names of files may hold what the server cannot send as UTF-8.
     """
-    if name := id_on_canvas(node):
-        PromptServer.instance.send_progress_text(printable(text), name)
+    return printable(text).replace("\n", "  \n")

@@ -19,6 +19,10 @@ class SoftREPAError(ValueError):
     Its text can always be encoded: ComfyUI logs it as UTF-8, and a lone surrogate in a log line ends its worker.
     """
 
+    __module__ = (
+        "softrepa"  # ComfyUI shows it before the sentence; its own name for it starts with the pack's whole path
+    )
+
     def __init__(self, message: str):
         super().__init__(cut(printable(message), MOST_SAID))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from softrepa import __version__
 
 from . import environment
-from .workflow_descriptions import BLUEPRINTS, NOTE_WIDTH, WORKFLOWS, Blueprint, Column, Node, Note, Workflow
+from .workflow_descriptions import BLUEPRINTS, NOTE_WIDTH, UNTELLING, WORKFLOWS, Blueprint, Column, Node, Note, Workflow
 
 ROOT = Path(__file__).absolute().parents[1]
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
@@ -74,6 +74,7 @@ def frontend_graph(workflow: Workflow, info: dict) -> dict:
         widgets, shown = workflow.app.inputs, workflow.app.outputs
         data = {"inputs": [[int(key), name] for key, name in widgets], "outputs": [int(key) for key in shown]}
         extra |= {"linearMode": False, "linearData": data}
+        name_widgets(nodes, workflow, info)
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, workflow.name)),
         "revision": 0,
@@ -86,6 +87,16 @@ def frontend_graph(workflow: Workflow, info: dict) -> dict:
         "extra": extra,
         "version": 0.4,
     }
+
+
+def name_widgets(nodes: list[dict], workflow: Workflow, info: dict) -> None:
+    """App mode shows widgets without their nodes: one that says nothing by itself gets its node's title."""
+    by_id = {str(node["id"]): node for node in nodes}
+    for key, name in workflow.app.inputs if workflow.app else ():
+        if name in UNTELLING:
+            node = by_id[key]
+            place = input_place(node, name, input_kind(info[node["type"]], name))
+            node["inputs"][place]["label"] = node["title"]
 
 
 def frontend_nodes(described: dict[str, Node], places: dict[str, dict], info: dict) -> tuple[list[dict], list[list]]:
@@ -149,9 +160,7 @@ def blueprint_graph(blueprint: Blueprint, info: dict) -> dict:
     for slot, (name, *targets) in enumerate(blueprint.inputs):
         ids = []
         for key, target in targets:
-            (kind,) = (
-                kind for one, kind, _ in input_definitions(info[blueprint.nodes[key].class_type]) if one == target
-            )
+            kind = input_kind(info[blueprint.nodes[key].class_type], target)
             place = input_place(by_id[key], target, kind)
             ids.append(len(inner) + 1)
             by_id[key]["inputs"][place]["link"] = ids[-1]
@@ -397,6 +406,10 @@ def input_definitions(info: dict) -> list[tuple[str, str, dict]]:
             kind, *options = info["input"][group][name]
             definitions.append((name, "COMBO" if isinstance(kind, list) else kind, options[0] if options else {}))
     return definitions
+
+
+def input_kind(info: dict, name: str) -> str:
+    return next(kind for one, kind, _ in input_definitions(info) if one == name)
 
 
 def frontend_outputs(info: dict) -> list[dict]:

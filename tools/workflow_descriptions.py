@@ -20,10 +20,12 @@ COMPARED = (
 HUGGING_FACE = "https://huggingface.co"
 README = "the pack's README"
 # room below a node's widgets, in pixels: a line of text, a live preview, a training run's curves
-LINE, PREVIEW = 60, 160
+LINE, PREVIEW = 60, 230
 LIVE_CURVES = 420
 NOTE_WIDTH = 420
 PICTURES = "my_pictures"
+UNTELLING = ("text", "value", "image")
+"""Names of widgets that say nothing without their node's title."""
 PUBLISHED = ("sd15", "sdxl", "sd3")
 
 
@@ -558,7 +560,7 @@ def small_world() -> Workflow:
 
 
 def small_world_training() -> Workflow:
-    """From a folder of pictures to tokens and their score, in about a minute, on the model that comes with the pack."""
+    """From a folder of pictures to tokens and their score, in some minutes, on the model that comes with the pack."""
     clip, vae = ["1", 1], ["1", 2]
     settings = {
         "steps": 40,
@@ -577,7 +579,7 @@ def small_world_training() -> Workflow:
     }
     nodes = {
         **SMALL_WORLD,
-        "2": Node("SoftREPASmallWorldPictures", "Small World Pictures", {"count": 128, "seed": 0}),
+        "2": Node("SoftREPASmallWorldPictures", "Small World Pictures", {"count": 128, "seed": 0}, height=LINE),
         "3": dataset(["2", 0], clip, vae, 96),
         "4": prompt("Positive prompt of the previews", clip, "a red circle and a blue square"),
         "5": prompt("Negative prompt of the previews", clip, ""),
@@ -590,7 +592,7 @@ def small_world_training() -> Workflow:
         name="small_world_training",
         title="Train and score without a download",
         note=Note(
-            "Training, in a minute",
+            "Training, in some minutes",
             (
                 "Press Run: pictures with captions are drawn into a folder, tokens learn from them, and a score says "
                 "whether they help.",
@@ -600,7 +602,7 @@ def small_world_training() -> Workflow:
                 "A quarter of the pictures is not trained on (*validation_percent*). The score asks for each of them "
                 "which of eight captions is its own, without the tokens (model) and with them (other model), at the "
                 "same noise, and says whether the difference is more than chance.",
-                "A minute changes little, and the score often cannot tell; *steps* 300 learns more, in some minutes. "
+                "So few steps change little, and the score often cannot tell; *steps* 300 learns more. "
                 "The file is in *models/softrepa*.",
             ),
         ),

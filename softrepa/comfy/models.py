@@ -16,7 +16,7 @@ def check_positions(name: str, model: ModelPatcher, width: int, height: int) -> 
     if most is not None and max(width, height) > most:
         raise SoftREPAError(
             f"{name} is {PIXELS * width} x {PIXELS * height} pixels, expected at most {PIXELS * most} a side: this "
-            "model has no positions beyond."
+            "model has no positions beyond; choose a smaller size."
         )
 
 

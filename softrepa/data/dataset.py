@@ -143,7 +143,7 @@ class Dataset:
     @property
     def summary(self) -> str:
         """What a person should know before training, in lines."""
-        return "\n".join([*self._counted, *_repeated(self.train + self.validation), *self.notes])
+        return "\n".join([*self._counted, *self.notes, *_repeated(self.train + self.validation)])
 
     @cached_property
     def _counted(self) -> list[str]:

@@ -277,6 +277,5 @@ def _notes(examples: list[Example], known: Index, listing: Listing, caption_line
             f"{listing.several_lines} text files have several lines, each of them a caption: "
             "set caption_lines to whole if they are one text"
         )
-    if left_out := listing.left_out.told():
-        notes.append(left_out)
-    return notes
+    left_out = listing.left_out.told()
+    return [left_out, *notes] if left_out else notes

@@ -8,7 +8,7 @@ from comfyui_softrepa.softrepa.training.presets import RELATIVE
 from softrepa_tests.conftest import ROOT
 
 from tools.frontend import read_graph
-from tools.workflow_descriptions import BLUEPRINTS, WORKFLOWS
+from tools.workflow_descriptions import BLUEPRINTS, UNTELLING, WORKFLOWS
 
 SMALL = {
     "EmptyLatentImage": {"width": 128, "height": 128},
@@ -154,6 +154,7 @@ def test_opens(one_page, info, workflow):
     assert overlaps(nodes) == []
     assert frontend.page.evaluate(UNDER_NODES) == []
     assert frontend.page.evaluate(LETTERS) > 8
+    assert not frontend.page.evaluate("app.canvas.low_quality")  # then no text is written
     assert not frontend.page.get_by_text("errors found").count()
     twin = read_graph(ROOT / "workflows" / "api" / f"{workflow.name}.json")
     assert comparable(frontend.prompt()) == comparable(twin)
@@ -207,13 +208,13 @@ def test_nodes_2(frontend):
 @pytest.mark.usefixtures("usual_view")
 @pytest.mark.parametrize("workflow", [w for w in WORKFLOWS if w.name in APPS], ids=lambda workflow: workflow.name)
 def test_app_mode(frontend, workflow):
-    """What the app shows to set is what the template names."""
+    """What the app shows to set is what the template names, by a name that tells what it is."""
     frontend.load(read_graph(ROOT / "workflows" / f"{workflow.title}.json"))
     frontend.command("Comfy.ToggleLinear")
     frontend.page.get_by_text("Number of runs").wait_for()
     frontend.screenshot(f"app_{workflow.name}")
     shown = frontend.page.inner_text("body").splitlines()
-    named = [name for _, name in workflow.app.inputs]
+    named = [workflow.nodes[key].title if name in UNTELLING else name for key, name in workflow.app.inputs]
     assert [line for line in shown if line in named] == named
 
 

@@ -13,6 +13,9 @@ from tools.workflow_descriptions import WORKFLOWS
 
 TEMPLATE = next(workflow.title for workflow in WORKFLOWS if workflow.name == "train_sd3")
 ALL_IN_ONE = ROOT / "tests" / "data" / "all_in_one"
+PREVIEW_TEXT = "$$node-text-preview"
+BELOW = f"""app.graph._nodes.find(node => node.type === 'SoftREPATrainTokens')
+    .widgets.find(widget => widget.name === '{PREVIEW_TEXT}').value"""
 LISTED = "app.graph._nodes.find(node => node.type === 'SoftREPALoadTokens').widgets[0].options.values"
 
 
@@ -87,6 +90,8 @@ def test_live_curves(frontend, server, view):
     assert page.evaluate("window.seen.interrupted")
     page.get_by_role("button", name="Stop and keep").wait_for(state="detached")
     assert "stopped" in text.inner_text()
+    assert page.evaluate(BELOW).startswith("stopped after step")  # the line that is in sight of a small node
+    assert view == "classic" or page.locator(f"[aria-label='{PREVIEW_TEXT}'] br").count()  # each line on its own
     kept = Path(server.work / "models" / "softrepa" / f"{prefix}_00001.safetensors")
     assert 5 <= int(token_files.load(kept).metadata["steps"]) < 1000
     page.wait_for_function(f"name => {LISTED}.includes(name)", arg=kept.name)  # without pressing R

@@ -328,7 +328,7 @@ def test_what_matters_stays_readable(models, token_folder, monkeypatch):
     data.validation = dataset("sd3", 9).train[6:]
     large = 2**63 - 1
     train(models, "sd3", dataset=data, steps=3, temperature=0.07, preview_every=1, seed=large)
-    *notices, progress = said[-1].splitlines()
+    progress, *notices = said[-1].splitlines()
     assert progress.startswith("step 3/3")
     assert any(re.match(TEACHES_NOTHING, line) for line in notices)
     assert any(line.startswith("step 3, held out: loss") for line in notices)

@@ -462,12 +462,12 @@ def test_the_summary_tells_what_is_there_and_what_is_not(photos):
     assert summary(read(photos)).splitlines() == [
         "14 images, 14 captions (13 different)",
         "trained at 128x128 (14)",
-        '1 captions of several images, which never meet in a batch: "picture 3" (2 images)',
-        "1 images in several copies: 05.png = copy.png",
-        "originals from 50x60 to 300x200",
-        "1 are enlarged: small.jpg",
         "left out 4 (no caption: bare.png; image file is truncated: cut.png; "
         "no image that can be opened: fake.jpg; several frames or pages: moving.gif)",
+        "originals from 50x60 to 300x200",
+        "1 are enlarged: small.jpg",
+        '1 captions of several images, which never meet in a batch: "picture 3" (2 images)',
+        "1 images in several copies: 05.png = copy.png",
     ]
 
 

@@ -121,7 +121,7 @@ class Session:
 
     def say(self, progress: str) -> None:
         self.progress = progress
-        self._say("\n".join([*self.notices.values(), progress]).strip())
+        self._say("\n".join([progress, *self.notices.values()]).strip())
 
     def show(self, image: Image.Image) -> None:
         """A picture in the node."""
