@@ -44,8 +44,9 @@ WIDTH = {
     "hunyuanimage": 3584,
     "anima": 1024,
 }
-LENGTH = {"sd15": 77, "sdxl": 77, "sd3": 154}
-"""Of a text; a few tokens elsewhere."""
+LENGTH = {"sd15": 77, "sdxl": 77, "sd3": 24}
+"""Of a text; a few tokens elsewhere. SD3's own is 154 and takes three times as long."""
+GOLDEN_LENGTH = LENGTH | {"sd3": 154}
 POOLED = {"sdxl": 1280, "sd3": 2048, "flux": 768}
 """Width of the pooled text, where there is one."""
 HIDDEN = {

@@ -22,7 +22,7 @@ from softrepa_tests import tiny_models
 from softrepa_tests.composing import lora_for, one_by_one, same_when_compiled, small_controlnet
 from softrepa_tests.oracle import injected
 from softrepa_tests.sampling import Record, guider, noise, prompt, relative_error, sample, sigmas_of
-from softrepa_tests.tiny_models import seeded
+from softrepa_tests.tiny_models import LENGTH, seeded
 from softrepa_tests.token_sets import tokens_for
 
 EXACT = 1e-5
@@ -169,10 +169,10 @@ def test_another_double_block_replacement_in_either_order(models):
     seen.clear()
     twice = apply_tokens(apply_tokens(model, tokens), tokens_for("sd3", "b"))
     assert relative_error(sample(apply_tokens(model, tokens), "sd3"), expected) <= EXACT
-    assert set(seen) == {154 + 4}
+    assert set(seen) == {LENGTH["sd3"] + 4}
     seen.clear()
     sample(twice, "sd3")
-    assert set(seen) == {154 + 8}
+    assert set(seen) == {LENGTH["sd3"] + 8}
     later = apply_tokens(models["sd3"], tokens)
     later.set_model_patch_replace(other, "dit", "double_block", 1)
     assert relative_error(sample(later, "sd3"), expected) <= EXACT

@@ -117,8 +117,7 @@ def test_timestep_ranges(models):
     check(models["sd3"], "sd3", target_positive=early + late)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd3"])
-@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize(("family", "strength"), [("sd15", 0.5), ("sd3", 1.0)])
 @pytest.mark.parametrize("apply_to", ["both", "positive", "negative"])
 def test_tokens_play_their_roles_in_both_pairs(models, family, strength, apply_to):
     model = apply_tokens(models[family], tokens_for(family), strength=strength, apply_to=apply_to)
@@ -170,8 +169,9 @@ def test_target_model_with_tokens(models, family, n_min):
     assert relative_error(back, expected_edit(target, family, target_model=models[family], n_min=n_min)) <= EXACT
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd3"])
-@pytest.mark.parametrize("which", ["source", "target", "both"])
+@pytest.mark.parametrize(
+    ("family", "which"), [("sd15", "source"), ("sd15", "target"), ("sd15", "both"), ("sd3", "both")]
+)
 def test_loras_of_two_models_on_one_checkpoint(family, which):
     """Clones of one network share its weights, patched for one of them at a time."""
     model = tiny_models.build(family)

@@ -9,7 +9,7 @@ from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from safetensors.torch import load_file
 from softrepa_tests.sampling import Record, relative_error
-from softrepa_tests.tiny_models import CHANNELS, LENGTH, WIDTH, seeded
+from softrepa_tests.tiny_models import CHANNELS, GOLDEN_LENGTH, WIDTH, seeded
 
 DATA = Path(__file__).parent.parent / "data"
 TOLERANCE = 1e-5
@@ -49,7 +49,7 @@ def raw_outputs(model, family: str, timestep: float) -> torch.Tensor:
     if family == "sdxl":
         extra["pooled_output"] = seeded((2, 1280), f"{tag}/pooled", 1.0)
         extra |= {"width": 1024, "height": 1024, "target_width": 1024, "target_height": 1024}
-    context = seeded((2, LENGTH[family], WIDTH[family]), f"{tag}/ctx", 1.0)
+    context = seeded((2, GOLDEN_LENGTH[family], WIDTH[family]), f"{tag}/ctx", 1.0)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds([[context, extra]], [[context, extra]])
     guider.set_cfg(1.0)

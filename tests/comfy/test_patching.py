@@ -16,6 +16,7 @@ from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests.oracle import injected
 from softrepa_tests.sampling import guider, noise, prompt, record, relative_error, sample, sigmas_of
+from softrepa_tests.tiny_models import LENGTH
 from softrepa_tests.token_sets import tokens_for
 
 FAMILIES = ("sd15", "sdxl", "sd3")
@@ -64,7 +65,7 @@ class AttentionSpy:
 def test_attention_mass_rises_with_strength(models, family):
     if family == "sd3":
         image = 16
-        columns = lambda keys, queries: [0, 1, 2, 3] if keys == 4 + 154 + image else None  # noqa: E731
+        columns = lambda keys, queries: [0, 1, 2, 3] if keys == 4 + LENGTH["sd3"] + image else None  # noqa: E731
     else:
         columns = lambda keys, queries: [1, 2, 3, 4] if keys == 81 else None  # noqa: E731
     plain = sample(models[family], family)
