@@ -40,7 +40,7 @@ class Plan:
 PLANS = {
     # the rest of the schedule would draw no better and read better: there would be less to improve
     "model": Plan(model, batch=64, steps=4000, descent=0.5, stop=3200),
-    "flux": Plan(flux, batch=128, steps=1900, descent=0.4, stop=1900),
+    "flux": Plan(flux, batch=32, steps=1600, descent=0.3, stop=1600),
 }
 
 
