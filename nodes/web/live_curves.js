@@ -5,6 +5,7 @@ import { app } from "../../scripts/app.js"
 
 const NODE = "SoftREPATrainTokens"
 const HEIGHT = 260
+const WIDTH = 360 // of a new node: room for a line of the header beside its button
 const MARGIN = { left: 46, right: 10, top: 20, bottom: 18 }
 const COLOURS = { batch: "#4a9bd9", heldOut: "#e0803a", muted: "var(--descrip-text, #999)" }
 const STYLE = `
@@ -23,7 +24,7 @@ const STYLE = `
 `
 
 const percent = (share) => `${Math.round(100 * share)}%`
-const plain = (number) => String(Number(number.toPrecision(3)))
+const plain = (number, digits = 3) => String(Number(number.toPrecision(digits)))
 const gigabytes = (bytes) => (bytes / 1e9).toFixed(1)
 const known = (value) => value !== null && value !== undefined
 
@@ -150,6 +151,9 @@ class Curves {
         if (high === low) [low, high] = [low - 0.5, high + 0.5]
         const x = (step) => MARGIN.left + ((step - first) / (last - first || 1)) * width
         const y = (value) => MARGIN.top + (1 - (value - low) / (high - low)) * height
+        // as many digits as tell the lines of the grid apart
+        const most = Math.max(Math.abs(low), Math.abs(high))
+        const digits = Math.min(6, Math.max(3, 2 + Math.ceil(Math.log10(most / (high - low)))))
         const add = (name, attributes, text) => panel.svg.appendChild(svg(name, attributes, text))
         const path = (points, stroke) =>
             add("polyline", {
@@ -161,7 +165,7 @@ class Curves {
         for (const share of [0, 0.5, 1]) {
             const value = low + share * (high - low)
             add("line", { x1: MARGIN.left, x2: MARGIN.left + width, y1: y(value), y2: y(value) })
-            add("text", { x: MARGIN.left - 5, y: y(value) + 4, "text-anchor": "end", class: "muted" }, panel.shown(value))
+            add("text", { x: MARGIN.left - 5, y: y(value) + 4, "text-anchor": "end", class: "muted" }, panel.shown(value, digits))
         }
         const bottom = MARGIN.top + height + 14
         add("text", { x: MARGIN.left, y: bottom, class: "muted" }, String(Math.round(first)))
@@ -169,7 +173,8 @@ class Curves {
         if (panel.column === 2) {
             const level = y(this.run.chance)
             add("line", { x1: MARGIN.left, x2: MARGIN.left + width, y1: level, y2: level, "stroke-dasharray": "4 4" })
-            add("text", { x: MARGIN.left + width, y: level - 3, "text-anchor": "end", class: "muted" }, "chance")
+            const said = `chance ${percent(this.run.chance)}`
+            add("text", { x: MARGIN.left + width, y: 13, "text-anchor": "end", class: "muted" }, said)
         }
         path(batch, COLOURS.batch)
         path(heldOut, COLOURS.heldOut)
@@ -256,5 +261,6 @@ app.registerExtension({
             getMinHeight: () => HEIGHT,
         })
         widget.serialize = false // not among the values of a saved graph either
+        if (node.size[0] < WIDTH) node.setSize([WIDTH, node.size[1]])
     },
 })
