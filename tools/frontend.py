@@ -115,10 +115,10 @@ class Frontend:
     def search(self, words: str) -> None:
         """Double-click on the empty canvas and type."""
         dialog = self.page.get_by_text("Most relevant")
-        for _ in range(5):  # the first clicks may come while the page is still busy
+        for _ in range(12):  # the first clicks may come while the page is still busy
             self.page.mouse.dblclick(800, 500)
             try:
-                dialog.first.wait_for(timeout=3000)
+                dialog.first.wait_for(timeout=1200)
                 break
             except TimeoutError:
                 continue

@@ -8,8 +8,7 @@ from tools.workflow_descriptions import WORKFLOWS
 
 PAGES = sorted(path.stem for path in (ROOT / "nodes" / "web" / "docs").glob("*.md"))
 READ = [
-    *("SoftREPALoadTokens", "SoftREPAFlowEdit", "SoftREPADataset", "SoftREPATrainTokens", "SoftREPATrainingOptions"),
-    *("SoftREPACompare", "SoftREPAScore", "SoftREPASmallWorldPictures"),
+    *("SoftREPALoadTokens", "SoftREPAFlowEdit", "SoftREPATrainTokens", "SoftREPACompare"),
 ]
 """Pages that are opened here; `tests/comfy/test_help.py` looks at all of them."""
 SEARCHES = {

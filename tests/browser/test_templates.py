@@ -29,18 +29,16 @@ WIDTH_OF_PICTURE = """card => {
 }"""
 RUN = {
     "small_world": ("Save Image",),
-    "text_to_image_sd15": ("Save Image",),
     "text_to_image_sd3": ("Save Image",),
     "small_world_edit": ("Save Image",),
     "small_world_training": ("SoftREPA Alignment Score",),
-    "flowedit_sd3": ("Save Image",),
     "flowedit_sd3_mask": ("Save Image",),
     "train_sd3": ("Plot Loss Graph", "Preview SoftREPA Tokens"),
     "score_sd3": ("Score without and with tokens",),
-    "compare_sd3": ("Compare Tokens",),
     "convert_tokens": ("Preview SoftREPA Tokens",),
 }
-"""Nodes that show pictures after a run. The smallest SDXL is too large to make up, and so are newer models."""
+"""Nodes that show pictures after a run, a template of each kind. The smallest SDXL is too large to make up, and so are
+newer models."""
 PICTURED = """titles => titles.every(title => app.graph._nodes.some(
     node => node.title === title && (node.imgs ?? []).some(image => image.naturalWidth > 1)
 ))"""
@@ -168,8 +166,7 @@ def test_opens(one_page, info, workflow):
 def test_runs(frontend, workflow):
     frontend.open_template(workflow.title)
     if "small_world" not in workflow.name:
-        tokens = {"tokens_name": f"softrepa_{'sd15' if 'sd15' in workflow.name else 'sd3'}.safetensors"}
-        frontend.set_widgets(SMALL | {"SoftREPALoadTokens": tokens})
+        frontend.set_widgets(SMALL | {"SoftREPALoadTokens": {"tokens_name": "softrepa_sd3.safetensors"}})
     if workflow.name == "small_world_training":  # its own forty steps take a minute
         few = {"SoftREPASmallWorldPictures": {"count": 16}, "SoftREPAScore": {"batch_size": 2, "batches": 1}}
         frontend.set_widgets(few | {"SoftREPATrainTokens": {"steps": 4, "preview_every": 2}})

@@ -143,7 +143,7 @@ def test_texts_for_the_browser_can_be_sent(monkeypatch):
     monkeypatch.setattr(server.PromptServer, "instance", stub, raising=False)
     node = SimpleNamespace(hidden=SimpleNamespace(unique_id="1", dynprompt=None))
     schema.show_on_node(node, "2 images left out: caf\udce9.png\nand 全角　空白")
-    assert sent == ["2 images left out: caf\\udce9.png\nand 全角　空白".encode()]
+    assert sent == ["2 images left out: caf\\udce9.png  \nand 全角　空白".encode()]  # two spaces keep lines apart
 
 
 @pytest.mark.parametrize("option", ["validation_percent", "cache_gb"])
