@@ -25,7 +25,7 @@ class InMemory(AtHand):
     def cond(self, caption: str) -> dict:
         pooled = POOLED.get(self.family)
         return {
-            "cross_attn": seeded((1, LENGTH.get(self.family, 9), WIDTH[self.family]), f"text/{caption}", 1.0),
+            "cross_attn": seeded((1, LENGTH.get(self.family, 77), WIDTH[self.family]), f"text/{caption}", 1.0),
             "pooled_output": None if pooled is None else seeded((1, pooled), f"pooled/{caption}", 1.0),
         }
 
