@@ -19,9 +19,6 @@ class SoftREPAError(ValueError):
     Its text can always be encoded: ComfyUI logs it as UTF-8, and a lone surrogate in a log line ends its worker.
     """
 
-    # ComfyUI shows this before the sentence, and inside it the module's name begins with the pack's whole path
-    __module__ = "softrepa"
-
     def __init__(self, message: str):
         super().__init__(cut(printable(message), MOST_SAID))
 

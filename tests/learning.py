@@ -7,7 +7,7 @@ from comfyui_softrepa.softrepa.data.batches import Example
 from comfyui_softrepa.softrepa.data.dataset import Dataset
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests.sampling import relative_error
-from softrepa_tests.tiny_models import LENGTH, POOLED, WIDTH, latent_shape, seeded
+from softrepa_tests.tiny_models import POOLED, WIDTH, latent_shape, seeded
 
 
 class InMemory(AtHand):
@@ -25,7 +25,7 @@ class InMemory(AtHand):
     def cond(self, caption: str) -> dict:
         pooled = POOLED.get(self.family)
         return {
-            "cross_attn": seeded((1, LENGTH.get(self.family, 77), WIDTH[self.family]), f"text/{caption}", 1.0),
+            "cross_attn": seeded((1, 77, WIDTH[self.family]), f"text/{caption}", 1.0),
             "pooled_output": None if pooled is None else seeded((1, pooled), f"pooled/{caption}", 1.0),
         }
 

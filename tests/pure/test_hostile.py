@@ -592,8 +592,3 @@ def test_folders_without_locks_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "try_lock", unsupported)
     with pytest.raises(locks.NoLocksError, match="Operation not supported"), locks.held(tmp_path / "lock"):
         pass
-
-
-def test_an_error_says_its_name_without_a_path():
-    """ComfyUI writes module and name before the sentence; a pack's modules are named by the path of its folder."""
-    assert f"{SoftREPAError.__module__}.{SoftREPAError.__qualname__}" == "softrepa.SoftREPAError"
