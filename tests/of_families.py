@@ -4,9 +4,8 @@ import os
 
 import pytest
 from comfyui_softrepa.softrepa.families import FAMILIES
+from softrepa_tests.run import EVERY_FAMILY
 
-EVERY_FAMILY = "SOFTREPA_EVERY_FAMILY"
-"""Set: what runs on one of each kind runs on all."""
 TRANSFORMERS = [family.name for family in FAMILIES.values() if family.stream == "sequence"]
 KINDS = {
     "flux": "joint and single blocks",

@@ -12,6 +12,8 @@ import sys
 
 from tools import environment
 
+EVERY_FAMILY = "SOFTREPA_EVERY_FAMILY"
+"""Set: what runs on one family of each kind runs on all (`of_families.py`)."""
 EVERYTHING = [
     "--numprocesses=2",
     "--dist=loadfile",
@@ -31,7 +33,7 @@ def main() -> None:
     if subprocess.run([prepared.python, "-c", "import pytest"], capture_output=True).returncode:
         sys.exit(f"{prepared.python} has no pytest: install requirements-dev.txt there.")
     if arguments.every_family:
-        os.environ["SOFTREPA_EVERY_FAMILY"] = "1"  # tests/of_families.py
+        os.environ[EVERY_FAMILY] = "1"
     if arguments.frontend:
         os.environ[environment.FRONTEND_VARIABLE] = environment.frontend_or_exit(arguments.frontend)
     sys.exit(environment.run_module("pytest", pytest_arguments or EVERYTHING, prepared))

@@ -12,6 +12,7 @@ import re
 import tempfile
 import uuid
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def frontend_graph(workflow: Workflow, info: dict) -> dict:
         widgets, shown = workflow.app.inputs, workflow.app.outputs
         data = {"inputs": [[int(key), name] for key, name in widgets], "outputs": [int(key) for key in shown]}
         extra |= {"linearMode": False, "linearData": data}
-        name_widgets(nodes, workflow, info)
+        name_widgets(nodes, widgets, info)
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, workflow.name)),
         "revision": 0,
@@ -89,10 +90,10 @@ def frontend_graph(workflow: Workflow, info: dict) -> dict:
     }
 
 
-def name_widgets(nodes: list[dict], workflow: Workflow, info: dict) -> None:
+def name_widgets(nodes: list[dict], shown: Iterable[tuple[str, str]], info: dict) -> None:
     """App mode shows widgets without their nodes: one that says nothing by itself gets its node's title."""
     by_id = {str(node["id"]): node for node in nodes}
-    for key, name in workflow.app.inputs if workflow.app else ():
+    for key, name in shown:
         if name in UNTELLING:
             node = by_id[key]
             place = input_place(node, name, input_kind(info[node["type"]], name))

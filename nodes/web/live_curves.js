@@ -165,7 +165,8 @@ class Curves {
         for (const share of [0, 0.5, 1]) {
             const value = low + share * (high - low)
             add("line", { x1: MARGIN.left, x2: MARGIN.left + width, y1: y(value), y2: y(value) })
-            add("text", { x: MARGIN.left - 5, y: y(value) + 4, "text-anchor": "end", class: "muted" }, panel.shown(value, digits))
+            const place = { x: MARGIN.left - 5, y: y(value) + 4, "text-anchor": "end", class: "muted" }
+            add("text", place, panel.shown(value, digits))
         }
         const bottom = MARGIN.top + height + 14
         add("text", { x: MARGIN.left, y: bottom, class: "muted" }, String(Math.round(first)))

@@ -36,5 +36,10 @@ def test_a_template_opens(frontend, view):
     assert version == environment.NEWEST_FRONTEND
 
 
+@pytest.mark.usefixtures("as_before")
+def test_live_curves(frontend, server):
+    test_training.test_live_curves(frontend, server, "nodes_2")
+
+
 def test_found_by_search(frontend):
     test_nodes.test_found_first(frontend, "edit photo")
