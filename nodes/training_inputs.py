@@ -9,6 +9,7 @@ from ..softrepa.training import optimizers
 from ..softrepa.training.config import OBJECTIVES, TEMPERATURE_MODES
 from ..softrepa.training.inputs import ON_NO_CONTRAST, TIME_TABLE, TrainingInputs
 from ..softrepa.training.loss import CONTRASTS
+from ..softrepa.training.noising import FIRST, LAST
 from ..softrepa.training.presets import PRESETS
 from .schema import ADVANCED, Dataset, Tokens
 from .schema import widget as input_widget
@@ -81,6 +82,21 @@ def training_inputs() -> dict[str, io.Input]:
             "cross-entropy: the paper's. ranking: the share of the other captions that fit better than the image's "
             "own, softly, 0 to 1; has no logit_scale.",
             options=list(CONTRASTS),
+            **ADVANCED,
+        ),
+        widget(
+            "min_timestep",
+            "The first timestep that is drawn; 0, the paper's, is a picture without noise. 750, as preset high noise "
+            "sets it, trains only where what a picture shows is decided.",
+            min=FIRST,
+            max=LAST,
+            **ADVANCED,
+        ),
+        widget(
+            "max_timestep",
+            "The last timestep that is drawn; 999 is nothing but noise.",
+            min=FIRST,
+            max=LAST,
             **ADVANCED,
         ),
         widget(

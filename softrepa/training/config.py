@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..data.swaps import MOST
 from ..errors import SoftREPAError, shown
 from ..numbers import ABOVE_0, FROM_0, SHARE_BELOW_1, at_least, check_number
-from . import agsm, loss, optimizers
+from . import agsm, loss, noising, optimizers
 
 OBJECTIVES = ("contrastive", "denoising", "agsm", "guidance", "guided contrast")
 """The paper's; its plain denoising loss alone, to see what the contrast adds; its successor's (`agsm.py`); what the
@@ -44,7 +44,7 @@ class Settings:
     and `hard_negatives`, up to how many captions wrong by two swapped words each image is compared with as well.
     `guidance_scale` is that of the predictions that objective "guidance" learns and "guided contrast" compares.
     `negatives`: how many captions of other images each image is compared with; 0 are all the others of its batch. More
-    than those are drawn from the dataset.
+    than those are drawn from the dataset. Timesteps are drawn from `min_timestep` to `max_timestep`.
     """
 
     steps: int = 2000
@@ -75,6 +75,8 @@ class Settings:
     teacher_decay: float = agsm.TEACHER_DECAY
     guidance_scale: float = 4.0
     contrast: str = loss.CROSS_ENTROPY
+    min_timestep: int = noising.FIRST
+    max_timestep: int = noising.LAST
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ class TrainingConfig(Settings):
         for name, expected in names.items():
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), expected)
+        if not noising.FIRST <= self.min_timestep <= self.max_timestep <= noising.LAST:
+            raise SoftREPAError(
+                f"min_timestep is {self.min_timestep} and max_timestep {self.max_timestep}, expected "
+                f"{noising.FIRST} to {noising.LAST}, the second not below the first."
+            )
         if self.hard_negatives > MOST:
             raise SoftREPAError(f"hard_negatives is {self.hard_negatives}, expected at most {MOST}.")
         if self.temperature_mode == "relative" and self.temperature < LEAST_RELATIVE:
@@ -123,6 +130,11 @@ class TrainingConfig(Settings):
                 f"logit_scale is {self.logit_scale}, expected its default, {loss.LOGIT_SCALE}, with contrast ranking, "
                 "which does not use it."
             )
+
+    @property
+    def middle_timestep(self) -> int:
+        """Of those that are drawn: 500 of all."""
+        return (self.min_timestep + self.max_timestep + 1) // 2
 
     @property
     def wrong_captions(self) -> int:

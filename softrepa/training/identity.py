@@ -11,6 +11,7 @@ from ..tokens import SoftTokens
 from .config import USED_BY, TrainingConfig
 from .inputs import TrainingInputs
 from .loss import CROSS_ENTROPY
+from .noising import FIRST, LAST
 
 
 def file_metadata(inputs: TrainingInputs, config: TrainingConfig, dataset: Dataset, model: str) -> dict[str, str]:
@@ -38,6 +39,8 @@ def run_identity(
         "negatives": config.negatives > 0,
         "guidance_scale": config.objective in USED_BY["guidance_scale"],
         "contrast": config.contrast != CROSS_ENTROPY,
+        "min_timestep": config.min_timestep != FIRST,
+        "max_timestep": config.max_timestep != LAST,
     }
     for name, is_used in later.items():
         if not is_used:

@@ -24,6 +24,10 @@ def pair_error(output: Tensor, target: Tensor) -> Tensor:
     return (output.float() - target.float()).square().flatten(1).mean(dim=1)
 
 
-def draw_timestep(generator: torch.Generator) -> int:
-    """Uniform over 0..999."""
-    return int(torch.randint(0, 1000, (), generator=generator))
+FIRST, LAST = 0, 999
+"""The timesteps there are, from no noise to nothing else."""
+
+
+def draw_timestep(generator: torch.Generator, low: int = FIRST, high: int = LAST) -> int:
+    """Uniform over low..high."""
+    return int(torch.randint(low, high + 1, (), generator=generator))

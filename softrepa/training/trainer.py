@@ -165,7 +165,7 @@ class Trainer:
     def _accumulate(self, micro_batch: int) -> tuple[int, float, float, float]:
         config = self.config
         latents, conds, wrong = self.next_batch(config.batch_size)
-        t = draw_timestep(self.generator)
+        t = draw_timestep(self.generator, config.min_timestep, config.max_timestep)
         noise = torch.randn((1, *latents.shape[1:]), generator=self.generator)
         if self.empty is not None and torch.rand((), generator=self.generator) < config.caption_dropout:
             # one at most: two equal captions in a batch would be false negatives

@@ -185,12 +185,23 @@ def test_hard_negatives_that_cannot_be():
         ({"contrast": "ranking", "logit_scale": 2.0}, "logit_scale is 2.0, expected its default, 4.0, with contrast"),
         ({"objective": "denoising", "contrast": "ranking"}, "contrast is ranking, expected its default, cross-entropy"),
         ({"guidance_scale": 2.0}, "guidance_scale is 2.0, expected its default, 4.0, with objective contrastive"),
+        ({"min_timestep": 800, "max_timestep": 700}, "min_timestep is 800 and max_timestep 700, expected 0 to 999"),
+        ({"max_timestep": 1000}, "min_timestep is 0 and max_timestep 1000, expected 0 to 999"),
+        ({"min_timestep": -1}, "min_timestep is -1 and max_timestep 999, expected 0 to 999"),
         ({"objective": "agsm", "negative_guidance": -1.0}, "negative_guidance is -1.0, expected 0 or more"),
     ],
 )
 def test_what_does_not_go_together(options, message):
     with pytest.raises(SoftREPAError, match=message):
         TrainingConfig(steps=1, **options)
+
+
+def test_timesteps_are_drawn_where_they_are_asked_for():
+    drawn = {trainer(min_timestep=low, max_timestep=high).step(1).timestep for low, high in ((997, 999), (5, 5))}
+    assert drawn <= {5, 997, 998, 999}
+    run = trainer(min_timestep=998)
+    assert {run.step(1).timestep for _ in range(20)} == {998, 999}
+    assert [TrainingConfig(steps=1, **asked).middle_timestep for asked in ({}, {"min_timestep": 700})] == [500, 850]
 
 
 def test_the_control_compares_nothing():

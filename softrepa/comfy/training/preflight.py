@@ -56,8 +56,9 @@ def check_gradients(parts: Parts, notice: Callable[[str, str], None], on_no_cont
     latents, conds, wrong = trainer.next_batch(trainer.config.batch_size)
     dataset.restore(position)
     noise = torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(0))
-    rows = trainer.tokens.rows(500, pairs.embed).detach()
-    whole = StepBatch.of_all(latents, noise, [*conds, *chain(*wrong)], 500)
+    t = trainer.config.middle_timestep
+    rows = trainer.tokens.rows(t, pairs.embed).detach()
+    whole = StepBatch.of_all(latents, noise, [*conds, *chain(*wrong)], t)
     errors, gradients = pairs.one_by_one(rows, first_pairs(whole, 2))
     of_each, order = [len(captions) for captions in wrong], torch.arange(len(latents))
     compared = comparison(of_each, len(conds), trainer.config.negatives, order)
