@@ -59,10 +59,14 @@ def set_up(work: Path, device: str) -> None:
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
     options = ["--cpu"] if device == CPU else ["--force-fp32", "--fp32-vae", "--fp32-text-enc"]
-    startup.start(Path(os.environ["COMFYUI_PATH"]), [*options, "--base-directory", str(work)])
+    options += ["--use-pytorch-cross-attention", "--base-directory", str(work)]
+    startup.start(Path(os.environ["COMFYUI_PATH"]), options)
     import comfy.utils
 
+    from benchmarks.smallworld import padding
+
     comfy.utils.PROGRESS_BAR_ENABLED = False
+    padding.give_once()
 
 
 def prepare(work: Path) -> None:
@@ -189,8 +193,8 @@ def run_all(work: Path, trainings: list[Job], jobs: list[Job], processes: int) -
 def run_rows(work: Path, rows: list[Row], chosen: argparse.Namespace) -> None:
     """Whatever of the rows is not there yet."""
     jobs = list({job.key: job for row in rows for job in row.jobs(chosen.device)[: chosen.seeds]}.values())
-    # who takes another's tokens comes behind; a guidance of the places is done before the next one begins
-    jobs.sort(key=lambda job: (bool(job.row.like), job.row.cfg if chosen.places else 0, job.seed))
+    # who takes another's tokens comes behind
+    jobs.sort(key=lambda job: (bool(job.row.like), job.seed))
     to_measure = [] if chosen.train else [job for job in jobs if not result_path(job).exists()]
     needed = [job for job in (jobs if chosen.train else to_measure) if job.row.training is not None]
     trainings = {job.trained_as: job for job in needed if not tokens_path(job).exists()}
@@ -199,17 +203,20 @@ def run_rows(work: Path, rows: list[Row], chosen: argparse.Namespace) -> None:
 
 
 def run_places(work: Path, names: list[str], chosen: argparse.Namespace) -> None:
-    """All settings on development prompts, then the chosen ones on others."""
+    """Of one guidance after the other all settings on development prompts, then the chosen one on others."""
     from benchmarks.alignment_figures import Found
-    from benchmarks.alignment_places import development_rows, reported_rows
+    from benchmarks.alignment_places import development_rows, in_order, reported_rows
+    from benchmarks.alignment_report import write_report
 
-    grid = [row for name in names for row in development_rows(name)]
     if chosen.train:
+        grid = [row for name in names for row in development_rows(name, in_order()[0])]
         run_rows(work, [*grid, *(ROWS[name] for name in names)], chosen)  # the latter's tokens are what is reported
         return
-    run_rows(work, grid, chosen)
-    found = Found(chosen.device)
-    run_rows(work, [row for name in names for row in reported_rows(found, name)], chosen)
+    for cfg in in_order():
+        run_rows(work, [row for name in names for row in development_rows(name, cfg)], chosen)
+        found = Found(chosen.device)
+        run_rows(work, [row for name in names for row in reported_rows(found, name, cfg)], chosen)
+        write_report()
 
 
 def draw(work: Path, names: list[str]) -> None:

@@ -8,10 +8,12 @@ from benchmarks.alignment_rows import BASELINE, DEVELOPMENT, REPORTED, ROWS, SEE
 
 PART = "Where tokens act"
 GUIDANCES = (1.0, 1.25, 1.5, 2.0, 3.0)
+FIRST = (1.0, 2.0)
+"""None, and what the model is drawn with elsewhere: they run before the others."""
 HALVES = ("both", "positive")
-STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
-WINDOWS, WINDOW_STRENGTHS = ((0.0, 0.5), (0.5, 1.0)), (1.0, 2.0)
-RUNS = 3  # of each setting on development prompts
+STRENGTHS = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
+WINDOWS, WINDOW_STRENGTHS = ((0.0, 0.5), (0.5, 1.0)), (2.0,)
+RUNS = 2  # of each setting on development prompts
 PLACINGS = [
     *(Placing(strength, half) for half in HALVES for strength in STRENGTHS),
     *(Placing(strength, half, *window) for half in HALVES for window in WINDOWS for strength in WINDOW_STRENGTHS),
@@ -34,17 +36,18 @@ def placed(like: str, cfg: float, placing: Placing, test: str) -> Row:
     return Row(name, {}, PART, runs, cfg, like, test, placing, first)
 
 
-def development_rows(like: str) -> list[Row]:
-    rows = [plain(cfg, DEVELOPMENT) for cfg in GUIDANCES]
-    return rows + [placed(like, cfg, placing, DEVELOPMENT) for cfg in GUIDANCES for placing in placings(cfg)]
+def in_order() -> list[float]:
+    return sorted(GUIDANCES, key=lambda cfg: (cfg not in FIRST, cfg))
 
 
-def reported_rows(found: Found, like: str) -> list[Row]:
-    """The plain model and the chosen setting at every guidance where one is chosen."""
-    pairs = [(cfg, chosen(found, like, cfg)) for cfg in GUIDANCES]
-    return [
-        row for cfg, placing in pairs if placing for row in (plain(cfg, REPORTED), placed(like, cfg, placing, REPORTED))
-    ]
+def development_rows(like: str, cfg: float) -> list[Row]:
+    return [plain(cfg, DEVELOPMENT), *(placed(like, cfg, placing, DEVELOPMENT) for placing in placings(cfg))]
+
+
+def reported_rows(found: Found, like: str, cfg: float) -> list[Row]:
+    """The plain model and the chosen setting, where one is chosen."""
+    placing = chosen(found, like, cfg)
+    return [plain(cfg, REPORTED), placed(like, cfg, placing, REPORTED)] if placing else []
 
 
 def chosen(found: Found, like: str, cfg: float) -> Placing | None:

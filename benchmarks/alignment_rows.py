@@ -87,6 +87,7 @@ RELATIVE = {"temperature_mode": "relative", "temperature": 1.0}
 AGSM = {"objective": "agsm"}
 RANKING = {"contrast": "ranking"}
 GUIDED = {"objective": "guided contrast", "guidance_scale": 2.0}
+HIGH, HIGH_NOISE = "high noise", {"min_timestep": 750}
 
 
 def _rows() -> Iterator[Row]:
@@ -103,6 +104,9 @@ def _rows() -> Iterator[Row]:
     yield Row("guided contrast 2", GUIDED, OPTIONS)
     yield Row("ranking loss", RANKING, OPTIONS)
     yield Row("guided contrast 2, ranking loss", GUIDED | RANKING, OPTIONS)
+    yield Row(HIGH, HIGH_NOISE, OPTIONS)
+    yield Row(f"{HIGH}, hard negatives", HIGH_NOISE | {"hard_negatives": 1}, OPTIONS)
+    yield Row(f"{HIGH}, guided contrast 2", HIGH_NOISE | GUIDED, OPTIONS)
     for part, name, values in (
         ("Number of tokens (4)", "n_tokens", (1, 2, 8, 16)),
         ("Number of blocks with tokens (3)", "blocks", ("1", "2")),
@@ -114,10 +118,10 @@ def _rows() -> Iterator[Row]:
             yield Row(f"{name} {value}", {name: value}, part, seeds=3)
     ways = (BASELINE, SOFTREPA, CONTROL, "relative temperature", "symmetric loss", "hard negatives", "AGSM")
     learned = ("guidance 2 learned", "guidance 3 learned")
-    for cfg, names in ((1.0, (*ways, *learned)), (3.0, ways[:2]), (5.0, ways[:2])):
+    for cfg, names in ((1.0, (*ways, *learned, HIGH)), (3.0, ways[:2]), (5.0, ways[:2])):
         for name in names:
             yield _again(name, f"cfg {cfg:g}", GUIDANCE_PART, cfg=cfg, test=GUIDANCE)
-    for name in ways:
+    for name in (*ways, HIGH):
         yield _again(name, "counting", COUNTING_PART, test=COUNTING)
 
 

@@ -1,7 +1,7 @@
 """What the study of soft tokens trains on, what it tests, and how: scenes apart, one figure a picture."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
@@ -29,6 +29,7 @@ from .tokens import HeldOut
 
 SEED = 2026
 BATCH = 12  # pictures sampled at once; their noise depends on it
+DECODED = 6  # at once: of more, on a CPU, each takes longer
 CELLS = 12  # a picture is compared with others as CELLS x CELLS mean colours
 
 
@@ -164,20 +165,28 @@ class Test:
             for (_, spec), picture in zip(prompts, pictures, strict=True)
         ]
 
-    @torch.inference_mode()
     def pictures(self, model, cfg: float, prompts: list[tuple[str, Spec]] | None = None) -> np.ndarray:
         """One of each of `prompts`, or of all, float32 (N, H, W, 3)."""
-        nodes, pictures = self.stock.nodes, []
-        texts = [plain_caption(spec) for _, spec in prompts or self.prompts]
-        for start in range(0, len(texts), self.batch):
-            some = texts[start : start + self.batch]
-            latent = {"samples": torch.zeros(len(some), 16, IMAGE_SIZE // 8, IMAGE_SIZE // 8)}
-            prompt = {"positive": self.stock.encode_all(some), "negative": self.stock.negative}
-            out = nodes.KSampler().sample(
-                model, self.noise + start, latent_image=latent, **prompt, **SAMPLING | {"cfg": cfg}
-            )[0]
-            pictures.append(nodes.VAEDecode().decode(self.stock.vae, out)[0].float().clamp(0, 1).cpu().numpy())
-        return np.concatenate(pictures)
+        specs = [spec for _, spec in prompts or self.prompts]
+        return pictures(self.stock, model, cfg, specs, self.noise, self.batch)
+
+
+@torch.inference_mode()
+def pictures(
+    stock: StockModel, model, cfg: float, specs: Sequence[Spec], noise: int = 0, batch: int = BATCH
+) -> np.ndarray:
+    """One of each, float32 (N, H, W, 3). `noise` is the seed of the first batch."""
+    nodes, drawn = stock.nodes, []
+    texts = [plain_caption(spec) for spec in specs]
+    for start in range(0, len(texts), batch):
+        some = texts[start : start + batch]
+        latent = {"samples": torch.zeros(len(some), 16, IMAGE_SIZE // 8, IMAGE_SIZE // 8)}
+        prompt = {"positive": stock.encode_all(some), "negative": stock.negative}
+        out = nodes.KSampler().sample(model, noise + start, latent_image=latent, **prompt, **SAMPLING | {"cfg": cfg})[0]
+        for part in out["samples"].split(DECODED):
+            decoded = nodes.VAEDecode().decode(stock.vae, out | {"samples": part})[0]
+            drawn.append(decoded.float().clamp(0, 1).cpu().numpy())
+    return np.concatenate(drawn)
 
 
 def short(value):

@@ -3,15 +3,18 @@
 import shutil
 
 import pytest
+from comfy.ldm.modules.diffusionmodules import mmdit
 
 from benchmarks import alignment, alignment_rows
 from benchmarks.alignment_places import placed
 from benchmarks.alignment_rows import Placing
-from benchmarks.smallworld import study
+from benchmarks.smallworld import padding, study
 from benchmarks.smallworld.measure import StockModel
 from softrepa.comfy import headless
 from softrepa.comfy.tokens.call_state import KEY
+from softrepa.comfy.tokens.patching import apply_tokens
 from softrepa.smallworld.checkpoint import TOKENS
+from softrepa.token_files import load
 
 
 @pytest.fixture
@@ -39,6 +42,23 @@ def test_tokens_are_trained_once_and_act_where_the_row_says(stock, tmp_path, mon
         assert found == (placing.strength, placing.apply_to, placing.start_percent, placing.end_percent)
     assert trained == [job.trained_as]
     assert alignment_rows.tokens_path(job).read_bytes() == TOKENS.read_bytes()
+
+
+@pytest.mark.parametrize("strength", [None, 1.0, 2.0])
+def test_padding_given_once_draws_the_same(stock, strength, monkeypatch):
+    test = study.Test(stock, {"counting": 1, "position": 2}, 1)
+    model = stock.model if strength is None else apply_tokens(stock.model, load(TOKENS), strength=strength)
+    whole, lengths = test.pictures(model, 2.0), []
+    embed = stock.model.model.diffusion_model.context_embedder
+    for name in ("forward", "optimized_attention"):  # taken back behind the test
+        owner = mmdit.MMDiT if name == "forward" else mmdit
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    padding.give_once()
+    with_hook = embed.register_forward_hook(lambda module, args, out: lengths.append(args[0].shape[1]))
+    short = test.pictures(model, 2.0)
+    with_hook.remove()
+    assert set(lengths) == {19}
+    assert abs(short - whole).max() < 2e-3
 
 
 def test_what_a_picture_is_measured_by(stock):

@@ -144,36 +144,36 @@ def test_what_decides_a_figure_is_in_its_name():
     jobs = [job for row in rows for device in alignment_rows.DEVICES for job in row.jobs(device)]
     assert len({job.key for job in jobs}) == len(jobs)
     trained = {(job.seed, job.device): job.trained_as for job in jobs if job.row.like == SOFTREPA}
-    assert len(set(trained.values())) == len(trained) == 2 * 8
+    assert len(set(trained.values())) == len(trained) == 2 * (alignment_rows.SEEDS + alignment_places.RUNS)
     assert trained[0, "cpu"] == ROWS[SOFTREPA].jobs()[0].trained_as
 
 
 def test_the_best_of_each_guidance_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(alignment_rows, "RESULTS", tmp_path)
-    rows = [row for row in alignment_places.development_rows(SOFTREPA) if row.cfg == 2 and row.training is not None]
-    assert not alignment_places.reported_rows(Found(), SOFTREPA)
+    rows = [row for row in alignment_places.development_rows(SOFTREPA, 2.0) if row.training is not None]
+    assert not alignment_places.reported_rows(Found(), SOFTREPA, 2.0)
     for row in rows:
         for job in row.jobs()[: -1 if row is rows[-1] else None]:
             write(job, 0.3 if row is rows[4] else 0.1)
-    assert not alignment_places.reported_rows(Found(), SOFTREPA)  # one run is missing
+    assert not alignment_places.reported_rows(Found(), SOFTREPA, 2.0)  # one run is missing
     write(rows[-1].jobs()[-1], 0.1)
-    plain, best = alignment_places.reported_rows(Found(), SOFTREPA)
+    plain, best = alignment_places.reported_rows(Found(), SOFTREPA, 2.0)
     assert (plain.cfg, plain.training, plain.test) == (2, None, "reported")
     assert (best.cfg, best.placing, best.test) == (2, rows[4].placing, "reported")
     seeds = {job.seed for row in rows for job in row.jobs()}
     assert not seeds & {job.seed for job in best.jobs()}
-    assert not alignment_places.reported_rows(Found("cuda"), SOFTREPA)
+    assert not alignment_places.reported_rows(Found("cuda"), SOFTREPA, 2.0)
 
 
 def test_the_report_of_the_places(tmp_path, monkeypatch):
     monkeypatch.setattr(alignment_rows, "RESULTS", tmp_path)
-    rows = [row for row in alignment_places.development_rows(SOFTREPA) if row.cfg == 2]
+    rows = alignment_places.development_rows(SOFTREPA, 2.0)
     for row in rows:
         for job in row.jobs():
             write(job, 0.3 if row is rows[5] else 0.0)
     (line,) = (line for line in places_section() if "chosen |" in line)
     assert line.startswith(f"| {rows[5].placing.title} | not run | not run | not run | +")
-    plain, best = alignment_places.reported_rows(Found(), SOFTREPA)
+    plain, best = alignment_places.reported_rows(Found(), SOFTREPA, 2.0)
     for row in (plain, best):
         for job in row.jobs():
             write(job, 0.5 if row.training is not None else 0.0)
