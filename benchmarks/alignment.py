@@ -24,7 +24,6 @@ from pathlib import Path
 
 from benchmarks.alignment_rows import (
     BATCHES,
-    COUNTING,
     CPU,
     DEVELOPMENT,
     DEVICES,
@@ -102,17 +101,15 @@ def stock_model(work: Path):
 
 @cache
 def test(work: Path, name: str):
-    from benchmarks.smallworld.study import SEED, Test, development_spec, held_out, reported_spec
-    from softrepa.smallworld.world import CATEGORIES
+    from benchmarks.alignment_tests import asked
+    from benchmarks.smallworld.study import SEED, Test, held_out
 
-    stock, number = stock_model(work), list(TESTS).index(name)
-    categories = ("counting",) if name == COUNTING else CATEGORIES
-    pictures = held_out(stock, BATCHES, HARD, SEED + 2) if name == EVERYTHING else None
-    prompts, seed = dict.fromkeys(categories, TESTS[name]), SEED + 1 + 2 * number
+    stock, one = stock_model(work), asked(name)
     if name in (DEVELOPMENT, REPORTED):
-        spec_of = development_spec if name == DEVELOPMENT else reported_spec
-        return Test(stock, prompts, seed, spec_of=spec_of, noise=1000 * number, batch=60)
-    return Test(stock, prompts, seed, pictures)
+        noise = 1000 * list(TESTS).index(name)
+        return Test(stock, one.prompts, one.seed, spec_of=one.spec_of, noise=noise, batch=60)
+    pictures = held_out(stock, BATCHES, HARD, SEED + 2) if name == EVERYTHING else None
+    return Test(stock, one.prompts, one.seed, pictures)
 
 
 def trained_tokens(work: Path, job: Job) -> Path:

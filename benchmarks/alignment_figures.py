@@ -2,12 +2,14 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from benchmarks.alignment_rows import CPU, ROWS, Row, result_path
+from benchmarks.alignment_tests import groups
 from benchmarks.smallworld.checker import UNCLEAR
 from softrepa.statistics import CONFIDENCE, two_way_interval
 
@@ -71,17 +73,20 @@ class Difference:
     half: float
 
     def beyond(self) -> bool:
-        return abs(self.mean) > self.half
+        """Whether 0 is outside; where no picture differs there is nothing to say."""
+        return abs(self.mean) > self.half > 0
 
 
 Figures = dict[int | None, list[float]]
 """By seed and picture; of a model without seeds under None."""
 
 
-def difference(ones: Figures, others: Figures, confidence: float = CONFIDENCE) -> Difference | None:
+def difference(
+    ones: Figures, others: Figures, confidence: float = CONFIDENCE, groups: Sequence[str] | None = None
+) -> Difference | None:
     """Of two models on the same pictures, by seeds that both have; one without seeds stands against every seed.
 
-    Seeds of training and pictures are both drawn at random.
+    Seeds of training and pictures are both drawn at random; pictures of one of the `groups` as one.
     """
     seeds = [seed for seed in (ones if None in others else others) if None in ones or seed in ones]
     if not seeds:
@@ -89,7 +94,22 @@ def difference(ones: Figures, others: Figures, confidence: float = CONFIDENCE) -
     cells = np.array(
         [np.subtract(*(rows[None if None in rows else seed] for rows in (ones, others))) for seed in seeds], dtype=float
     )
-    return Difference(*two_way_interval(torch.from_numpy(cells[:, ~np.isnan(cells).any(0)]), confidence))
+    known = ~np.isnan(cells).any(0)
+    cells = cells[:, known]
+    if groups is not None:
+        cells = of_groups(cells, np.asarray(groups)[known])
+    return Difference(*two_way_interval(torch.from_numpy(cells), confidence))
+
+
+def of_groups(cells: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(runs, groups) of (runs, pictures): every run's mean stays, and groups vary as their sums do.
+
+    The variance of a mean over clusters of unequal sizes, linearised (Cochran, Sampling Techniques, section 9A.1).
+    """
+    names, places = np.unique(groups, return_inverse=True)
+    sums, mean = np.zeros((len(cells), len(names))), cells.mean()
+    np.add.at(sums, (slice(None), places), cells - mean)
+    return mean + len(names) * sums / cells.shape[1]
 
 
 @dataclass
@@ -121,7 +141,10 @@ class Found:
     def change(
         self, row: str | Row, other: str | Row, measure: Measure, confidence: float = CONFIDENCE
     ) -> Difference | None:
-        return difference(self.values(row, measure), self.values(other, measure), confidence)
+        ones, others = self.values(row, measure), self.values(other, measure)
+        count = len(next(iter(ones.values()), []))
+        asked = ROWS[row] if isinstance(row, str) else row
+        return difference(ones, others, confidence, groups(asked.test, measure.of, count) if count else None)
 
     def said(self, row: str | Row, measure: Measure) -> str:
         """The mean in words, or why there is none."""
@@ -137,6 +160,8 @@ def shown(change: Difference | None, measure: Measure) -> str:
         return ""
     if not math.isfinite(change.half):
         return measure.text(change.mean, signed=True)
+    if not change.half:
+        return f"{measure.text(change.mean, signed=True)} (no picture differs from another in this)"
     low, high = (measure.text(change.mean + side * change.half, signed=True) for side in (-1, 1))
     text = f"{measure.text(change.mean, signed=True)} ({low} to {high})"
     return f"**{text}**" if change.beyond() else text

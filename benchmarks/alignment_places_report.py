@@ -1,6 +1,5 @@
 """What the report says of where tokens act: the grid of settings, and the ones that were chosen from it."""
 
-import math
 import textwrap
 
 from benchmarks.alignment_figures import (
@@ -16,38 +15,58 @@ from benchmarks.alignment_figures import (
     table,
 )
 from benchmarks.alignment_places import GUIDANCES, PART, PLACINGS, RUNS, chosen, placed, placings, plain
-from benchmarks.alignment_rows import BASELINE, DEVELOPMENT, DEVICES, REPORTED, ROWS, SOFTREPA, TESTS, Placing
+from benchmarks.alignment_rows import (
+    BASELINE,
+    DEVELOPMENT,
+    DEVICES,
+    REPORTED,
+    ROWS,
+    SEEDS,
+    SOFTREPA,
+    TESTS,
+    Placing,
+)
+from benchmarks.alignment_tests import distinct
 from softrepa.smallworld.world import CATEGORIES
 from softrepa.statistics import CONFIDENCE
 
 BESIDE = (CLEARLY_RIGHT, COUNTED, TOO_MANY, TOO_FEW, CLEAN, DISTANCE)
 """What is shown of a chosen setting beside what it was chosen by."""
-TOGETHER = 1 - (1 - CONFIDENCE) / len(GUIDANCES)
-"""Confidence of each of the reported intervals with which all of them hold together (Bonferroni)."""
+
+
+def together(rows: int) -> float:
+    """Confidence of each of the reported intervals with which those of so many rows hold together (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / (len(GUIDANCES) * rows)
 
 
 def places_section() -> list[str]:
     """Of every row whose tokens were tried so, by device; of SoftREPA on the CPU where nothing was."""
     trained = [row.name for row in ROWS.values() if row.has_own_tokens]
     tried = [(Found(device), like) for device in DEVICES for like in trained]
-    tried = [(found, like) for found, like in tried if was_tried(found, like)]
-    lines = [f"## {PART}", "", introduction(), ""]
-    for found, like in tried or [(Found(), SOFTREPA)]:
-        lines += [f"### {like}, {made_on(found, like)}", "", *grid(found, like), *reported(found, like)]
+    tried = [(found, like) for found, like in tried if was_tried(found, like)] or [(Found(), SOFTREPA)]
+    level = together(len(tried))
+    lines = [f"## {PART}", "", introduction(len(tried)), ""]
+    for found, like in tried:
+        lines += [f"### {like}, {made_on(found, like)}", "", *grid(found, like), *reported(found, like, level)]
     return lines
 
 
-def introduction() -> str:
+def introduction(rows: int) -> str:
+    count = rows * len(GUIDANCES)
     text = (
         "Tokens of a row above, at other strengths, on both halves of guidance or the conditional one only, in all "
         f"steps or half of them. Of every guidance the setting with the most right of {per_test(DEVELOPMENT)} "
         f"development prompts is chosen, with {RUNS} runs of training that are not reported on, and reported on "
-        f"{per_test(REPORTED)} other prompts, with the runs of the tables above. The two have no caption in common and "
-        "no noise; there are few captions of some categories, and a figure holds for those that it was measured on. "
-        "What the tables of development prompts show beside the plain model is how the choice was made and no finding: "
-        f"of {len(PLACINGS)} settings the best looks better than it is. The {len(GUIDANCES)} reported differences are "
-        f"bold where their intervals leave out 0 at the level at which all {len(GUIDANCES)} hold together with "
-        f"{CONFIDENCE:.0%} (Bonferroni); what stands beside them is not corrected."
+        f"{per_test(REPORTED)} other prompts, with {SEEDS} other runs. The two have no wording of a caption in common "
+        "(about a tenth say the same as one of the other side in another order) and no noise. What the tables of "
+        "development prompts show beside the plain model is how the choice was made and no finding: of "
+        f"{len(PLACINGS)} settings the best looks better than it is. That timesteps 750 to 999 are trained, and up to "
+        "which strength is tried, was itself found on development captions, with a run of the same seed as one of "
+        f"these: only the tables of other prompts are free of that choice. The {per_test(REPORTED)} are "
+        f"{distinct(REPORTED)} captions, few in some categories; pictures of one caption count as one in intervals. "
+        f"The {count} reported differences are bold where all runs are there and intervals leave out 0 at the level at "
+        f"which all {count} hold together with about {CONFIDENCE:.0%} (Bonferroni); what stands beside them is not "
+        "corrected, and of the distance over runs only. No guidance is compared with another."
     )
     return textwrap.fill(text, 120)
 
@@ -75,7 +94,7 @@ def made_on(found: Found, like: str) -> str:
 
 
 def grid(found: Found, like: str) -> list[str]:
-    """Differences from the plain model with half their intervals, guidances beside each other."""
+    """Differences from the plain model, guidances beside each other."""
     best = {cfg: chosen(found, like, cfg) for cfg in GUIDANCES}
     runs = grid_runs(found, like)
     lines = [[BASELINE, *(found.said(plain(cfg, DEVELOPMENT), ALL_RIGHT) for cfg in GUIDANCES)]]
@@ -95,12 +114,11 @@ def grid_cell(found: Found, like: str, cfg: float, placing: Placing) -> str:
     change = found.change(row, plain(cfg, DEVELOPMENT), ALL_RIGHT)
     if change is None:
         return "not run"
-    half = f" ± {100 * change.half:.1f}" if math.isfinite(change.half) else ""
     missing = "" if len(found.of(row)) == row.seeds else f", {len(found.of(row))} of {row.seeds} runs"
-    return f"{100 * change.mean:+.1f}{half}{missing}"
+    return f"{100 * change.mean:+.1f}{missing}"
 
 
-def reported(found: Found, like: str) -> list[str]:
+def reported(found: Found, like: str, level: float) -> list[str]:
     """The chosen settings beside the plain model at the same guidance, on prompts that nothing was chosen on."""
     lines = []
     for cfg in GUIDANCES:
@@ -110,14 +128,15 @@ def reported(found: Found, like: str) -> list[str]:
             continue
         row, beside = placed(like, cfg, placing, REPORTED), plain(cfg, REPORTED)
         runs = len(found.of(row))
+        difference = shown(found.change(row, beside, ALL_RIGHT, level), ALL_RIGHT)
         lines.append([
             f"{cfg:g}",
             placing.title,
             str(runs) if runs == row.seeds else f"{runs} of {row.seeds}" if runs else "not run",
             *(found.said(one, ALL_RIGHT) for one in (beside, row)),
-            shown(found.change(row, beside, ALL_RIGHT, TOGETHER), ALL_RIGHT),
+            difference if runs == row.seeds else difference.strip("*"),
             *(shown(found.change(row, beside, measure), measure).strip("*") for measure in BESIDE),
         ])  # fmt: skip
-    head = ["cfg", "setting", "runs", BASELINE, "with tokens", f"difference ({TOGETHER:.0%} interval)"]
+    head = ["cfg", "setting", "runs", BASELINE, "with tokens", f"difference ({level:.1%} interval)"]
     title = "Other prompts drawn right, with the setting that was chosen:"
     return [title, "", *table([*head, *(measure.title for measure in BESIDE)], lines)]

@@ -33,6 +33,7 @@ from benchmarks.alignment_rows import (
     GUIDANCE,
     GUIDANCE_PART,
     HARD,
+    HIGH,
     MAIN,
     OPTIONS,
     PICTURES,
@@ -60,11 +61,13 @@ MEASURES = (
     CLEAN,
     DISTANCE,
 )
+FOUND_BEFORE = f'Row "{HIGH}" was found on some of these captions.'
 NOTES = {
     OPTIONS: "The best of several rows looks better than it is: they are compared on the prompts that they are "
     "reported on. AGSM's slow copy of the tokens (decay 0.9999) goes a seventh of the way in so few updates.",
-    GUIDANCE_PART: f"Prompts of their own, {TESTS[GUIDANCE]} of each category.",
-    COUNTING_PART: f"Prompts of their own, {TESTS[COUNTING]} of the numbers of shapes that no training caption says.",
+    GUIDANCE_PART: f"Prompts of their own, {TESTS[GUIDANCE]} of each category. {FOUND_BEFORE}",
+    COUNTING_PART: f"Prompts of their own, {TESTS[COUNTING]} of the numbers of shapes that no training caption says. "
+    f"{FOUND_BEFORE}",
 }
 SHORT = {
     EVERYTHING: (ALL_RIGHT, COUNTED, RETRIEVAL, HARD_RETRIEVAL, CLEAN, DISTANCE),
@@ -98,8 +101,9 @@ training caption says: other colours of shapes, other numbers of them, other pai
 can be held out; the model itself was trained on everything). {PROMPTS} prompts of each category are drawn at cfg
 {CFG:g} and read by the checker; retrieval and loss are of {measured} held-out pictures, and of {HARD} beside captions
 that are wrong by one fact, with the same noise for all. Differences are in points for shares, with 95% intervals over
-seeds and pictures, of the distance over seeds only; **bold** where 0 is outside. There is no correction for the number
-of figures: of 20 differences that are nothing, one will be bold. A verdict is unclear where a change of one thing's
+seeds and captions (pictures of one caption count as one, and so do the pictures of a batch that share its captions), of
+the distance over seeds only; **bold** where 0 is outside. There is no correction for the number of figures: of 20
+differences that are nothing, about one will be bold. A verdict is unclear where a change of one thing's
 overlap with an outline by less than {UNCLEAR} would turn it (of drawn scenes none is). Where a run is older than a
 figure, that is "not recorded".""",
         "",

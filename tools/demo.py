@@ -2,8 +2,9 @@
 
     python3 -m tools.demo
 
-needs nothing but Python: it prepares a ComfyUI (see environment.py) and draws with the small world's model and its
-trained tokens (see smallworld/README.md). With checkpoints of your own:
+needs nothing but Python: it prepares a ComfyUI (see environment.py) and draws the first twelve of a fixed list of
+prompts with the small world's model and its tokens, and reads what is drawn (see benchmarks/smallworld/README.md). With
+checkpoints of your own:
 
     python3 -m tools.demo --sd15 CHECKPOINT --sd15-tokens FILE --prompt "a red cube on a blue ball"
 
@@ -17,22 +18,15 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import environment
 
 ROOT = Path(__file__).absolute().parents[1]
 TITLES = {"sd15": "SD1.5", "sdxl": "SDXL", "sd3": "SD3"}
-SMALL_WORLD_PROMPTS = (
-    "a red circle and a blue square",
-    "a green triangle left of an orange cross",
-    "three purple diamonds",
-    "a black square above a yellow circle",
-)
+COLUMNS = 4
 STAND_INS = ("sd15", "sd3")  # the smallest SDXL checkpoint that ComfyUI recognises is too large to make up
-LABEL_HEIGHT = 28
-SMALLEST_SHOWN = 256  # pixels; smaller pictures are shown enlarged
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,9 @@ class Job:
     steps: int | None = None
     size: int | None = None
     cfg: float | None = None
+    strength: float | None = None
+    is_read: bool = False
+    """Whether the checker can read the pictures: they are of a fixed list of prompts."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -104,10 +101,12 @@ def jobs(arguments: argparse.Namespace) -> list[Job]:
 
 def small_world() -> Job:
     """The small world's model as a checkpoint, written once into the cache folder."""
+    from benchmarks.smallworld.shown import CFG, STRENGTH, first, prompts
     from softrepa.smallworld.checkpoint import TOKENS, cached_checkpoint
 
     checkpoint = cached_checkpoint(environment.cache_folder())
-    return Job("sd3", "Small world", checkpoint, TOKENS, SMALL_WORLD_PROMPTS, steps=20, size=96, cfg=2.0)
+    setting = {"steps": 20, "size": 96, "cfg": CFG, "strength": STRENGTH}
+    return Job("sd3", "Small world", checkpoint, TOKENS, tuple(first(prompts())), is_read=True, **setting)
 
 
 def stand_ins() -> list[Job]:
@@ -142,6 +141,7 @@ def filled_in(job: Job, tokens_name: str, prompt: str | None, arguments: argpars
     wanted = {
         ("CheckpointLoaderSimple", "ckpt_name"): job.checkpoint.name,
         ("SoftREPALoadTokens", "tokens_name"): tokens_name,
+        ("SoftREPALoadTokens", "strength"): job.strength,
         ("PrimitiveInt", "value"): arguments.seed,
         ("KSampler", "steps"): steps,
         ("KSampler", "cfg"): job.cfg,
@@ -163,8 +163,10 @@ def run(job: Job, arguments: argparse.Namespace, server) -> str:
     """Run the workflow for each prompt, leave the picture, and say what the tokens changed."""
     from PIL import Image, ImageChops, ImageStat
 
+    from .pairs import Pair, sheet
+
     tokens_name = add_tokens(job, server.work / "models" / "softrepa")
-    started, rows, differences = time.monotonic(), [], []
+    started, pairs, differences = time.monotonic(), [], []
     for prompt in (arguments.prompt,) if arguments.prompt else job.prompts:
         graph = filled_in(job, tokens_name, prompt, arguments)
         with Progress(job.title, graph) as progress:
@@ -175,43 +177,35 @@ def run(job: Job, arguments: argparse.Namespace, server) -> str:
         middle = both.width // 2
         halves = both.crop((0, 0, middle, both.height)), both.crop((middle, 0, both.width, both.height))
         differences.append(sum(ImageStat.Stat(ImageChops.difference(*halves)).mean) / 3)
-        rows.append(labelled(halves, (prompt or "without tokens", f"with {job.tokens.name}")))
+        pairs.append(Pair(prompt or "", halves))
     seconds = time.monotonic() - started
+    found = ""
+    if job.is_read and not arguments.prompt:
+        pairs = read(pairs)
+        without, with_tokens = (sum(verdicts) for verdicts in zip(*(pair.verdicts for pair in pairs), strict=True))
+        found = f"right without {without}, with {with_tokens}; "
     picture = arguments.out / f"{job.title.lower().replace(' ', '_')}.png"
-    stacked(rows).save(picture)
+    sheet(pairs, COLUMNS).save(picture)
     return (
-        f"{job.title}: {len(rows)} prompts, same seed, without | with {job.tokens.name}: mean pixel change "
-        f"{sum(differences) / len(rows):.1f} of 255, {seconds:.1f} s, {picture}"
+        f"{job.title}: {len(pairs)} prompts, same seed, without | with {job.tokens.name}: {found}mean pixel change "
+        f"{sum(differences) / len(pairs):.1f} of 255, {seconds:.1f} s, {picture}"
     )
 
 
-def stacked(rows: list):
-    """Pictures of one width below each other."""
-    from PIL import Image
+def read(pairs: list) -> list:
+    """The same pairs with the checker's verdicts: they are the first of the small world's fixed list."""
+    import numpy as np
 
-    canvas = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
-    for i, row in enumerate(rows):
-        canvas.paste(row, (0, i * row.height))
-    return canvas
+    from benchmarks.smallworld.checker import correct
+    from benchmarks.smallworld.shown import first, prompts
 
+    specs = prompts()
+    asked = {caption: specs[place] for caption, place in first(specs).items()}
 
-def labelled(images: tuple, labels: tuple[str, str]):
-    """Both pictures beside each other under their labels."""
-    from PIL import Image, ImageDraw, ImageFont
+    def verdict(picture, prompt: str) -> bool:
+        return correct(np.asarray(picture) / np.float32(255), asked[prompt])
 
-    gap = 8
-    if images[0].width < SMALLEST_SHOWN:
-        factor = -(-SMALLEST_SHOWN // images[0].width)
-        images = tuple(
-            image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images
-        )
-    width, height = images[0].size
-    canvas = Image.new("RGB", (2 * width + gap, height + LABEL_HEIGHT), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        draw.text((i * (width + gap) + 6, LABEL_HEIGHT // 2), label, fill="black", font=font, anchor="lm")
-        canvas.paste(image, (i * (width + gap), LABEL_HEIGHT))
-    return canvas
+    return [replace(pair, verdicts=tuple(verdict(one, pair.prompt) for one in pair.pictures)) for pair in pairs]
 
 
 class Progress:

@@ -323,8 +323,9 @@ def load_tokens(tokens_name: str, source: list | None) -> Node:
     return Node("SoftREPALoadTokens", "Load SoftREPA Tokens", inputs | {"tokens_name": tokens_name}, height=LINE)
 
 
-def apply_tokens(model: list, tokens: list) -> Node:
-    return Node("SoftREPAApplyTokens", "Apply SoftREPA Tokens", {"model": model, "tokens": tokens}, height=LINE)
+def apply_tokens(model: list, tokens: list, **options) -> Node:
+    inputs = {"model": model, "tokens": tokens, **options}
+    return Node("SoftREPAApplyTokens", "Apply SoftREPA Tokens", inputs, height=LINE)
 
 
 def prompt(title: str, clip: list, text: str) -> Node:

@@ -4,6 +4,7 @@ python3 -m benchmarks.smallworld train              make the shipped file again 
 python3 -m benchmarks.smallworld measure            results.json, results.md, contact_sheet.png
 python3 -m benchmarks.smallworld checkpoint PATH    the full checkpoint for ComfyUI's loader
 python3 -m benchmarks.smallworld tokens             train soft tokens in ComfyUI, five seeds, and measure them
+python3 -m benchmarks.smallworld show               200 prompts without and with the shipped tokens: shown.png
 python3 -m benchmarks.smallworld edit               FlowEdit with and without them: tables and pictures
 
 `--network flux` behind train, measure, checkpoint and tokens: the same of the second network, which is not shipped.
@@ -48,6 +49,11 @@ def arguments() -> argparse.Namespace:
     tokens.add_argument("--into", type=Path, help="folder of the tokens' file")
     for command in (train, measure, checkpoint, tokens):
         command.add_argument("--network", choices=NETWORKS, default="model", help="which one (model)")
+    show = commands.add_parser(
+        "show", help="draw and count a fixed list of prompts, without and with the shipped tokens"
+    )
+    show.add_argument("--prompts", type=int, default=200, help="the first of the list (200)")
+    show.add_argument("--into", type=Path, default=FOLDER / "results", help="folder of the picture")
     edit = commands.add_parser("edit", help="FlowEdit over n_max and target_cfg, without and with tokens")
     edit.add_argument("--edits", type=int, default=48, help="edits a setting (48)")
     edit.add_argument("--into", type=Path, default=FOLDER / "results", help="folder of the report")
@@ -126,6 +132,17 @@ def tokens(
     print(text)
 
 
+def show(count: int, into: Path) -> None:
+    import comfy.utils
+
+    from . import shown
+    from .measure import StockModel
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    with tempfile.TemporaryDirectory() as folder:
+        print(shown.show(StockModel(Path(folder)), into, count))
+
+
 def edit(count: int, into: Path) -> None:
     import comfy.utils
 
@@ -158,6 +175,8 @@ def main() -> None:
         measure(chosen.network, chosen.images, chosen.into)
     elif chosen.command == "tokens":
         tokens(chosen.network, chosen.steps, chosen.pictures, chosen.seeds, chosen.temperatures, chosen.into)
+    elif chosen.command == "show":
+        show(chosen.prompts, chosen.into)
     elif chosen.command == "edit":
         edit(chosen.edits, chosen.into)
     else:

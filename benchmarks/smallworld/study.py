@@ -75,6 +75,13 @@ def reported_spec(rng: np.random.Generator, category: str) -> Spec:
     return spec
 
 
+def drawn_specs(
+    rng: np.random.Generator, prompts: dict[str, int], spec_of: Callable[[np.random.Generator, str], Spec]
+) -> list[tuple[str, Spec]]:
+    """So many of each category."""
+    return [(name, spec_of(rng, name)) for name, count in prompts.items() for _ in range(count)]
+
+
 def write_training_folder(folder: Path, pictures: int) -> None:
     write_pictures(folder, pictures, SEED, training_spec)
 
@@ -127,7 +134,7 @@ class Test:
     ):
         self.stock, self.held_out, self.noise, self.batch = stock, held_out, noise, batch
         rng = np.random.default_rng(seed)
-        self.prompts = [(name, spec_of(rng, name)) for name, count in prompts.items() for _ in range(count)]
+        self.prompts = drawn_specs(rng, prompts, spec_of)
         scenes = (np.stack([draw(random_scene(rng, spec)) for _ in range(4)]) for _, spec in self.prompts)
         self.drawn = np.concatenate([small(pictures) for pictures in scenes])
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import alignment_places, alignment_rows
+from benchmarks import alignment_figures, alignment_places, alignment_rows, alignment_tests
 from benchmarks.alignment_figures import ALL_RIGHT, Found, derived, difference, shown
 from benchmarks.alignment_places import GUIDANCES, placings
-from benchmarks.alignment_places_report import TOGETHER, places_section
+from benchmarks.alignment_places_report import places_section, together
 from benchmarks.alignment_report import CATEGORIES, plot, report
 from benchmarks.alignment_rows import BASELINE, CONTROL, ROWS, SOFTREPA, Job
 from benchmarks.smallworld import study
@@ -72,7 +72,7 @@ def test_differences_by_hand():
     assert difference({0: [1.0], 1: [3.0]}, {1: [1.0], 0: [0.0], 2: [9.0]}).mean == pytest.approx(1.5)
     assert difference({}, {None: [1.0]}) is None
     runs = {0: [1.0, 3.0], 1: [2.0, 4.0]}
-    assert difference(runs, {None: [0.0, 0.0]}, TOGETHER).half > 2 * difference(runs, {None: [0.0, 0.0]}).half
+    assert difference(runs, {None: [0.0, 0.0]}, together(1)).half > 2 * difference(runs, {None: [0.0, 0.0]}).half
 
 
 @pytest.mark.parametrize(("seeds", "seed_spread"), [(5, 0.1), (3, 0.1), (3, 0.0), (5, 0.0)])
@@ -91,6 +91,52 @@ def test_intervals_hold_what_they_should(seeds, seed_spread):
         assert statistics.median(widths) < 1.2 * 1.96 * (picture_spread**2 / pictures) ** 0.5 + 0.02
 
 
+def test_pictures_of_one_caption_count_as_one():
+    cells = np.array([[1.0, 1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0, 0.0]])
+    groups = np.array(["a", "a", "b", "b", "c"])
+    found = alignment_figures.of_groups(cells, groups)
+    assert found.shape == (2, 3)
+    assert found.mean(1) == pytest.approx(cells.mean(1))
+    twice = alignment_figures.of_groups(np.repeat(cells, 2, axis=1), np.repeat(groups, 2))
+    assert twice == pytest.approx(found)  # what is repeated says no more
+    alone = alignment_figures.of_groups(cells, np.arange(5))
+    assert alone == pytest.approx(cells)
+
+
+def test_intervals_hold_where_captions_differ():
+    """Of runs and captions of very different numbers of pictures."""
+    rng, sizes, held, naive = np.random.default_rng(2), (40, 20, *[5] * 20, *[1] * 40), 0, 0
+    groups = [str(i) for i, size in enumerate(sizes) for _ in range(size)]
+    for _ in range(300):
+        captions = np.repeat(rng.normal(0, 0.3, len(sizes)), sizes)
+        cells = 0.2 + rng.normal(0, 0.02, (5, 1)) + captions + rng.normal(0, 0.5, (5, len(groups)))
+        ones, zero = dict(enumerate(cells.tolist())), {None: [0.0] * len(groups)}
+        for of, name in ((groups, "held"), (None, "naive")):
+            found = difference(ones, zero, groups=of)
+            if abs(found.mean - 0.2) <= found.half:
+                held, naive = held + (name == "held"), naive + (name == "naive")
+    assert held / 300 >= 0.90
+    assert naive < held - 30
+
+
+def test_which_figures_belong_together():
+    found = alignment_tests.groups("reported", ("right",), 960)
+    assert len(set(found)) == alignment_tests.distinct("reported") < 300
+    assert len(alignment_tests.groups("reported", ("right", "counting"), 160)) == 160
+    assert all(" " in caption for caption in alignment_tests.groups("everything", ("too_many",), 40))
+    assert alignment_tests.groups("everything", ("retrieval",), 8) == ["0"] * 4 + ["1"] * 4
+    with pytest.raises(ValueError, match="5 figures of right/colours, expected one of each of 160 prompts"):
+        alignment_tests.groups("reported", ("right", "colours"), 5)
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """A folder for results that are made up, of fewer pictures than there are prompts."""
+    monkeypatch.setattr(alignment_rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(alignment_figures, "groups", lambda test, of, count: None)
+    return tmp_path
+
+
 def write(job: Job, shift: float) -> None:
     rng = random.Random(job.seed)
 
@@ -106,8 +152,7 @@ def write(job: Job, shift: float) -> None:
     alignment_rows.result_path(job).write_text(json.dumps(result), encoding="utf-8")
 
 
-def test_the_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(alignment_rows, "RESULTS", tmp_path)
+def test_the_report(made_up, tmp_path, monkeypatch):
     text = report(Found())
     assert text.count("not run") >= len(ROWS) - 3
     for name, shift in ((BASELINE, 0.0), (SOFTREPA, 0.5), (CONTROL, 0.0)):
@@ -148,8 +193,7 @@ def test_what_decides_a_figure_is_in_its_name():
     assert trained[0, "cpu"] == ROWS[SOFTREPA].jobs()[0].trained_as
 
 
-def test_the_best_of_each_guidance_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(alignment_rows, "RESULTS", tmp_path)
+def test_the_best_of_each_guidance_is_reported(made_up):
     rows = [row for row in alignment_places.development_rows(SOFTREPA, 2.0) if row.training is not None]
     assert not alignment_places.reported_rows(Found(), SOFTREPA, 2.0)
     for row in rows:
@@ -165,8 +209,7 @@ def test_the_best_of_each_guidance_is_reported(tmp_path, monkeypatch):
     assert not alignment_places.reported_rows(Found("cuda"), SOFTREPA, 2.0)
 
 
-def test_the_report_of_the_places(tmp_path, monkeypatch):
-    monkeypatch.setattr(alignment_rows, "RESULTS", tmp_path)
+def test_the_report_of_the_places(made_up):
     rows = alignment_places.development_rows(SOFTREPA, 2.0)
     for row in rows:
         for job in row.jobs():
@@ -182,15 +225,14 @@ def test_the_report_of_the_places(tmp_path, monkeypatch):
     lines = places_section()
     (line,) = (line for line in lines if line.startswith(f"| 2 | {rows[5].placing.title} | 5 |"))
     assert line.count("**") == 2  # what is corrected, and nothing else
-    assert shown(Found().change(best, plain, ALL_RIGHT, TOGETHER), ALL_RIGHT) in line
+    assert shown(Found().change(best, plain, ALL_RIGHT, together(2)), ALL_RIGHT) in line  # SoftREPA on two devices
     assert sum(line.startswith("| 1 | not chosen yet | not run |") for line in lines) == 2
     assert [line[4:] for line in lines if line.startswith("### ")] == [
         f"{SOFTREPA}, drawn on {device} by PyTorch made-up" for device in alignment_rows.DEVICES
     ]
 
 
-def test_what_earlier_results_lack_is_not_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(alignment_rows, "RESULTS", tmp_path)
+def test_what_earlier_results_lack_is_not_recorded(made_up):
     for job in ROWS[BASELINE].jobs() + ROWS[SOFTREPA].jobs()[:2]:
         write(job, 0.0)
     lines = {line.split(" | ")[0][2:]: line for line in report(Found()).splitlines() if line.startswith("| ")}

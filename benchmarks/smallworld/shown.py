@@ -1,0 +1,80 @@
+"""What the shipped tokens do: a fixed list of prompts, drawn without and with them and read by the checker."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from softrepa.smallworld.checkpoint import TOKENS
+from softrepa.smallworld.world import CATEGORIES, Spec, plain_caption
+from tools.pairs import Pair, sheet
+
+from . import checker
+from .measure import StockModel, replace_picture, replace_text
+from .study import pictures, reported_spec
+
+COUNT, FIRST = 200, 12
+"""Prompts that are counted, and those of them, the first different ones, whose pictures are shown."""
+COLUMNS = 4
+SEED, NOISE = 4100, 9000
+CFG, STRENGTH, GUIDANCE = 1.0, 5.0, 2.0
+"""Without guidance, at the strength that `benchmarks.alignment --places` chose there on other prompts; and the guidance
+that the model is otherwise drawn with."""
+NAME, FOLDER = "shown", Path(__file__).with_name("results")
+SIDES = ("without", "with")
+
+
+def prompts(count: int = COUNT) -> list[Spec]:
+    """The first of a fixed list, the categories in turn.
+
+    Nothing was chosen on their captions, and they say what no training caption says, but for single objects.
+    """
+    rng = np.random.default_rng(SEED)
+    return [reported_spec(rng, CATEGORIES[i % len(CATEGORIES)]) for i in range(count)]
+
+
+def first(specs: list[Spec]) -> dict[str, int]:
+    """Captions of the first different ones, and where they stand."""
+    places = {plain_caption(spec): i for i, spec in reversed([*enumerate(specs)])}
+    return dict(sorted(places.items(), key=lambda one: one[1])[:FIRST])
+
+
+def show(stock: StockModel, into: Path, count: int = COUNT) -> str:
+    """Draws, counts and writes; returns the sentence below the picture."""
+    from softrepa.comfy.tokens.patching import apply_tokens
+    from softrepa.token_files import load
+
+    specs = prompts(count)
+    arms = {
+        "without": (stock.model, CFG),
+        "with": (apply_tokens(stock.model, load(TOKENS), strength=STRENGTH), CFG),
+        "guided": (stock.model, GUIDANCE),
+    }
+    drawn = {name: pictures(stock, model, cfg, specs, NOISE) for name, (model, cfg) in arms.items()}
+    right = {
+        name: [int(checker.correct(*one)) for one in zip(ones, specs, strict=True)] for name, ones in drawn.items()
+    }
+    captions = list(map(plain_caption, specs))
+    pairs = [
+        Pair(caption, tuple(as_picture(drawn[name][i]) for name in SIDES), tuple(right[name][i] for name in SIDES))
+        for caption, i in first(specs).items()
+    ]
+    figures = {"prompts": count, "captions": len(set(captions)), "cfg": CFG, "strength": STRENGTH} | right
+    text = sentence(figures)
+    replace_text(into / f"{NAME}.json", json.dumps(figures, separators=(",", ":")) + "\n")
+    replace_picture(into / f"{NAME}.png", sheet(pairs, COLUMNS, text))
+    return text
+
+
+def sentence(figures: dict) -> str:
+    without, with_tokens, guided = (sum(figures[name]) for name in ("without", "with", "guided"))
+    return (
+        f"Drawn right of {figures['prompts']} prompts of a fixed list, without guidance (cfg {CFG:g}): "
+        f"{without} without tokens, {with_tokens} with them (strength {STRENGTH:g}). "
+        f"With guidance {GUIDANCE:g} and no tokens: {guided}."
+    )
+
+
+def as_picture(values: np.ndarray) -> Image.Image:
+    return Image.fromarray((values * 255).round().astype(np.uint8))
