@@ -39,6 +39,11 @@ class Measure:
 def derived(result: dict) -> dict:
     """What follows from a result's figures, where it has them."""
     made = {}
+    if "unasked" in result:
+        right = [value for category in result["right"].values() for value in category]
+        made["exact"] = [value * (number == 0) for value, number in zip(right, result["unasked"], strict=True)]
+        made["more"] = [float(number > 0) for number in result["unasked"]]
+        made["fewer"] = [float(number < 0) for number in result["unasked"]]
     if "surplus" in result:
         made["too_many"] = [float(number > 0) for number in result["surplus"]]
         made["too_few"] = [float(number < 0) for number in result["surplus"]]
@@ -50,6 +55,9 @@ def derived(result: dict) -> dict:
 
 
 ALL_RIGHT = Measure("prompts drawn right", ("right",))
+EXACT = Measure("prompts drawn right with nothing else", ("exact",))
+MORE = Measure("more things than the prompt says", ("more",))
+FEWER = Measure("fewer things than the prompt says", ("fewer",))
 COUNTED = Measure("counting prompts", ("right", "counting"))
 TOO_MANY = Measure("counting: too many", ("too_many",))
 TOO_FEW = Measure("counting: too few", ("too_few",))

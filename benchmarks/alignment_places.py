@@ -3,7 +3,7 @@
 The tokens of the two are of other seeds too, so that nothing a figure is chosen on is part of what is reported.
 """
 
-from benchmarks.alignment_figures import ALL_RIGHT, Found
+from benchmarks.alignment_figures import EXACT, Found
 from benchmarks.alignment_rows import BASELINE, DEVELOPMENT, REPORTED, ROWS, SEEDS, Placing, Row
 
 PART = "Where tokens act"
@@ -51,8 +51,11 @@ def reported_rows(found: Found, like: str, cfg: float) -> list[Row]:
 
 
 def chosen(found: Found, like: str, cfg: float) -> Placing | None:
-    """The setting with which most development prompts are drawn right; None until all of that guidance have run."""
+    """The setting with which most development prompts are drawn right, and nothing else with them.
+
+    None until all of that guidance have run.
+    """
     rows = {placing: placed(like, cfg, placing, DEVELOPMENT) for placing in placings(cfg)}
     if any(len(found.of(row)) < row.seeds for row in rows.values()):
         return None
-    return max(rows, key=lambda placing: found.mean(rows[placing], ALL_RIGHT))
+    return max(rows, key=lambda placing: found.mean(rows[placing], EXACT))

@@ -5,9 +5,11 @@ import textwrap
 from benchmarks.alignment_figures import (
     ALL_RIGHT,
     CLEAN,
-    CLEARLY_RIGHT,
     COUNTED,
     DISTANCE,
+    EXACT,
+    FEWER,
+    MORE,
     TOO_FEW,
     TOO_MANY,
     Found,
@@ -30,7 +32,7 @@ from benchmarks.alignment_tests import distinct
 from softrepa.smallworld.world import CATEGORIES
 from softrepa.statistics import CONFIDENCE
 
-BESIDE = (CLEARLY_RIGHT, COUNTED, TOO_MANY, TOO_FEW, CLEAN, DISTANCE)
+BESIDE = (ALL_RIGHT, MORE, FEWER, COUNTED, TOO_MANY, TOO_FEW, CLEAN, DISTANCE)
 """What is shown of a chosen setting beside what it was chosen by."""
 
 
@@ -55,7 +57,8 @@ def introduction(rows: int) -> str:
     count = rows * len(GUIDANCES)
     text = (
         "Tokens of a row above, at other strengths, on both halves of guidance or the conditional one only, in all "
-        f"steps or half of them. Of every guidance the setting with the most right of {per_test(DEVELOPMENT)} "
+        "steps or half of them. Right is here what shows all that the prompt says and nothing else, for tokens may "
+        f"draw more of everything. Of every guidance the setting with the most right of {per_test(DEVELOPMENT)} "
         f"development prompts is chosen, with {RUNS} runs of training that are not reported on, and reported on "
         f"{per_test(REPORTED)} other prompts, with {SEEDS} other runs. The two have no wording of a caption in common "
         "(about a tenth say the same as one of the other side in another order) and no noise. What the tables of "
@@ -97,13 +100,13 @@ def grid(found: Found, like: str) -> list[str]:
     """Differences from the plain model, guidances beside each other."""
     best = {cfg: chosen(found, like, cfg) for cfg in GUIDANCES}
     runs = grid_runs(found, like)
-    lines = [[BASELINE, *(found.said(plain(cfg, DEVELOPMENT), ALL_RIGHT) for cfg in GUIDANCES)]]
+    lines = [[BASELINE, *(found.said(plain(cfg, DEVELOPMENT), EXACT) for cfg in GUIDANCES)]]
     for placing in PLACINGS:
         cells = [
             grid_cell(found, like, cfg, placing) + (" chosen" if placing == best[cfg] else "") for cfg in GUIDANCES
         ]
         lines.append([placing.title, *cells])
-    text = f"Development prompts drawn right ({sum(runs)} of {RUNS * len(runs)} runs done):"
+    text = f"Development prompts drawn right with nothing else ({sum(runs)} of {RUNS * len(runs)} runs done):"
     return [text, "", *table(["", *(f"cfg {cfg:g}" for cfg in GUIDANCES)], lines)]
 
 
@@ -111,7 +114,7 @@ def grid_cell(found: Found, like: str, cfg: float, placing: Placing) -> str:
     if placing not in placings(cfg):
         return "as on both"
     row = placed(like, cfg, placing, DEVELOPMENT)
-    change = found.change(row, plain(cfg, DEVELOPMENT), ALL_RIGHT)
+    change = found.change(row, plain(cfg, DEVELOPMENT), EXACT)
     if change is None:
         return "not run"
     missing = "" if len(found.of(row)) == row.seeds else f", {len(found.of(row))} of {row.seeds} runs"
@@ -128,15 +131,15 @@ def reported(found: Found, like: str, level: float) -> list[str]:
             continue
         row, beside = placed(like, cfg, placing, REPORTED), plain(cfg, REPORTED)
         runs = len(found.of(row))
-        difference = shown(found.change(row, beside, ALL_RIGHT, level), ALL_RIGHT)
+        difference = shown(found.change(row, beside, EXACT, level), EXACT)
         lines.append([
             f"{cfg:g}",
             placing.title,
             str(runs) if runs == row.seeds else f"{runs} of {row.seeds}" if runs else "not run",
-            *(found.said(one, ALL_RIGHT) for one in (beside, row)),
+            *(found.said(one, EXACT) for one in (beside, row)),
             difference if runs == row.seeds else difference.strip("*"),
             *(shown(found.change(row, beside, measure), measure).strip("*") for measure in BESIDE),
         ])  # fmt: skip
     head = ["cfg", "setting", "runs", BASELINE, "with tokens", f"difference ({level:.1%} interval)"]
-    title = "Other prompts drawn right, with the setting that was chosen:"
+    title = "Other prompts drawn right with nothing else, with the setting that was chosen:"
     return [title, "", *table([*head, *(measure.title for measure in BESIDE)], lines)]

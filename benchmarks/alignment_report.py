@@ -10,8 +10,11 @@ from benchmarks.alignment_figures import (
     CLEARLY_RIGHT,
     COUNTED,
     DISTANCE,
+    EXACT,
+    FEWER,
     HARD_RETRIEVAL,
     LOSS,
+    MORE,
     RETRIEVAL,
     TOO_FEW,
     TOO_MANY,
@@ -49,6 +52,9 @@ from softrepa.smallworld.world import CATEGORIES
 
 MEASURES = (
     ALL_RIGHT,
+    EXACT,
+    MORE,
+    FEWER,
     CLEARLY_RIGHT,
     *(Measure(f"- {name.replace('_', ' ')}", ("right", name)) for name in CATEGORIES),
     TOO_MANY,
@@ -70,13 +76,15 @@ NOTES = {
     f"{FOUND_BEFORE}",
 }
 SHORT = {
-    EVERYTHING: (ALL_RIGHT, COUNTED, RETRIEVAL, HARD_RETRIEVAL, CLEAN, DISTANCE),
-    GUIDANCE: (ALL_RIGHT, COUNTED, CLEAN, DISTANCE),
+    EVERYTHING: (ALL_RIGHT, EXACT, COUNTED, RETRIEVAL, HARD_RETRIEVAL, CLEAN, DISTANCE),
+    GUIDANCE: (ALL_RIGHT, EXACT, MORE, FEWER, COUNTED, CLEAN, DISTANCE),
     COUNTING: (COUNTED, TOO_MANY, TOO_FEW, CLEAN, DISTANCE),
 }
 """Measures of a row in a table of many, by its test."""
 ELSEWHERE = (
     (f"prompts drawn right without guidance, cfg 1 (other {6 * TESTS[GUIDANCE]} prompts)", ALL_RIGHT, "{}, cfg 1"),
+    ("- with nothing else, cfg 1", EXACT, "{}, cfg 1"),
+    ("- more things than the prompt says, cfg 1", MORE, "{}, cfg 1"),
     ("- counting, cfg 1", COUNTED, "{}, cfg 1"),
     (f"counting prompts drawn right, cfg {CFG:g} (other {TESTS[COUNTING]} prompts)", COUNTED, "{}, counting"),
 )
@@ -104,8 +112,9 @@ that are wrong by one fact, with the same noise for all. Differences are in poin
 seeds and captions (pictures of one caption count as one, and so do the pictures of a batch that share its captions), of
 the distance over seeds only; **bold** where 0 is outside. There is no correction for the number of figures: of 20
 differences that are nothing, about one will be bold. A verdict is unclear where a change of one thing's
-overlap with an outline by less than {UNCLEAR} would turn it (of drawn scenes none is). Where a run is older than a
-figure, that is "not recorded".""",
+overlap with an outline by less than {UNCLEAR} would turn it (of drawn scenes none is). Right is what shows all that the
+prompt says, as in GenEval; further things do not count against it, so a model that draws more of everything reads
+better. "With nothing else" counts them. Where a run is older than a figure, that is "not recorded".""",
         "",
         f"## {MAIN}",
         "",

@@ -86,8 +86,7 @@ def training_inputs() -> dict[str, io.Input]:
         ),
         widget(
             "min_timestep",
-            "The first timestep that is drawn; 0, the paper's, is a picture without noise. 750, as preset high noise "
-            "sets it, trains only where what a picture shows is decided.",
+            "The first timestep that is drawn; 0, the paper's, is a picture without noise.",
             min=FIRST,
             max=LAST,
             **ADVANCED,

@@ -41,7 +41,6 @@ class Job:
     steps: int | None = None
     size: int | None = None
     cfg: float | None = None
-    strength: float | None = None
     is_read: bool = False
     """Whether the checker can read the pictures: they are of a fixed list of prompts."""
 
@@ -101,12 +100,12 @@ def jobs(arguments: argparse.Namespace) -> list[Job]:
 
 def small_world() -> Job:
     """The small world's model as a checkpoint, written once into the cache folder."""
-    from benchmarks.smallworld.shown import CFG, STRENGTH, first, prompts
+    from benchmarks.smallworld.shown import CFG, first, prompts
     from softrepa.smallworld.checkpoint import TOKENS, cached_checkpoint
 
     checkpoint = cached_checkpoint(environment.cache_folder())
-    setting = {"steps": 20, "size": 96, "cfg": CFG, "strength": STRENGTH}
-    return Job("sd3", "Small world", checkpoint, TOKENS, tuple(first(prompts())), is_read=True, **setting)
+    texts = tuple(first(prompts()))
+    return Job("sd3", "Small world", checkpoint, TOKENS, texts, steps=20, size=96, cfg=CFG, is_read=True)
 
 
 def stand_ins() -> list[Job]:
@@ -141,7 +140,6 @@ def filled_in(job: Job, tokens_name: str, prompt: str | None, arguments: argpars
     wanted = {
         ("CheckpointLoaderSimple", "ckpt_name"): job.checkpoint.name,
         ("SoftREPALoadTokens", "tokens_name"): tokens_name,
-        ("SoftREPALoadTokens", "strength"): job.strength,
         ("PrimitiveInt", "value"): arguments.seed,
         ("KSampler", "steps"): steps,
         ("KSampler", "cfg"): job.cfg,
@@ -181,9 +179,14 @@ def run(job: Job, arguments: argparse.Namespace, server) -> str:
     seconds = time.monotonic() - started
     found = ""
     if job.is_read and not arguments.prompt:
+        from benchmarks.smallworld.shown import counts
+
         pairs = read(pairs)
-        without, with_tokens = (sum(verdicts) for verdicts in zip(*(pair.verdicts for pair in pairs), strict=True))
-        found = f"right without {without}, with {with_tokens}; "
+        without, with_tokens = (counts(list(ones)) for ones in zip(*(pair.verdicts for pair in pairs), strict=True))
+        found = (
+            f"all that is asked is there in {without[0]} and {with_tokens[0]}, and nothing else in {without[1]} and "
+            f"{with_tokens[1]}; "
+        )
     picture = arguments.out / f"{job.title.lower().replace(' ', '_')}.png"
     sheet(pairs, COLUMNS).save(picture)
     return (
@@ -196,16 +199,15 @@ def read(pairs: list) -> list:
     """The same pairs with the checker's verdicts: they are the first of the small world's fixed list."""
     import numpy as np
 
-    from benchmarks.smallworld.checker import correct
-    from benchmarks.smallworld.shown import first, prompts
+    from benchmarks.smallworld.shown import first, prompts, verdict
 
     specs = prompts()
     asked = {caption: specs[place] for caption, place in first(specs).items()}
 
-    def verdict(picture, prompt: str) -> bool:
-        return correct(np.asarray(picture) / np.float32(255), asked[prompt])
+    def verdicts(pair) -> tuple[str, ...]:
+        return tuple(verdict(np.asarray(one) / np.float32(255), asked[pair.prompt]) for one in pair.pictures)
 
-    return [replace(pair, verdicts=tuple(verdict(one, pair.prompt) for one in pair.pictures)) for pair in pairs]
+    return [replace(pair, verdicts=verdicts(pair)) for pair in pairs]
 
 
 class Progress:

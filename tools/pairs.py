@@ -8,16 +8,17 @@ from PIL import Image, ImageDraw, ImageFont
 GAP, LINE = 8, 24
 SMALLEST_SHOWN = 192  # pixels; smaller pictures are shown enlarged
 WORDS = ("without tokens", "with tokens")
-RIGHT, WRONG = "#1a7f37", "#c0392b"
+COLOURS = {"right": "#1a7f37", "and more": "#9a6700", "wrong": "#c0392b"}
+"""Of verdicts: all that the prompt says and nothing else; all, and further things; not all."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures of one size; `verdicts` says of each whether it shows what the prompt says, where that is known."""
+    """Two pictures of one size; `verdicts` says of each what `COLOURS` knows, where that is known."""
 
     prompt: str
     pictures: tuple[Image.Image, Image.Image]
-    verdicts: tuple[bool, bool] | None = None
+    verdicts: tuple[str, str] | None = None
 
 
 def sheet(pairs: Sequence[Pair], columns: int = 1, footer: str = "") -> Image.Image:
@@ -26,11 +27,13 @@ def sheet(pairs: Sequence[Pair], columns: int = 1, footer: str = "") -> Image.Im
     width, height = (max(getattr(cell, side) for cell in cells) + GAP for side in ("width", "height"))
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)
-    canvas = Image.new("RGB", (columns * width + GAP, rows * height + GAP + (LINE if footer else 0)), "white")
+    lines = footer.splitlines()
+    canvas = Image.new("RGB", (columns * width + GAP, rows * height + GAP + len(lines) * LINE), "white")
     for number, cell in enumerate(cells):
         row, column = divmod(number, columns)
         canvas.paste(cell, (GAP + column * width, GAP + row * height))
-    written(canvas, (GAP, rows * height + GAP), footer, size=15)
+    for number, line in enumerate(lines):
+        written(canvas, (GAP, rows * height + GAP + number * LINE), line, size=15)
     return canvas
 
 
@@ -46,9 +49,8 @@ def drawn(pair: Pair) -> Image.Image:
         if pair.verdicts is None:
             written(canvas, (left, LINE + height), words)
         else:
-            is_right = pair.verdicts[number]
-            text = f"{words}: {'right' if is_right else 'wrong'}"
-            written(canvas, (left, LINE + height), text, RIGHT if is_right else WRONG)
+            verdict = pair.verdicts[number]
+            written(canvas, (left, LINE + height), f"{words}: {verdict}", COLOURS[verdict])
     return canvas
 
 

@@ -143,6 +143,15 @@ def surplus(found: list[Found], spec: Spec) -> list[int]:
     return [sum(thing.shape == group.shape for thing in found) - group.count for group in spec.groups]
 
 
+def unasked(found: list[Found], spec: Spec) -> int:
+    """How many things more than asked there are in all, below 0 where there are fewer.
+
+    A drawn scene holds what its caption says and nothing else. GenEval's verdicts do not mind further things, so by
+    them alone a model that draws more of everything reads better.
+    """
+    return len(found) - sum(group.count for group in spec.groups)
+
+
 def margin(found: list[Found], spec: Spec) -> float:
     """How near the verdict is to the other one: by how much one overlap would have to change, 1 where none would do.
 
@@ -170,3 +179,9 @@ def _other_readings(thing: Found) -> Iterator[tuple[str | None, float]]:
 def correct(image: np.ndarray, spec: Spec) -> bool:
     """Whether the picture shows all that the caption says."""
     return all(facts(find(image), spec).values())
+
+
+def exact(image: np.ndarray, spec: Spec) -> bool:
+    """Whether it shows that and nothing else."""
+    found = find(image)
+    return not unasked(found, spec) and all(facts(found, spec).values())

@@ -8,7 +8,7 @@ from PIL import Image
 
 from softrepa.smallworld.checkpoint import TOKENS
 from softrepa.smallworld.world import CATEGORIES, Spec, plain_caption
-from tools.pairs import Pair, sheet
+from tools.pairs import COLOURS, Pair, sheet
 
 from . import checker
 from .measure import StockModel, replace_picture, replace_text
@@ -18,11 +18,11 @@ COUNT, FIRST = 200, 12
 """Prompts that are counted, and those of them, the first different ones, whose pictures are shown."""
 COLUMNS = 4
 SEED, NOISE = 4100, 9000
-CFG, STRENGTH, GUIDANCE = 1.0, 5.0, 2.0
-"""Without guidance, at the strength that `benchmarks.alignment --places` chose there on other prompts; and the guidance
-that the model is otherwise drawn with."""
+CFG, GUIDANCE = 1.0, 2.0
+"""Without guidance, where tokens act most; and the guidance that the model is otherwise drawn with."""
 NAME, FOLDER = "shown", Path(__file__).with_name("results")
 SIDES = ("without", "with")
+RIGHT, AND_MORE, WRONG = COLOURS
 
 
 def prompts(count: int = COUNT) -> list[Spec]:
@@ -48,31 +48,45 @@ def show(stock: StockModel, into: Path, count: int = COUNT) -> str:
     specs = prompts(count)
     arms = {
         "without": (stock.model, CFG),
-        "with": (apply_tokens(stock.model, load(TOKENS), strength=STRENGTH), CFG),
+        "with": (apply_tokens(stock.model, load(TOKENS)), CFG),
         "guided": (stock.model, GUIDANCE),
     }
     drawn = {name: pictures(stock, model, cfg, specs, NOISE) for name, (model, cfg) in arms.items()}
-    right = {
-        name: [int(checker.correct(*one)) for one in zip(ones, specs, strict=True)] for name, ones in drawn.items()
-    }
+    verdicts = {name: [verdict(*one) for one in zip(ones, specs, strict=True)] for name, ones in drawn.items()}
     captions = list(map(plain_caption, specs))
     pairs = [
-        Pair(caption, tuple(as_picture(drawn[name][i]) for name in SIDES), tuple(right[name][i] for name in SIDES))
+        Pair(caption, tuple(as_picture(drawn[name][i]) for name in SIDES), tuple(verdicts[name][i] for name in SIDES))
         for caption, i in first(specs).items()
     ]
-    figures = {"prompts": count, "captions": len(set(captions)), "cfg": CFG, "strength": STRENGTH} | right
+    figures = {"prompts": count, "captions": len(set(captions)), "cfg": CFG, "guidance": GUIDANCE} | verdicts
     text = sentence(figures)
     replace_text(into / f"{NAME}.json", json.dumps(figures, separators=(",", ":")) + "\n")
     replace_picture(into / f"{NAME}.png", sheet(pairs, COLUMNS, text))
     return text
 
 
+def verdict(picture: np.ndarray, spec: Spec) -> str:
+    """One of `tools.pairs.COLOURS`."""
+    if not checker.correct(picture, spec):
+        return WRONG
+    return RIGHT if checker.exact(picture, spec) else AND_MORE
+
+
+def counts(verdicts: list[str]) -> tuple[int, int]:
+    """How many show all that is asked, and how many of these nothing else."""
+    return len(verdicts) - verdicts.count(WRONG), verdicts.count(RIGHT)
+
+
 def sentence(figures: dict) -> str:
-    without, with_tokens, guided = (sum(figures[name]) for name in ("without", "with", "guided"))
+    """Two lines, of figures as `show` writes them."""
+    (without, only_without), (with_tokens, only_with), (guided, only_guided) = (
+        counts(figures[name]) for name in ("without", "with", "guided")
+    )
     return (
-        f"Drawn right of {figures['prompts']} prompts of a fixed list, without guidance (cfg {CFG:g}): "
-        f"{without} without tokens, {with_tokens} with them (strength {STRENGTH:g}). "
-        f"With guidance {GUIDANCE:g} and no tokens: {guided}."
+        f"{figures['prompts']} prompts of a fixed list, without guidance. "
+        f"All that is asked is there: {without} without tokens, {with_tokens} with them.\n"
+        f"That and nothing else: {only_without} and {only_with}. "
+        f"With guidance {GUIDANCE:g} and no tokens: {guided} and {only_guided}."
     )
 
 

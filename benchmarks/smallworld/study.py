@@ -91,14 +91,15 @@ class Measured:
     """Of one model, picture by picture in an order that never changes; what a picture does not show is absent.
 
     right: all that a prompt says, by its category; facts: single ones, by kind, NaN where the prompt says none of that
-    kind; surplus: how many things too many (below 0: too few) there are, of prompts that say a number; margin: how near
-    a verdict is to the other one, see `checker.margin`; clean: the share of a picture's things that have a known shape
-    and colour; loss, retrieval and hard_retrieval: see `tokens.Alignment`; distance: of all generated pictures to drawn
-    ones, see `distance`.
+    kind; unasked: how many things more than the prompt says there are in all (below 0: fewer); surplus: how many of
+    its shape, of prompts that say a number; margin: how near a verdict is to the other one, `checker.margin`; clean:
+    the share of a picture's things that have a known shape and colour; loss, retrieval, hard_retrieval: see
+    `tokens.Alignment`; distance: of all generated pictures to drawn ones, see `distance`.
     """
 
     right: dict[str, list[float]] = field(default_factory=dict)
     facts: dict[str, list[float]] = field(default_factory=dict)
+    unasked: list[float] = field(default_factory=list)
     surplus: list[float] = field(default_factory=list)
     margin: list[float] = field(default_factory=list)
     clean: list[float] = field(default_factory=list)
@@ -149,11 +150,12 @@ class Test:
         return found
 
     def facts(self, pictures: np.ndarray) -> Measured:
-        right, facts, surplus, margin, clean = defaultdict(list), [], [], [], []
+        right, facts, unasked, surplus, margin, clean = defaultdict(list), [], [], [], [], []
         for (category, spec), picture in zip(self.prompts, pictures, strict=True):
             things = checker.find(picture)
             facts.append(checker.facts(things, spec))
             right[category].append(float(all(facts[-1].values())))
+            unasked.append(checker.unasked(things, spec))
             margin.append(checker.margin(things, spec))
             if "counting" in facts[-1]:
                 surplus.append(checker.surplus(things, spec)[0])  # such a prompt names one shape
@@ -161,7 +163,9 @@ class Test:
             clean.append(sum(known) / len(known) if known else 0.0)
         kinds = dict.fromkeys(kind for verdict in facts for kind in verdict)
         by_kind = {kind: [float(verdict.get(kind, np.nan)) for verdict in facts] for kind in kinds}
-        return Measured(dict(right), by_kind, surplus, margin, clean, distance=distance(small(pictures), self.drawn))
+        return Measured(
+            dict(right), by_kind, unasked, surplus, margin, clean, distance=distance(small(pictures), self.drawn)
+        )
 
     def row(self, model, cfg: float, each: int) -> list[tuple[np.ndarray, str, bool]]:
         """Pictures of the first `each` prompts of every category, their captions, and whether they are right."""

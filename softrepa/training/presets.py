@@ -7,7 +7,6 @@ RELATIVE = "paper, relative temperature"
 PRESETS: dict[str, dict] = {
     "paper": {},
     RELATIVE: {"temperature_mode": "relative", "temperature": 1.0},
-    "high noise": {"min_timestep": 750},
     "hard negatives": {"hard_negatives": 1},
     "AGSM": {"objective": "agsm"},
     "guidance": {"objective": "guidance"},

@@ -278,6 +278,6 @@ def test_presets_are_not_overruled_silently(models, token_folder):
         train(models, "sd3", preset="AGSM", objective="denoising")
     with pytest.raises(
         SoftREPAError,
-        match='preset is "best", expected one of paper; paper, relative temperature; high noise; hard negatives; AGSM',
+        match='preset is "best", expected one of paper; paper, relative temperature; hard negatives; AGSM',
     ):
         train(models, "sd3", preset="best")

@@ -4,19 +4,20 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.alignment_figures import Found
-from benchmarks.alignment_places import chosen, placed
-from benchmarks.alignment_rows import DEVELOPMENT, HIGH, SEEDS, Placing, tokens_path
+from benchmarks.alignment_places import placed
+from benchmarks.alignment_rows import DEVELOPMENT, SEEDS, SOFTREPA, Placing, tokens_path
 from benchmarks.smallworld import shown
 from benchmarks.smallworld.measure import StockModel
 from benchmarks.smallworld.study import is_for_development
 from softrepa.smallworld.checkpoint import TOKENS
-from softrepa.smallworld.world import plain_caption
+from softrepa.smallworld.world import Group, draw, plain_caption, random_scene
 from tools import environment
+from tools.pairs import COLOURS
 
 
 def test_the_list_is_fixed_and_nothing_was_chosen_on_it():
@@ -41,13 +42,27 @@ def test_what_is_counted_is_what_is_drawn(tmp_path):
 
 def test_the_figures_that_come_with_the_repository():
     figures = json.loads((shown.FOLDER / "shown.json").read_text(encoding="utf-8"))
-    assert (figures["prompts"], figures["cfg"], figures["strength"]) == (shown.COUNT, shown.CFG, shown.STRENGTH)
+    assert (figures["prompts"], figures["cfg"], figures["guidance"]) == (shown.COUNT, shown.CFG, shown.GUIDANCE)
+    assert [len(figures[name]) for name in ("without", "with", "guided")] == [shown.COUNT] * 3
+    (without, alone), (with_tokens, alone_with), (guided, _) = (
+        shown.counts(figures[name]) for name in ("without", "with", "guided")
+    )
     readme = " ".join((environment.ROOT / "README.md").read_text(encoding="utf-8").split())
-    counts = [sum(figures[name]) for name in ("without", "with", "guided")]
-    assert "of {} prompts it draws {} right without tokens and {} with them".format(shown.COUNT, *counts) in readme
-    assert chosen(Found(), HIGH, shown.CFG) == Placing(shown.STRENGTH)
-    (job,) = [job for job in placed(HIGH, shown.CFG, Placing(shown.STRENGTH), DEVELOPMENT).jobs() if job.seed == SEEDS]
-    assert TOKENS.read_bytes() == tokens_path(job).read_bytes()  # the first run that settings were chosen with
+    assert f"{with_tokens} of {shown.COUNT} prompts instead of {without}" in readme
+    assert f"nothing else: {alone_with} instead of {alone}" in readme
+    assert f"in {guided}" in readme
+    (job,) = [job for job in placed(SOFTREPA, shown.CFG, Placing(), DEVELOPMENT).jobs() if job.seed == SEEDS]
+    assert TOKENS.read_bytes() == tokens_path(job).read_bytes()  # the first run that is not reported on
+
+
+def test_verdicts():
+    spec = next(one for one in shown.prompts() if plain_caption(one) == "a square and a cross")
+    rng = np.random.default_rng(0)
+    more = replace(spec, groups=(*spec.groups, Group("circle")))
+    less = replace(spec, groups=spec.groups[:1])
+    drawn = [draw(random_scene(rng, one)) for one in (spec, more, less)]
+    assert [shown.verdict(one, spec) for one in drawn] == ["right", "and more", "wrong"]
+    assert shown.counts(["right", "and more", "wrong", "right"]) == (3, 2)
 
 
 def test_the_demo_draws_and_reads_them(tmp_path):
@@ -56,12 +71,14 @@ def test_the_demo_draws_and_reads_them(tmp_path):
     done = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = re.search(
-        r"12 prompts, .*: right without (\d+), with (\d+); mean pixel change ([\d.]+) of 255", done.stdout
+        r"is there in (\d+) and (\d+), and nothing else in (\d+) and (\d+); .* ([\d.]+) of 255", done.stdout
     )
     assert found, done.stdout
-    assert float(found[3]) > 2  # a person sees it
+    assert float(found[5]) > 1  # a person sees it
     with Image.open(tmp_path / "small_world.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
-    marks = [tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in ("#1a7f37", "#c0392b")]
-    seen = [bool((pixels == mark).all(-1).any()) for mark in marks]
-    assert seen == [int(found[1]) + int(found[2]) > 0, int(found[1]) + int(found[2]) < 24]
+    all_there, alone = int(found[1]) + int(found[2]), int(found[3]) + int(found[4])
+    expected = {"right": alone, "and more": all_there - alone, "wrong": 24 - all_there}
+    for word, colour in COLOURS.items():
+        mark = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert bool((pixels == mark).all(-1).any()) == (expected[word] > 0)

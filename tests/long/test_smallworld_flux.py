@@ -1,4 +1,5 @@
-"""Training on the small world's Flux: its contrastive loss falls on pictures that it never saw. A minute on a core."""
+"""Training on the small world's Flux: on pictures that it never saw the loss falls, and captions that are wrong by one
+fact are told from right ones more often. Seven minutes on a core."""
 
 from types import SimpleNamespace
 
@@ -50,23 +51,27 @@ class Drawn(AtHand):
         return ""
 
 
-def test_training_aligns_captions_on_pictures_that_it_never_saw(tmp_path):
+def test_training_raises_retrieval_on_pictures_that_it_never_saw(tmp_path):
     path = flux.write_checkpoint(tmp_path / flux.CHECKPOINT_NAME)
     model, _, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(path))
     stock, fast = SimpleNamespace(model=model, vae=vae), FastEncoder(comfy.sd1_clip.SDTokenizer())
-    held_out = tokens.HeldOut(stock, batches=10, hard=0, timesteps=(900, 950))
-    drawn = Drawn(stock, fast, 240, seed=5)
+    held_out = tokens.HeldOut(stock, batches=40, hard=160, timesteps=(900, 950))
+    drawn = Drawn(stock, fast, 600, seed=5)
     inputs = TrainingInputs(
-        steps=120,
+        steps=500,
         batch_size=tokens.BATCH_SIZE,
-        learning_rate=2e-3,
-        seed=0,
+        learning_rate=1e-3,
+        seed=1,
         temperature=TEMPERATURE,
+        min_timestep=800,
         micro_batch=16,
         checkpointing=False,
     )
     files = RunFiles(tmp_path / "tokens.safetensors", tmp_path / "state")
     found = train(model, Dataset("drawn", drawn.examples, [], drawn, []), inputs, [files]).tokens
-    before, after = (held_out.in_batch(one, TEMPERATURE) for one in (model, apply_tokens(model, found)))
-    mean, half, _ = mean_interval((after.losses - before.losses).mean(0))
-    assert mean + half < 0, (mean, half)
+    before, after = (held_out.measure(one, TEMPERATURE) for one in (model, apply_tokens(model, found)))
+    changes = {name: mean_interval(getattr(after, name) - getattr(before, name))[:2] for name in tokens.NAMES}
+    loss, retrieval = changes["loss"], changes["hard_retrieval"]
+    assert loss[0] + loss[1] < 0, changes
+    assert retrieval[0] - retrieval[1] > 0, changes
+    print(changes)
