@@ -4,7 +4,7 @@ python3 -m benchmarks.smallworld train              make the shipped file again 
 python3 -m benchmarks.smallworld measure            results.json, results.md, contact_sheet.png
 python3 -m benchmarks.smallworld checkpoint PATH    the full checkpoint for ComfyUI's loader
 python3 -m benchmarks.smallworld tokens             train soft tokens in ComfyUI, five seeds, and measure them
-python3 -m benchmarks.smallworld show               200 prompts without and with the shipped tokens: shown.png
+python3 -m benchmarks.smallworld show               200 prompts without and with the shipped tokens
 python3 -m benchmarks.smallworld edit               FlowEdit with and without them: tables and pictures
 
 `--network flux` behind train, measure, checkpoint and tokens: the same of the second network, which is not shipped.
@@ -53,7 +53,9 @@ def arguments() -> argparse.Namespace:
         "show", help="draw and count a fixed list of prompts, without and with the shipped tokens"
     )
     show.add_argument("--prompts", type=int, default=200, help="the first of the list (200)")
-    show.add_argument("--into", type=Path, default=FOLDER / "results", help="folder of the picture")
+    show.add_argument(
+        "--into", type=Path, help="folder of the counts and the picture (their places here)"
+    )
     edit = commands.add_parser("edit", help="FlowEdit over n_max and target_cfg, without and with tokens")
     edit.add_argument("--edits", type=int, default=48, help="edits a setting (48)")
     edit.add_argument("--into", type=Path, default=FOLDER / "results", help="folder of the report")
@@ -125,22 +127,24 @@ def tokens(
     comfy.utils.PROGRESS_BAR_ENABLED = False
     with tempfile.TemporaryDirectory() as work:
         changes, file = t.study(Path(work), pictures, steps, seeds, network, temperatures)
-        if network == "model" or into is not None:
-            shutil.copyfile(file, (into or SHIPPED) / "tokens.safetensors")
+        if into is not None:
+            shutil.copyfile(file, into / "tokens.safetensors")
     text = t.report(changes, pictures, steps, seeds, network)
     replace_text(FOLDER / "results" / ("tokens.md" if network == "model" else f"tokens-{network}.md"), text)
     print(text)
 
 
-def show(count: int, into: Path) -> None:
+def show(count: int, into: Path | None) -> None:
     import comfy.utils
 
-    from . import shown
+    from . import padding, shown
     from .measure import StockModel
 
+    padding.give_once()
     comfy.utils.PROGRESS_BAR_ENABLED = False
     with tempfile.TemporaryDirectory() as folder:
-        print(shown.show(StockModel(Path(folder)), into, count))
+        picture = shown.PICTURE if into is None else into / shown.PICTURE.name
+        print(shown.show(StockModel(Path(folder)), into or shown.FOLDER, count, picture))
 
 
 def edit(count: int, into: Path) -> None:

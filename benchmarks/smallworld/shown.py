@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from softrepa.files import write_atomically
 from softrepa.smallworld.checkpoint import TOKENS
 from softrepa.smallworld.world import CATEGORIES, Spec, plain_caption
 from tools.pairs import COLOURS, Pair, sheet
 
 from . import checker
-from .measure import StockModel, replace_picture, replace_text
+from .measure import StockModel, replace_text
 from .study import pictures, reported_spec
 
 COUNT, FIRST = 200, 12
@@ -21,6 +22,8 @@ SEED, NOISE = 4100, 9000
 CFG, GUIDANCE = 1.0, 2.0
 """Without guidance, where tokens act most; and the guidance that the model is otherwise drawn with."""
 NAME, FOLDER = "shown", Path(__file__).with_name("results")
+PICTURE = Path(__file__).parents[2] / "nodes" / "web" / "docs" / "SoftREPASmallWorldPrompts.jpg"
+"""The README's."""
 SIDES = ("without", "with")
 RIGHT, AND_MORE, WRONG = COLOURS
 
@@ -40,8 +43,8 @@ def first(specs: list[Spec]) -> dict[str, int]:
     return dict(sorted(places.items(), key=lambda one: one[1])[:FIRST])
 
 
-def show(stock: StockModel, into: Path, count: int = COUNT) -> str:
-    """Draws, counts and writes; returns the sentence below the picture."""
+def show(stock: StockModel, into: Path, count: int = COUNT, picture: Path = PICTURE) -> str:
+    """Draws, counts and writes; returns what stands below the picture."""
     from softrepa.comfy.tokens.patching import apply_tokens
     from softrepa.token_files import load
 
@@ -61,7 +64,8 @@ def show(stock: StockModel, into: Path, count: int = COUNT) -> str:
     figures = {"prompts": count, "captions": len(set(captions)), "cfg": CFG, "guidance": GUIDANCE} | verdicts
     text = sentence(figures)
     replace_text(into / f"{NAME}.json", json.dumps(figures, separators=(",", ":")) + "\n")
-    replace_picture(into / f"{NAME}.png", sheet(pairs, COLUMNS, text))
+    shown = sheet(pairs, COLUMNS, text)
+    write_atomically(picture, lambda temporary: shown.save(temporary, format="jpeg", quality=60, optimize=True))
     return text
 
 

@@ -222,9 +222,9 @@ def study(
 
 def report(changes: dict, pictures: int, steps: int, seeds: int, network: str = "model") -> str:
     """A table in Markdown."""
-    of = "The shipped tokens of the small world" if network == "model" else f"Tokens of `{network}.safetensors`"
+    of = "the small world" if network == "model" else f"`{network}.safetensors`"
     lines = [
-        f"# {of}",
+        f"# Tokens of {of} after a short training",
         "",
         f"{steps} updates of {BATCH_SIZE} x {BATCH_SIZE} pairs on {pictures} drawn pictures, {seeds} seeds, by the "
         f"training node; held-out pictures at timesteps {', '.join(map(str, TIMESTEPS))}, the same noise for all. "

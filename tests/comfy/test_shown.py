@@ -32,11 +32,11 @@ def test_the_list_is_fixed_and_nothing_was_chosen_on_it():
 
 
 def test_what_is_counted_is_what_is_drawn(tmp_path):
-    text = shown.show(StockModel(tmp_path / "models"), tmp_path, count=6)
+    text = shown.show(StockModel(tmp_path / "models"), tmp_path, 6, tmp_path / "shown.jpg")
     figures = json.loads((tmp_path / "shown.json").read_text(encoding="utf-8"))
     assert [len(figures[name]) for name in ("without", "with", "guided")] == [6] * 3
     assert text == shown.sentence(figures)
-    with Image.open(tmp_path / "shown.png") as picture:
+    with Image.open(tmp_path / "shown.jpg") as picture:
         assert picture.width > shown.COLUMNS * 2 * 192
 
 

@@ -146,7 +146,7 @@ def write(job: Job, shift: float) -> None:
     by_category = {name: figures(4) for name in CATEGORIES}
     facts = {name: [*figures(20), *[float("nan")] * 4] for name in CATEGORIES}
     single = {name: figures(24) for name in ("clean", "loss", "retrieval", "hard_retrieval")}
-    single |= {"surplus": [rng.choice((-1, 0, 1)) for _ in range(4)], "margin": figures(24)}
+    single |= {"surplus": [rng.choice((-1, 0, 1)) for _ in range(4)], "margin": figures(24), "unasked": [0] * 24}
     made = {"device": job.device, "torch": "made-up"}
     result = {"right": by_category, "facts": facts, "distance": shift, "made": made, **single}
     alignment_rows.result_path(job).write_text(json.dumps(result), encoding="utf-8")
