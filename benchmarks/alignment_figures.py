@@ -112,7 +112,7 @@ def difference(
 def of_groups(cells: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """(runs, groups) of (runs, pictures): every run's mean stays, and groups vary as their sums do.
 
-    The variance of a mean over clusters of unequal sizes, linearised (Cochran, Sampling Techniques, section 9A.1).
+    The variance of a mean over clusters of unequal sizes, linearised (Cochran, Sampling Techniques, chapter 9A).
     """
     names, places = np.unique(groups, return_inverse=True)
     sums, mean = np.zeros((len(cells), len(names))), cells.mean()

@@ -546,8 +546,9 @@ def small_world() -> Workflow:
                 "A text-to-image model of 4M parameters comes with this pack, and tokens that **Train SoftREPA "
                 "Tokens** made for it. It draws cleanly and reads loosely, as large models do.",
                 SMALL_WORLD_WORDS,
-                "The tokens act most without guidance, at *cfg* 1, which takes half the time: more of what is asked "
-                "for is drawn, now and then with something nobody asked for. Guidance, *cfg* 2, does more.",
+                "The tokens act most without guidance, at *cfg* 1, and often nothing of them shows: a little more of "
+                "what is asked for is drawn, now and then with something nobody asked for. Guidance, *cfg* 2, does "
+                "more.",
             ),
         ),
         nodes=nodes,

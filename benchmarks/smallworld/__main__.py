@@ -53,9 +53,7 @@ def arguments() -> argparse.Namespace:
         "show", help="draw and count a fixed list of prompts, without and with the shipped tokens"
     )
     show.add_argument("--prompts", type=int, default=200, help="the first of the list (200)")
-    show.add_argument(
-        "--into", type=Path, help="folder of the counts and the picture (their places here)"
-    )
+    show.add_argument("--into", type=Path, help="folder of the counts and the picture (their places here)")
     edit = commands.add_parser("edit", help="FlowEdit over n_max and target_cfg, without and with tokens")
     edit.add_argument("--edits", type=int, default=48, help="edits a setting (48)")
     edit.add_argument("--into", type=Path, default=FOLDER / "results", help="folder of the report")
