@@ -39,8 +39,8 @@ class Measure:
 def derived(result: dict) -> dict:
     """What follows from a result's figures, where it has them."""
     made = {}
+    right = [value for category in result.get("right", {}).values() for value in category]
     if "unasked" in result:
-        right = [value for category in result["right"].values() for value in category]
         made["exact"] = [value * (number == 0) for value, number in zip(right, result["unasked"], strict=True)]
         made["more"] = [float(number > 0) for number in result["unasked"]]
         made["fewer"] = [float(number < 0) for number in result["unasked"]]
@@ -49,7 +49,6 @@ def derived(result: dict) -> dict:
         made["too_few"] = [float(number < 0) for number in result["surplus"]]
     if "margin" in result:
         made["unclear"] = [float(margin < UNCLEAR) for margin in result["margin"]]
-        right = [value for category in result["right"].values() for value in category]
         made["clearly_right"] = [value * (1 - unclear) for value, unclear in zip(right, made["unclear"], strict=True)]
     return made
 

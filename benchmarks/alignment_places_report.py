@@ -21,6 +21,7 @@ from benchmarks.alignment_rows import (
     BASELINE,
     DEVELOPMENT,
     DEVICES,
+    HIGH,
     REPORTED,
     ROWS,
     SEEDS,
@@ -63,9 +64,9 @@ def introduction(rows: int) -> str:
         f"{per_test(REPORTED)} other prompts, with {SEEDS} other runs. The two have no wording of a caption in common "
         "(about a tenth say the same as one of the other side in another order) and no noise. What the tables of "
         "development prompts show beside the plain model is how the choice was made and no finding: of "
-        f"{len(PLACINGS)} settings the best looks better than it is. That timesteps 750 to 999 are trained, and up to "
-        "which strength is tried, was itself found on development captions, with a run of the same seed as one of "
-        f"these: only the tables of other prompts are free of that choice. The {per_test(REPORTED)} are "
+        f"{len(PLACINGS)} settings the best looks better than it is. Up to which strength is tried, and that row "
+        f'"{HIGH}" trains timesteps 750 to 999, was itself found on development captions, with a run of the same seed '
+        f"as one of these: only the tables of other prompts are free of that choice. The {per_test(REPORTED)} are "
         f"{distinct(REPORTED)} captions, few in some categories; pictures of one caption count as one in intervals. "
         f"The {count} reported differences are bold where all runs are there and intervals leave out 0 at the level at "
         f"which all {count} hold together with about {CONFIDENCE:.0%} (Bonferroni); what stands beside them is not "

@@ -179,9 +179,3 @@ def _other_readings(thing: Found) -> Iterator[tuple[str | None, float]]:
 def correct(image: np.ndarray, spec: Spec) -> bool:
     """Whether the picture shows all that the caption says."""
     return all(facts(find(image), spec).values())
-
-
-def exact(image: np.ndarray, spec: Spec) -> bool:
-    """Whether it shows that and nothing else."""
-    found = find(image)
-    return not unasked(found, spec) and all(facts(found, spec).values())

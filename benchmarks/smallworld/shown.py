@@ -71,9 +71,10 @@ def show(stock: StockModel, into: Path, count: int = COUNT, picture: Path = PICT
 
 def verdict(picture: np.ndarray, spec: Spec) -> str:
     """One of `tools.pairs.COLOURS`."""
-    if not checker.correct(picture, spec):
+    things = checker.find(picture)
+    if not all(checker.facts(things, spec).values()):
         return WRONG
-    return RIGHT if checker.exact(picture, spec) else AND_MORE
+    return AND_MORE if checker.unasked(things, spec) else RIGHT
 
 
 def counts(verdicts: list[str]) -> tuple[int, int]:
