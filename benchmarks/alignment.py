@@ -1,6 +1,7 @@
 """What soft tokens do on the small world: they are trained by the pack's own engine and tested on what they never saw.
 
-python3 -m benchmarks.alignment [ROW ...] [--everything | --places] [--seeds 5] [--jobs 2] [--train | --report | --draw]
+python3 -m benchmarks.alignment [ROW ...] [--everything | --places [--cfg CFG ...]] [--seeds 5] [--jobs 2]
+                                [--train | --report | --draw | --again]
 
 Without arguments the main comparison: the plain model, SoftREPA with the paper's constants, and as a control the same
 tokens trained with the plain denoising loss; with guidance, without, and on more counting prompts. With --places the
@@ -31,6 +32,7 @@ from benchmarks.alignment_rows import (
     EVERYTHING,
     FAST,
     FOLDER,
+    GUIDANCES,
     HARD,
     MAIN_ROWS,
     PICTURES,
@@ -187,12 +189,18 @@ def run_all(work: Path, trainings: list[Job], jobs: list[Job], processes: int) -
                 futures |= {pool.submit(run, work, job): "" for job in waiting.get(futures.pop(future), ())}
 
 
+def is_measured(job: Job, again: bool) -> bool:
+    """Whether there is a result; `again`: one with every figure that is recorded today."""
+    path = result_path(job)
+    return path.exists() and (not again or bool(json.loads(path.read_text(encoding="utf-8")).get("unasked")))
+
+
 def run_rows(work: Path, rows: list[Row], chosen: argparse.Namespace) -> None:
     """Whatever of the rows is not there yet."""
     jobs = list({job.key: job for row in rows for job in row.jobs(chosen.device)[: chosen.seeds]}.values())
     # who takes another's tokens comes behind
     jobs.sort(key=lambda job: (bool(job.row.like), job.seed))
-    to_measure = [] if chosen.train else [job for job in jobs if not result_path(job).exists()]
+    to_measure = [] if chosen.train else [job for job in jobs if not is_measured(job, chosen.again)]
     needed = [job for job in (jobs if chosen.train else to_measure) if job.row.training is not None]
     trainings = {job.trained_as: job for job in needed if not tokens_path(job).exists()}
     if trainings or to_measure:
@@ -209,7 +217,7 @@ def run_places(work: Path, names: list[str], chosen: argparse.Namespace) -> None
         grid = [row for name in names for row in development_rows(name, in_order()[0])]
         run_rows(work, [*grid, *(ROWS[name] for name in names)], chosen)  # the latter's tokens are what is reported
         return
-    for cfg in in_order():
+    for cfg in chosen.cfg or in_order():
         run_rows(work, [row for name in names for row in development_rows(name, cfg)], chosen)
         found = Found(chosen.device)
         run_rows(work, [row for name in names for row in reported_rows(found, name, cfg)], chosen)
@@ -232,6 +240,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; without any, the main ones")
     parser.add_argument("--everything", action="store_true", help="every row")
     parser.add_argument("--places", action="store_true", help="where the tokens of the rows (SoftREPA) act best")
+    parser.add_argument("--cfg", nargs="+", type=float, choices=GUIDANCES, help="of --places: only these, in this order")
     parser.add_argument("--device", choices=DEVICES, default=CPU, help="of its own results (cpu)")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"at most so many of each row ({SEEDS}, some have 3)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread (one a core)")
@@ -242,6 +251,7 @@ def main() -> None:
     parser.add_argument(
         "--train", action="store_true", help="train the rows' tokens that are not there, measure nothing"
     )
+    parser.add_argument("--again", action="store_true", help="measure also what lacks a figure that came later")
     parser.add_argument("--report", action="store_true", help="write the report of what is there, run nothing")
     chosen = parser.parse_args()
     known = [row.name for row in ROWS.values() if not chosen.places or row.has_own_tokens]

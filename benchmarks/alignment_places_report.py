@@ -16,11 +16,12 @@ from benchmarks.alignment_figures import (
     shown,
     table,
 )
-from benchmarks.alignment_places import GUIDANCES, PART, PLACINGS, RUNS, chosen, placed, placings, plain
+from benchmarks.alignment_places import PART, PLACINGS, RUNS, chosen, placed, placings, plain
 from benchmarks.alignment_rows import (
     BASELINE,
     DEVELOPMENT,
     DEVICES,
+    GUIDANCES,
     HIGH,
     REPORTED,
     ROWS,

@@ -17,11 +17,13 @@ CFG, TEMPERATURE = 2.0, 0.07
 EACH = 2  # pictures of each category in the README
 EVERYTHING, GUIDANCE, COUNTING = "everything", "guidance", "counting"
 DEVELOPMENT, REPORTED = "development", "reported"
-TESTS = {EVERYTHING: PROMPTS, GUIDANCE: 80, COUNTING: 160, DEVELOPMENT: 40, REPORTED: 160}
+TESTS = {EVERYTHING: PROMPTS, GUIDANCE: 80, COUNTING: 160, DEVELOPMENT: 40, REPORTED: 80}
 """Prompts of each category. Each test has its own; the first has held-out pictures besides, the third one category.
 
 The last two have no caption and no noise in common, so that what is chosen on one can be reported on the other.
 """
+GUIDANCES = (1.0, 1.25, 1.5, 2.0, 3.0)
+"""At which it is asked where tokens act best."""
 REFERENCE = {"batch_size": 4, "learning_rate": 1e-3}
 FAST = {"micro_batch": 64, "checkpointing": False, "checkpoint_every": 250, "on_no_contrast": "go on"}
 CPU = "cpu"

@@ -214,6 +214,16 @@ def test_ranks_share_the_captions_and_the_first_one_judges(evaluate, monkeypatch
     assert results(evaluate.folder / "shared") == results(evaluate.folder / "alone")
 
 
+@pytest.fixture
+def one_thread():
+    """Sums come in one order: on more threads a value in ten thousand may be rounded to the next byte."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_edits_are_the_nodes_own(evaluate, parts, pack, place):
     vit = vit_folder(evaluate.folder / "vit")
     evaluate("edited", edits=True, target_cfg="3", tokens_n_max="2", metrics={"structure": str(vit)})
@@ -231,9 +241,7 @@ def test_edits_are_the_nodes_own(evaluate, parts, pack, place):
         out = pack["SoftREPAFlowEdit"].execute(used, *texts, latent, seed, **settings).args[0]
         expected = (255 * vae.decode(out["samples"])[0].float().clamp(0, 1)).round().byte().numpy()
         (file,) = re.findall(rf'"{name}, n_max {n_max}, cfg 3",1,{seed},two red squares,(.*)', records)
-        off = np.abs(drawn[Path(file.strip())].astype(int) - expected)
-        assert off.max() <= 1  # where rounding to a byte was close
-        assert (off > 0).mean() < 1e-3
+        assert np.array_equal(drawn[Path(file.strip())], expected)
 
 
 def test_the_curve_is_drawn(evaluate, place):
