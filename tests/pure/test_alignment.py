@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import alignment_figures, alignment_places, alignment_rows, alignment_tests
+from benchmarks import alignment, alignment_figures, alignment_places, alignment_rows, alignment_tests
 from benchmarks.alignment_figures import ALL_RIGHT, Found, derived, difference, shown
 from benchmarks.alignment_places import GUIDANCES, placings
 from benchmarks.alignment_places_report import places_section, together
@@ -120,12 +120,12 @@ def test_intervals_hold_where_captions_differ():
 
 
 def test_which_figures_belong_together():
-    found = alignment_tests.groups("reported", ("right",), 960)
+    found = alignment_tests.groups("reported", ("right",), 480)
     assert len(set(found)) == alignment_tests.distinct("reported") < 300
-    assert len(alignment_tests.groups("reported", ("right", "counting"), 160)) == 160
+    assert len(alignment_tests.groups("reported", ("right", "counting"), 80)) == 80
     assert all(" " in caption for caption in alignment_tests.groups("everything", ("too_many",), 40))
     assert alignment_tests.groups("everything", ("retrieval",), 8) == ["0"] * 4 + ["1"] * 4
-    with pytest.raises(ValueError, match="5 figures of right/colours, expected one of each of 160 prompts"):
+    with pytest.raises(ValueError, match="5 figures of right/colours, expected one of each of 80 prompts"):
         alignment_tests.groups("reported", ("right", "colours"), 5)
 
 
@@ -244,6 +244,17 @@ def test_what_earlier_results_lack_is_not_recorded(made_up):
     lines = {line.split(" | ")[0][2:]: line for line in report(Found()).splitlines() if line.startswith("| ")}
     assert lines["counting: too many"].split(" | ")[2:4] == ["not recorded", "not run"]
     assert "not recorded" not in lines["unclear verdicts"]
+
+
+def test_what_lacks_a_figure_is_measured_again_where_that_is_asked(made_up):
+    one, other = ROWS[SOFTREPA].jobs()[:2]
+    assert not alignment.is_measured(one, again=False)
+    write(one, 0.0)
+    assert alignment.is_measured(one, again=False)
+    assert alignment.is_measured(one, again=True)
+    alignment_rows.result_path(other).write_text('{"right": {}}', encoding="utf-8")
+    assert alignment.is_measured(other, again=False)
+    assert not alignment.is_measured(other, again=True)
 
 
 def test_figures_that_follow_from_a_result():
