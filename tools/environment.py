@@ -230,6 +230,7 @@ def virtual_environment(comfyui: Path) -> Path:
         with exclusive(cache_folder() / "lock"):
             if not is_complete(folder):
                 build_virtual_environment(folder, requirements)
+                write_bytecode(venv_python(folder), comfyui)
                 marker(folder).touch()
     return venv_python(folder)
 
@@ -252,7 +253,7 @@ def build_virtual_environment(folder: Path, requirements: list[Path]) -> None:
     pip(
         folder,
         "install",
-        "--no-compile",  # a tenth of the modules is ever imported
+        "--no-compile",  # a tenth of the modules is ever imported: `write_bytecode`
         TORCH,
         *files,
         failure=(
@@ -261,6 +262,14 @@ def build_virtual_environment(folder: Path, requirements: list[Path]) -> None:
         ),
     )
     cpu_torch.repair(venv_python(folder))
+
+
+def write_bytecode(python: Path, comfyui: Path) -> None:
+    """Of all that ComfyUI imports: where PYTHONDONTWRITEBYTECODE is set, every process would compile it for itself."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as work:
+        options = ["--quick-test-for-ci", "--cpu", "--disable-all-custom-nodes", "--base-directory", work]
+        subprocess.run([python, comfyui / "main.py", *options], cwd=work, env=variables, capture_output=True)
 
 
 def create_venv(folder: Path) -> None:

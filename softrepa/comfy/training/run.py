@@ -1,6 +1,7 @@
 """A training run on a MODEL: it is prepared, put where an earlier one stopped, and run to a file at the end."""
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,12 +93,13 @@ def prepare(
     patcher.pre_run()
 
     def next_batch(size):
-        left = (config.steps - trainer.step_index) * config.accumulation
+        left = (config.steps - asking.step_index) * config.accumulation
         batch = dataset.batch(size, config.hard_negatives, config.negatives, left)
         make_room()  # encoding may have pushed it out
         return patcher.model.process_latent_in(batch.latents.clone()), [*batch.conds, *batch.further], batch.wrong
 
     trainer = Trainer(config, start, pairs, next_batch, dataset.empty, ranks)
+    asking = weakref.proxy(trainer)  # a circle would keep model and data until Python looks for circles
     identity = run_identity(trainer.config, start, inputs.init_tokens is not None, dataset, trained_on)
     metadata = file_metadata(inputs, trainer.config, dataset, trained_on)
     return Parts(trainer, pairs, dataset, patcher, identity, metadata)
