@@ -240,7 +240,9 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; without any, the main ones")
     parser.add_argument("--everything", action="store_true", help="every row")
     parser.add_argument("--places", action="store_true", help="where the tokens of the rows (SoftREPA) act best")
-    parser.add_argument("--cfg", nargs="+", type=float, choices=GUIDANCES, help="of --places: only these, in this order")
+    parser.add_argument(
+        "--cfg", nargs="+", type=float, choices=GUIDANCES, help="of --places: only these, in this order"
+    )
     parser.add_argument("--device", choices=DEVICES, default=CPU, help="of its own results (cpu)")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"at most so many of each row ({SEEDS}, some have 3)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread (one a core)")
