@@ -13,6 +13,7 @@ if "COMFYUI_PATH" not in os.environ:
 from comfy.cli_args import args
 
 args.cpu = not torch.cuda.is_available()
+args.use_pytorch_cross_attention = True  # as on a GPU; what a CPU has by default is several times slower
 
 # main.py imports it first; on 0.3.75 another module takes the name otherwise.
 import utils.extra_config  # noqa: E402, F401, I001
