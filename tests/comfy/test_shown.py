@@ -9,8 +9,10 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from benchmarks.alignment_places import placed
-from benchmarks.alignment_rows import DEVELOPMENT, SEEDS, SOFTREPA, Placing, tokens_path
+from benchmarks.alignment_figures import EXACT, Found
+from benchmarks.alignment_places import placed, plain
+from benchmarks.alignment_places_report import together
+from benchmarks.alignment_rows import DEVELOPMENT, REPORTED, SEEDS, SOFTREPA, Placing, tokens_path
 from benchmarks.smallworld import shown
 from benchmarks.smallworld.measure import StockModel
 from benchmarks.smallworld.study import is_for_development
@@ -44,13 +46,17 @@ def test_the_figures_that_come_with_the_repository():
     figures = json.loads((shown.FOLDER / "shown.json").read_text(encoding="utf-8"))
     assert (figures["prompts"], figures["cfg"], figures["guidance"]) == (shown.COUNT, shown.CFG, shown.GUIDANCE)
     assert [len(figures[name]) for name in ("without", "with", "guided")] == [shown.COUNT] * 3
-    (without, alone), (with_tokens, alone_with), (guided, _) = (
-        shown.counts(figures[name]) for name in ("without", "with", "guided")
-    )
+    (without, alone), (with_tokens, alone_with) = (shown.counts(figures[name]) for name in ("without", "with"))
     readme = " ".join((environment.ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"{with_tokens} of {shown.COUNT} prompts instead of {without}" in readme
-    assert f"nothing else: {alone_with} instead of {alone}" in readme
-    assert f"in {guided}" in readme
+    said = f"Right of {shown.COUNT}: {without} without, {with_tokens} with; nothing else, {alone} and {alone_with}."
+    assert said in readme
+    found, tokens = Found(), placed(SOFTREPA, shown.CFG, Placing(), REPORTED)
+    shares = [found.mean(row, EXACT) for row in (tokens, plain(shown.CFG, REPORTED), plain(shown.GUIDANCE, REPORTED))]
+    for share, text in zip(shares, ("there for {}", "without tokens for {}", "alone reaches {}"), strict=True):
+        assert text.format(f"{share:.0%}") in readme
+    change = found.change(tokens, plain(shown.CFG, REPORTED), EXACT, together(2))
+    low, high = change.mean - change.half, change.mean + change.half
+    assert f"{100 * change.mean:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f}" in readme
     (job,) = [job for job in placed(SOFTREPA, shown.CFG, Placing(), DEVELOPMENT).jobs() if job.seed == SEEDS]
     assert TOKENS.read_bytes() == tokens_path(job).read_bytes()  # the first run that is not reported on
 
