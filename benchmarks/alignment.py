@@ -259,6 +259,8 @@ def main() -> None:
     known = [row.name for row in ROWS.values() if not chosen.places or row.has_own_tokens]
     if unknown := sorted(set(chosen.rows) - set(known)):
         parser.error(f"ROW is {', '.join(unknown)}, expected some of: {', '.join(known)}")
+    if chosen.cfg and not chosen.places:
+        parser.error("--cfg is given without --places, expected it with that alone: a row has its own guidance")
     environment.enter("benchmarks.alignment")
     import torch
 
