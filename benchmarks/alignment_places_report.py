@@ -61,7 +61,7 @@ def introduction(rows: int) -> str:
         "Tokens of a row above, at other strengths, on both halves of guidance or the conditional one only, in all "
         "steps or half of them. Right is here what shows all that the prompt says and nothing else, for tokens may "
         f"draw more of everything. Of every guidance the setting with the most right of {per_test(DEVELOPMENT)} "
-        f"development prompts is chosen, with a run of training that is not reported on, and reported on "
+        "development prompts is chosen, with a run of training that is not reported on, and reported on "
         f"{per_test(REPORTED)} other prompts, with {SEEDS} other runs. The two have no wording of a caption in common "
         "(about a tenth say the same as one of the other side in another order) and no noise. What the tables of "
         "development prompts show beside the plain model is how the choice was made and no finding: of "

@@ -269,6 +269,7 @@ def write_bytecode(python: Path, comfyui: Path) -> None:
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryDirectory(dir=cache_folder()) as work:
         options = ["--quick-test-for-ci", "--cpu", "--disable-all-custom-nodes", "--base-directory", work]
+        # one that does not start says so to whoever needs it
         subprocess.run([python, comfyui / "main.py", *options], cwd=work, env=variables, capture_output=True)
 
 
