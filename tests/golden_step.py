@@ -1,6 +1,7 @@
 """The contrastive step that the reference's figures are for: its batch and its tokens, by family."""
 
 from comfyui_softrepa.softrepa.tokens import SoftTokens
+from softrepa_tests.learning import TEXT
 from softrepa_tests.tiny_models import CHANNELS, WIDTH, seeded
 
 TIMESTEP = {"sd15": 400, "sdxl": 400, "sd3": 250}
@@ -19,6 +20,12 @@ def batch(family: str):
         for j, cond in enumerate(conds):
             cond["pooled_output"] = pooled[family][j : j + 1]
     return latents, noise, conds
+
+
+def short_batch(family: str):
+    """The same images with texts of a few tokens, which take less time."""
+    latents, noise, conds = batch(family)
+    return latents, noise, [cond | {"cross_attn": cond["cross_attn"][:, :TEXT]} for cond in conds]
 
 
 def golden_tokens(family: str) -> SoftTokens:

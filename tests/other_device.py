@@ -181,6 +181,6 @@ def _told(real, free: int):
     return amount
 
 
-def built(family: str) -> ModelPatcher:
+def built(family: str, build=tiny_models.build) -> ModelPatcher:
     """The tiny model, to be loaded to the other device and kept on the CPU, as on a machine with a GPU."""
-    return ModelPatcher(tiny_models.build(family).model, DEVICE, CPU)
+    return ModelPatcher(build(family).model, DEVICE, CPU)

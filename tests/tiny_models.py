@@ -1,6 +1,6 @@
-"""The three tiny seeded models of the golden vectors, built inside ComfyUI, and helpers to sample from them.
+"""Tiny seeded models of every family, built inside ComfyUI, and the three of the golden vectors.
 
-Every weight is drawn from its own diffusers name, so any implementation can rebuild it.
+Every weight of these is drawn from its own diffusers name, so any implementation can rebuild it.
 """
 
 import hashlib
@@ -50,6 +50,7 @@ GOLDEN_LENGTH = LENGTH | {"sd3": 154}
 POOLED = {"sdxl": 1280, "sd3": 2048, "flux": 768}
 """Width of the pooled text, where there is one."""
 HIDDEN = {
+    "sd3": 128,
     "lumina2": 96,
     "zimage": 256,
     "flux": 128,
@@ -292,10 +293,15 @@ def seeded(shape, name: str, std: float, mean: float = 0.0) -> torch.Tensor:
 
 
 def build(family: str) -> ModelPatcher:
-    """The tiny model of a family; those of "sd15", "sdxl" and "sd3" are the golden vectors'."""
+    """The tiny model of a family."""
     if family in TRANSFORMERS:
         return with_network(*TRANSFORMERS[family])
-    return _mmdit() if family == "sd3" else _unet(family)
+    return mmdit_of(HIDDEN[family], 6) if family == "sd3" else _unet(family)
+
+
+def golden(family: str) -> ModelPatcher:
+    """That of the golden vectors. SD3's takes several times as long as the tiny one."""
+    return _mmdit() if family == "sd3" else build(family)
 
 
 def store_in(model: ModelPatcher, dtype: torch.dtype) -> None:
@@ -346,7 +352,7 @@ def _unet(family: str) -> ModelPatcher:
     return ModelPatcher(model, CPU, CPU)
 
 
-def mmdit_config(width: int = 384, blocks: int = 6, **more) -> dict:
+def mmdit_config(width: int, blocks: int, **more) -> dict:
     return {
         "in_channels": 16,
         "out_channels": 16,
@@ -403,14 +409,15 @@ def with_network(kind: str, config: dict) -> ModelPatcher:
 
 
 def _mmdit() -> ModelPatcher:
-    config = mmdit_config()
+    width, blocks = 384, 6
+    config = mmdit_config(width, blocks)
     model_config = comfy.supported_models.SD3(dict(config))
     model_config.unet_config.update(config)
     model_config.set_inference_dtype(torch.float32, None)
     model = comfy.model_base.SD3(model_config, device="cpu")
     shapes = {key: value.shape for key, value in model.diffusion_model.state_dict().items()}
-    weights = {"pos_embed.pos_embed": _sincos(64, 16, 384)}
-    for name, target in comfy.utils.mmdit_to_diffusers({"depth": 6, "num_blocks": 6}).items():
+    weights = {"pos_embed.pos_embed": _sincos(64, 16, width)}
+    for name, target in comfy.utils.mmdit_to_diffusers({"depth": blocks, "num_blocks": blocks}).items():
         ours, part = (target, None) if isinstance(target, str) else target[:2]
         if ours not in shapes or name in weights:  # optional parts this size of model does not have
             continue

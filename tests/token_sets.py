@@ -6,9 +6,9 @@ from softrepa_tests.tiny_models import HIDDEN, WIDTH, seeded
 
 
 def tokens_for(family: str, seed: str = "a", banks: bool = False, blocks=None, static: bool = False) -> SoftTokens:
-    """Four tokens with a time table; 5 layers of width 384 for SD3, 3 for other transformers, down + mid for UNets."""
+    """Four tokens with a time table; 5 layers for SD3, 3 for other transformers, down + mid for UNets."""
     if FAMILIES[family].is_layered:
-        layers, width = (5, 384) if family == "sd3" else (3, HIDDEN[family])
+        layers, width = 5 if family == "sd3" else 3, HIDDEN[family]
         shape, table, usual = (layers, 4, width), (100, layers * width), layers
     else:
         shape, table, usual = (4, WIDTH[family]), (100, WIDTH[family]), ("down", "mid")

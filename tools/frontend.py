@@ -20,6 +20,8 @@ OPTIONS = (
     "--disable-component-update",
     "--disable-sync",
 )
+SEARCH_DIALOG = "Most relevant"
+"""What is always written in it."""
 OWN_COMPLAINTS = (
     "/user.css",
     "/api/userdata",
@@ -109,12 +111,20 @@ class Frontend:
         self.command("Comfy.Canvas.FitView")
         self.page.wait_for_timeout(700)
 
+    def start_over(self) -> None:
+        """An empty graph, no dialog, no complaint, whatever was done before."""
+        self.page.keyboard.press("Escape")
+        self.page.get_by_text(SEARCH_DIALOG).first.wait_for(state="hidden")
+        self.page.evaluate("app.canvas.setGraph(app.rootGraph)")  # from the inside of a blueprint
+        self.clear()
+        self.errors.clear()
+
     def clear(self) -> None:
         self.page.evaluate("app.graph.clear()")
 
     def search(self, words: str) -> None:
         """Double-click on the empty canvas and type."""
-        dialog = self.page.get_by_text("Most relevant")
+        dialog = self.page.get_by_text(SEARCH_DIALOG)
         for _ in range(12):  # the first clicks may come while the page is still busy
             self.page.mouse.dblclick(800, 500)
             try:

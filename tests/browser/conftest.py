@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -70,10 +71,9 @@ def screenshots(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page_of(browser, screenshots):
     """`with page_of(server) as frontend`: a fresh page, in the browser's language `locale`."""
-    from contextlib import contextmanager
 
     @contextmanager
     def opened(server, locale="en-US"):
@@ -85,21 +85,32 @@ def page_of(browser, screenshots):
     return opened
 
 
-@pytest.fixture
-def frontend(server, page_of):
-    """A fresh page of the frontend. Errors in its console fail the test."""
-    with page_of(server) as page:
-        yield page
-        assert page.errors == [], "\n".join(page.errors)
-
-
 @pytest.fixture(scope="module")
-def one_page(browser, server, screenshots):
-    """For many tests, in less time than a page for each. Errors in its console are for the tests to look at."""
-    with browser.new_context(viewport={"width": 1680, "height": 1050}) as context:
-        page = pages.Frontend(context.new_page(), server.port, screenshots)
-        page.open()
-        yield page
+def kept_page(server, page_of):
+    """What gives the page of the module's tests, or a fresh one: opening one takes the most time of all."""
+    with ExitStack() as stack:
+        page = None
+
+        def given(is_fresh: bool) -> pages.Frontend:
+            nonlocal page
+            if page is None or is_fresh:
+                stack.close()
+                page = stack.enter_context(page_of(server))
+            return page
+
+        yield given
+
+
+@pytest.fixture
+def frontend(kept_page, request):
+    """The frontend with an empty graph. Errors in its console fail the test; the next one then gets a fresh page."""
+    page, failed = kept_page(is_fresh=False), request.session.testsfailed
+    page.start_over()
+    yield page
+    errors = list(page.errors)
+    if errors or request.session.testsfailed > failed:
+        kept_page(is_fresh=True)
+    assert errors == [], "\n".join(errors)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ COMPARE = {
 @pytest.fixture
 def compared(frontend):
     """The node on the small world, with a judge and the table beside it, after its run."""
-    frontend.clear()
     frontend.page.evaluate(
         """values => {
             const add = (type, x, size) => {

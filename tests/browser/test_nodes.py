@@ -52,9 +52,8 @@ def ours(info: dict) -> dict:
 
 
 @pytest.mark.parametrize("words", SEARCHES)
-def test_found_by_search_and_added(one_page, words):
-    frontend, page = one_page, one_page.page
-    frontend.clear()
+def test_found_by_search_and_added(frontend, words):
+    page = frontend.page
     frontend.search(words)
     frontend.screenshot(f"search_{words.replace(' ', '_')}")
     for title in SEARCHES[words]:
@@ -67,7 +66,6 @@ def test_found_by_search_and_added(one_page, words):
 
 @pytest.mark.parametrize("words", FIRST)
 def test_found_first(frontend, words):
-    frontend.clear()
     frontend.search(words)
     frontend.page.get_by_text(FIRST[words], exact=True).first.wait_for()
     found = frontend.page.get_by_test_id("result-item").all_inner_texts()
@@ -135,7 +133,6 @@ def test_cores_curve_weighs_the_tokens(frontend):
 
 @pytest.mark.parametrize("name", READ)
 def test_help(frontend, name):
-    frontend.clear()
     frontend.add(name)
     text = frontend.help()
     frontend.page.wait_for_timeout(700)

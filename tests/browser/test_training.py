@@ -61,7 +61,12 @@ def test_live_curves(frontend, server, view):
     frontend.set_widgets(SMALL | {"SoftREPATrainTokens": endless})
     disconnect_previews(page)
     before = frontend.prompt()
-    page.evaluate("app.api.addEventListener('softrepa.training', event => { window.run = event.detail })")
+    page.evaluate(
+        """() => {
+            window.run = null
+            app.api.addEventListener('softrepa.training', event => { window.run = event.detail })
+        }"""
+    )
     frontend.start()
     wait_for_step(page, 5)
     curves = page.locator(".softrepa-curves")

@@ -58,18 +58,31 @@ def token_folder(comfy_folders):
     shutil.rmtree(comfy_folders / "output" / folders.RUNS, ignore_errors=True)
 
 
+class Models(dict):
+    """By family, each built when it is asked for; tests clone, never change them."""
+
+    def __init__(self, build):
+        super().__init__()
+        self.build = build
+
+    def __missing__(self, family: str):
+        with torch.inference_mode():
+            self[family] = self.build(family)
+        return self[family]
+
+
 @pytest.fixture(scope="session")
-def models():
-    """The tiny models by family, each built when it is asked for; tests clone, never change them."""
+def models() -> Models:
     from softrepa_tests import tiny_models
 
-    class Models(dict):
-        def __missing__(self, family: str):
-            with torch.inference_mode():
-                self[family] = tiny_models.build(family)
-            return self[family]
+    return Models(tiny_models.build)
 
-    return Models()
+
+@pytest.fixture(scope="session")
+def golden_models() -> Models:
+    from softrepa_tests import tiny_models
+
+    return Models(tiny_models.golden)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from softrepa_tests import tiny_models
 from softrepa_tests.composing import lora_for, one_by_one, same_when_compiled, small_controlnet
 from softrepa_tests.oracle import injected
 from softrepa_tests.sampling import Record, guider, noise, prompt, relative_error, sample, sigmas_of
-from softrepa_tests.tiny_models import LENGTH, seeded
+from softrepa_tests.tiny_models import HIDDEN, LENGTH, seeded
 from softrepa_tests.token_sets import tokens_for
 
 EXACT = 1e-5
@@ -274,7 +274,7 @@ def test_partial_loading_that_offloads(family, monkeypatch):
 def test_sd35(version):
     """SD3.5: query-key norms, and in -medium an image-only attention beside the joint one."""
     more = {"qk_norm": "rms"} | ({"x_block_self_attn_layers": [0, 1]} if version == "medium" else {})
-    width, layers = (384, 4) if version == "medium" else (2432, 1)
+    width, layers = HIDDEN["sd3"], 4
     model = tiny_models.mmdit_of(width, layers + 1, **more)
     tokens = SoftTokens.of(
         seeded((layers, 4, width), "35/tokens", 1.0),
@@ -293,9 +293,8 @@ def test_sd35(version):
 
 def test_text_width_tokens_with_a_time_table(models):
     """4096-wide rows go through the context embedder first; the table, of hidden width, is added after it."""
-    tokens = SoftTokens.of(
-        seeded((3, 2, 4096), "wide/tokens", 0.5), "sd3", 3, time_table=seeded((100, 3 * 384), "wide/table", 0.5)
-    )
+    table = seeded((100, 3 * HIDDEN["sd3"]), "wide/table", 0.5)
+    tokens = SoftTokens.of(seeded((3, 2, 4096), "wide/tokens", 0.5), "sd3", 3, time_table=table)
     with injected(models["sd3"], tokens):
         expected = sample(models["sd3"], "sd3")
     assert relative_error(sample(apply_tokens(models["sd3"], tokens), "sd3"), expected) <= EXACT

@@ -73,14 +73,14 @@ def raw_outputs(model, family: str, timestep: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_golden(models, name):
+def test_golden(golden_models, name):
     family = name.split("_")[0]
-    patched = apply_tokens(models[family], GOLDENS[name]())
+    patched = apply_tokens(golden_models[family], GOLDENS[name]())
     expected = load_file(DATA / f"{name}.safetensors")
     assert expected
     for key, value in expected.items():
         kind, timestep = key.split("_")
-        model = patched if kind == "soft" else models[family]
+        model = patched if kind == "soft" else golden_models[family]
         assert relative_error(raw_outputs(model, family, float(timestep)), value) <= TOLERANCE, key
 
 

@@ -19,10 +19,10 @@ from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training.loss import contrastive_loss
 from comfyui_softrepa.softrepa.training.pairs import MOST_KEPT, Guidance, StepBatch, backward_through_pairs
-from softrepa_tests.golden_step import FAMILIES, TIMESTEP, batch, golden_tokens
+from softrepa_tests.golden_step import FAMILIES, TIMESTEP, short_batch
 from softrepa_tests.learning import dataset, moved_by, same_training, train
 from softrepa_tests.sampling import relative_error
-from softrepa_tests.tiny_models import seeded
+from softrepa_tests.tiny_models import HIDDEN, seeded
 from softrepa_tests.token_sets import tokens_for
 
 
@@ -32,12 +32,12 @@ def test_few_gradients_at_a_time_on_the_real_network(models, family, relative):
     """Row by row, or scored first where the loss looks at the whole batch."""
 
     def gradient(most_kept):
-        tokens = golden_tokens(family)
+        tokens = tokens_for(family)
         shape = (tokens.layers, 4, tokens.hidden_width)
         with torch.inference_mode(False), torch.enable_grad():
             rows = seeded(shape, "rows", 0.5).clone().requires_grad_()
             network = TrainableNetwork(models[family], tokens.blocks)
-            step = StepBatch.of_all(*batch(family), TIMESTEP[family])
+            step = StepBatch.of_all(*short_batch(family), TIMESTEP[family])
             backward_through_pairs(
                 rows,
                 network,
@@ -49,7 +49,7 @@ def test_few_gradients_at_a_time_on_the_real_network(models, family, relative):
             )
         return rows.grad
 
-    a_row = 3 * 4 * golden_tokens(family).layers * 4 * golden_tokens(family).hidden_width
+    a_row = 3 * 4 * tokens_for(family).layers * 4 * tokens_for(family).hidden_width
     assert relative_error(gradient(a_row), gradient(MOST_KEPT)) <= 1e-4
     assert relative_error(gradient(1), gradient(MOST_KEPT)) <= 1e-4
 
@@ -66,7 +66,7 @@ def test_gradients_do_not_grow_with_the_batch(models, token_folder, monkeypatch)
 
     monkeypatch.setattr(TrainableNetwork, "gradients", measured)
     defaults = "comfyui_softrepa.softrepa.training.pairs.backward_through_pairs.__defaults__"
-    a_row = 5 * 4 * 5 * 4 * 384
+    a_row = 5 * 4 * 5 * 4 * HIDDEN["sd3"]
     monkeypatch.setattr(defaults, (True, a_row))
     train(models, "sd3", batch_size=5, steps=1, temperature=2.0)
     assert kept == [4, 5, 5, 5, 5, 5]  # the first is the pre-flight's
@@ -80,7 +80,7 @@ def test_captions_and_latents_wait_in_ram(models):
     """What a batch brings lies on the CPU until its pair's turn."""
     network = TrainableNetwork(models["sd3"], 5)
     with torch.inference_mode(False):
-        _, seen, target, captions = network.prepared(StepBatch.of_all(*batch("sd3"), 500))
+        _, seen, target, captions = network.prepared(StepBatch.of_all(*short_batch("sd3"), 500))
     assert {tensor.device.type for tensor in (seen, target, captions.of[0]["c_crossattn"])} == {"cpu"}
 
 
@@ -94,7 +94,7 @@ def test_the_load_is_told_what_a_pair_takes(models, token_folder, monkeypatch):
     monkeypatch.setattr(memory, "load_models_gpu", noted)
     monkeypatch.setattr(AdaptivePairs, "one_by_one", with_pair_bytes(AdaptivePairs.one_by_one, 123_000_000))
     train(models, "sd3", steps=2)
-    kept = kept_bytes(5 * 4 * 384, 4)
+    kept = kept_bytes(5 * 4 * HIDDEN["sd3"], 4)
     guess = 3 * models["sd3"].model.memory_required([1, 16, 8, 8])
     assert asked[0] == asked[1] == kept + int(guess)
     assert asked[2:] == [kept + 123_000_000] * 2
@@ -123,16 +123,16 @@ def test_memory_that_ran_out_is_known_also_when_it_is_late(monkeypatch):
 
 
 def network_of(models, family: str) -> TrainableNetwork:
-    return TrainableNetwork(models[family], golden_tokens(family).blocks)
+    return TrainableNetwork(models[family], tokens_for(family).blocks)
 
 
 def step_of(family: str) -> StepBatch:
     with torch.inference_mode(False):
-        return StepBatch.of_all(*batch(family), TIMESTEP[family])
+        return StepBatch.of_all(*short_batch(family), TIMESTEP[family])
 
 
 def gradients(pairs: AdaptivePairs, family: str, micro_batch: int):
-    tokens = golden_tokens(family)
+    tokens = tokens_for(family)
     with torch.inference_mode(False), torch.enable_grad():
         rows = seeded((tokens.layers, 4, tokens.hidden_width), "rows", 0.5)
         return pairs.gradients(rows, step_of(family), micro_batch)[1]
@@ -141,7 +141,7 @@ def gradients(pairs: AdaptivePairs, family: str, micro_batch: int):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_pair_keeps_is_counted_without_keeping_it(models, family):
     """As much as autograd holds until the backward pass of a pair, and nothing of it is there afterwards."""
-    network, tokens = network_of(models, family), golden_tokens(family)
+    network, tokens = network_of(models, family), tokens_for(family)
     network.checkpointing = False
     held, weights = {}, {w.untyped_storage().data_ptr() for w in network.base_model.diffusion_model.parameters()}
 
@@ -156,7 +156,7 @@ def test_what_a_pair_keeps_is_counted_without_keeping_it(models, family):
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
             network.gradients(rows, replace(step_of(family), compared=torch.eye(3, dtype=torch.bool)[:1]), 1)
     assert 0.95 * sum(held.values()) <= counted <= 1.05 * sum(held.values())
-    assert counted > 1e6
+    assert counted > 5e5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -179,7 +179,7 @@ def test_pairs_fill_the_share_of_ram_that_they_may_have(models, monkeypatch):
     gradients(pairs, "sd3", 0)
     one = pairs.pair_bytes
     for fitting in (1, 4):
-        room = (fitting + 0.5) * one + 9 * 4 * 5 * 4 * 384
+        room = (fitting + 0.5) * one + 9 * 4 * 5 * 4 * HIDDEN["sd3"]
         monkeypatch.setattr(memory, "get_free_memory", lambda *_, room=room: int(room / RAM_SHARE))
         pairs.at_once = 0
         gradients(pairs, "sd3", 0)
@@ -262,7 +262,7 @@ def test_a_guided_step_goes_on_with_fewer_at_once_where_memory_runs_out(models, 
     def gradient(pairs):
         with torch.inference_mode(False), torch.enable_grad():
             rows = seeded((1, 4, 768), "rows", 0.5).clone().requires_grad_()
-            guidance = Guidance(batch("sd15")[2][0], 2.0)
+            guidance = Guidance(short_batch("sd15")[2][0], 2.0)
             backward_through_pairs(
                 rows, pairs, step_of("sd15"), 3, lambda e: contrastive_loss(e, 2.0), guidance=guidance
             )

@@ -173,17 +173,17 @@ def refusal(pack, model, name, **options) -> str:
 
 def test_wrong_family_and_width(pack, models, saved, token_folder):
     message = refusal(pack, models["sdxl"], saved["sd3"])
-    expected = 'Tokens "sd3.safetensors" are for sd3 (5 layers x 384), but this model is SDXL (context width 2048).'
+    expected = 'Tokens "sd3.safetensors" are for sd3 (5 layers x 128), but this model is SDXL (context width 2048).'
     assert message == expected
-    assert "are for sd15 (context width 768), but this model is SD3 (6 joint blocks x 384)" in refusal(
+    assert "are for sd15 (context width 768), but this model is SD3 (6 joint blocks x 128)" in refusal(
         pack, models["sd3"], saved["sd15"]
     )
     published.write(token_folder / "wide", "sd3")
-    assert '"wide" are for sd3 (5 layers x 1536), but this model is SD3 (6 joint blocks x 384)' in refusal(
+    assert '"wide" are for sd3 (5 layers x 1536), but this model is SD3 (6 joint blocks x 128)' in refusal(
         pack, models["sd3"], "wide"
     )
-    save_file({"tokens": torch.ones(9, 4, 384)}, token_folder / "deep.safetensors")
-    assert "(9 layers x 384), but this model is SD3 (6 joint blocks" in refusal(pack, models["sd3"], "deep.safetensors")
+    save_file({"tokens": torch.ones(9, 4, 128)}, token_folder / "deep.safetensors")
+    assert "(9 layers x 128), but this model is SD3 (6 joint blocks" in refusal(pack, models["sd3"], "deep.safetensors")
 
 
 def test_wrong_files(pack, models, saved, token_folder):
@@ -250,7 +250,7 @@ def test_models_of_another_family(pack, models, saved):
         config["txt_ids_dims"] = []
     flux = comfy.model_base.Flux(comfy.supported_models.Flux(config), device="cpu")
     patcher = comfy.model_patcher.ModelPatcher(flux, torch.device("cpu"), torch.device("cpu"))
-    expected = 'Tokens "sd3.safetensors" are for sd3 (5 layers x 384), but this model is Flux 1 (2 blocks x 128).'
+    expected = 'Tokens "sd3.safetensors" are for sd3 (5 layers x 128), but this model is Flux 1 (2 blocks x 128).'
     assert refusal(pack, patcher, saved["sd3"]) == expected
 
 

@@ -16,10 +16,11 @@ from comfyui_softrepa.softrepa.training import agsm
 from comfyui_softrepa.softrepa.training.loss import comparison, contrastive_loss, denoising_loss
 from comfyui_softrepa.softrepa.training.pairs import MOST_KEPT, Guidance, StepBatch, backward_through_pairs
 from comfyui_softrepa.softrepa.training.trainer import TrainableTokens
-from softrepa_tests.golden_step import FAMILIES, TIMESTEP, batch, golden_tokens
+from softrepa_tests.golden_step import FAMILIES, TIMESTEP, short_batch
 from softrepa_tests.learning import train
 from softrepa_tests.sampling import relative_error, sample
 from softrepa_tests.tiny_models import seeded
+from softrepa_tests.token_sets import tokens_for
 
 WRONG = (2, 0, 1)
 """Hard negatives of each image."""
@@ -30,7 +31,7 @@ MICRO_BATCHES = (1, 5, 100)
 
 def with_wrong_captions(family: str):
     """The golden step's batch and three more captions."""
-    latents, noise, conds = batch(family)
+    latents, noise, conds = short_batch(family)
     more = []
     for number in range(sum(WRONG)):
         cond = {"cross_attn": seeded(conds[0]["cross_attn"].shape, f"{family}/wrong/{number}", 1.0)}
@@ -41,7 +42,7 @@ def with_wrong_captions(family: str):
 
 
 def two_banks(family: str, name: str = "second"):
-    tokens = golden_tokens(family)
+    tokens = tokens_for(family)
     return replace(tokens, negative_tokens=seeded(tokens.tokens.shape, f"{family}/{name}", 0.5))
 
 
@@ -50,7 +51,7 @@ class Plain:
 
     def __init__(self, model, family):
         self.t = TIMESTEP[family]
-        self.network = TrainableNetwork(model, golden_tokens(family).blocks, checkpointing=False)
+        self.network = TrainableNetwork(model, tokens_for(family).blocks, checkpointing=False)
         batch = StepBatch.of_all(*with_wrong_captions(family), self.t)
         self.sigma, self.seen, self.target, self.captions = self.network.prepared(batch)
 
@@ -73,7 +74,7 @@ def test_hard_negatives(models, family, micro_batch):
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         by_hand = Plain(models[family], family)
         stack.enter_context(by_hand.network.trainable())
-        plain, ours = TrainableTokens(golden_tokens(family)), TrainableTokens(golden_tokens(family))
+        plain, ours = TrainableTokens(tokens_for(family)), TrainableTokens(tokens_for(family))
         rows = plain.rows(by_hand.t)
         loss = 0.0
         for i, captions in enumerate(OWN_CAPTIONS):
@@ -153,7 +154,7 @@ def test_guidance(models, family, micro_batch):
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         by_hand = Plain(models[family], family)
         stack.enter_context(by_hand.network.trainable())
-        plain, ours = TrainableTokens(golden_tokens(family)), TrainableTokens(golden_tokens(family))
+        plain, ours = TrainableTokens(tokens_for(family)), TrainableTokens(tokens_for(family))
         rows = plain.rows(by_hand.t)
         loss = 0.0
         for i in range(3):
@@ -165,7 +166,7 @@ def test_guidance(models, family, micro_batch):
         loss.backward()
 
         network = TrainableNetwork(models[family], ours.blocks)
-        latents, noise, conds = batch(family)
+        latents, noise, conds = short_batch(family)
         own = StepBatch(latents, noise, conds, by_hand.t, torch.eye(3, dtype=torch.bool))
         guided = replace(own, targets=network.guided(ours.rows(by_hand.t), own, empty, scale, micro_batch))
         value, _ = backward_through_pairs(ours.rows(by_hand.t), network, guided, micro_batch, denoising_loss)
@@ -189,7 +190,7 @@ def test_guided_contrast(models, family, micro_batch, name, most_kept):
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         by_hand = Plain(models[family], family)
         stack.enter_context(by_hand.network.trainable())
-        plain, ours = TrainableTokens(golden_tokens(family)), TrainableTokens(golden_tokens(family))
+        plain, ours = TrainableTokens(tokens_for(family)), TrainableTokens(tokens_for(family))
         rows = plain.rows(by_hand.t)
         matrix = torch.zeros(compared.shape)
         for i, captions in enumerate(OWN_CAPTIONS):

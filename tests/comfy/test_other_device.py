@@ -14,7 +14,7 @@ from softrepa_tests.editing import edit, source_latent
 from softrepa_tests.learning import dataset, moved_by, same_training
 from softrepa_tests.other_device import DEVICE, built, other_device
 from softrepa_tests.sampling import prompt, relative_error, sample
-from softrepa_tests.tiny_models import seeded
+from softrepa_tests.tiny_models import HIDDEN, seeded
 from softrepa_tests.token_sets import tokens_for
 
 FAMILIES = ("sd15", "sdxl", "sd3")
@@ -50,7 +50,7 @@ def test_sampling(models, monkeypatch, family, sets):
 
 
 def text_width_tokens() -> SoftTokens:
-    table = seeded((100, 5 * 384), "wide/table", 0.5)
+    table = seeded((100, 5 * HIDDEN["sd3"]), "wide/table", 0.5)
     return SoftTokens.of(seeded((5, 2, 4096), "wide/tokens", 0.5), "sd3", 5, time_table=table)
 
 

@@ -16,7 +16,7 @@ from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests.oracle import injected
 from softrepa_tests.sampling import guider, noise, prompt, record, relative_error, sample, sigmas_of
-from softrepa_tests.tiny_models import LENGTH
+from softrepa_tests.tiny_models import HIDDEN, LENGTH
 from softrepa_tests.token_sets import tokens_for
 
 FAMILIES = ("sd15", "sdxl", "sd3")
@@ -240,7 +240,7 @@ def test_roles_survive_area_copies(models):
 
 def test_narrower_blocks(models):
     tokens = tokens_for("sd3")
-    fewer = SoftTokens(tokens.tokens[:2], tokens.family, 2, time_table=tokens.time_table[:, : 2 * 384])
+    fewer = SoftTokens(tokens.tokens[:2], tokens.family, 2, time_table=tokens.time_table[:, : 2 * HIDDEN["sd3"]])
     with injected(models["sd3"], fewer):
         expected = sample(models["sd3"], "sd3")
     assert relative_error(sample(apply_tokens(models["sd3"], tokens, blocks="2"), "sd3"), expected) <= EXACT

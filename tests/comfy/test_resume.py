@@ -19,6 +19,7 @@ from comfyui_softrepa.softrepa.training.trainer import Trainer, new_tokens
 from safetensors.torch import save_file
 from softrepa_tests.composing import lora_for
 from softrepa_tests.learning import dataset, train
+from softrepa_tests.tiny_models import HIDDEN
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_interrupted_in_the_middle_of_twenty_steps(models, token_folder, monkeyp
     [
         ({"learning_rate": 0.5}, r"learning_rate was 0\.01, is 0\.5"),
         ({"seed": 3}, "seed was 0, is 3"),
-        ({"init_tokens": new_tokens(FAMILIES["sd3"], 384, 4, 5, True, 1, None)}, "init_tokens was None, is"),
+        ({"init_tokens": new_tokens(FAMILIES["sd3"], HIDDEN["sd3"], 4, 5, True, 1, None)}, "init_tokens was None, is"),
         ({"n_tokens": 2}, "n_tokens was 4, is 2"),
         ({"dataset": dataset("sd3", 5)}, "dataset was"),
     ],
@@ -178,7 +179,7 @@ def test_a_disk_that_is_really_full(models, token_folder):
         with pytest.raises(SoftREPAError, match=r"run_00001.*could not be written.*saved until now: step 0 of 2"):
             train(models, "sd3", steps=2, filename_prefix="run")
         with pytest.raises(SoftREPAError, match=r"mine_00001.*could not be written.*expected a folder with room"):
-            SaveTokens.execute(new_tokens(FAMILIES["sd3"], 384, 4, 5, True, 1, None), "mine")
+            SaveTokens.execute(new_tokens(FAMILIES["sd3"], HIDDEN["sd3"], 4, 5, True, 1, None), "mine")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(token_folder.rglob("*.safetensors")) == []

@@ -18,11 +18,11 @@ DATA = Path(__file__).parent.parent / "data"
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("micro_batch", [1, 2, 9])
-def test_errors_losses_and_gradients(models, family, micro_batch):
+def test_errors_losses_and_gradients(golden_models, family, micro_batch):
     expected = load_file(DATA / f"train_{family}.safetensors")
     assert (
         relative_error(
-            pair_errors(models[family], golden_tokens(family), *batch(family), TIMESTEP[family], micro_batch),
+            pair_errors(golden_models[family], golden_tokens(family), *batch(family), TIMESTEP[family], micro_batch),
             expected["errors"],
         )
         <= 1e-5
@@ -32,7 +32,7 @@ def test_errors_losses_and_gradients(models, family, micro_batch):
             for weight in (0.0, 10.0):
                 name = f"T{temperature}_d{weight}"
                 tokens = TrainableTokens(golden_tokens(family))
-                network = TrainableNetwork(models[family], tokens.blocks)
+                network = TrainableNetwork(golden_models[family], tokens.blocks)
                 loss, errors = backward_through_pairs(
                     tokens.rows(TIMESTEP[family]),
                     network,
@@ -72,11 +72,11 @@ def single_graph(model, family, t, temperature, weight):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("t", [0, 1, 999])
-def test_end_points_equal_the_single_graph(models, family, t):
+def test_end_points_equal_the_single_graph(golden_models, family, t):
     with torch.inference_mode(False), torch.enable_grad():
-        loss, token_gradient, table_gradient = single_graph(models[family], family, t, 2.0, 1.0)
+        loss, token_gradient, table_gradient = single_graph(golden_models[family], family, t, 2.0, 1.0)
         tokens = TrainableTokens(golden_tokens(family))
-        network = TrainableNetwork(models[family], tokens.blocks)
+        network = TrainableNetwork(golden_models[family], tokens.blocks)
         ours, _ = backward_through_pairs(
             tokens.rows(t),
             network,
@@ -90,12 +90,12 @@ def test_end_points_equal_the_single_graph(models, family, t):
     assert relative_error(tokens.time_table.grad, table_gradient) <= 1e-4
 
 
-def test_weights_stay_as_they_were(models):
+def test_weights_stay_as_they_were(golden_models):
     for family in FAMILIES:
-        network = models[family].model.diffusion_model
+        network = golden_models[family].model.diffusion_model
         before = {key: value.clone() for key, value in network.state_dict().items()}
         with torch.inference_mode(False), torch.enable_grad():
-            single_graph(models[family], family, 500, 2.0, 0.0)
+            single_graph(golden_models[family], family, 500, 2.0, 0.0)
         for key, value in network.state_dict().items():
             assert value.is_inference()
             assert torch.equal(value, before[key])

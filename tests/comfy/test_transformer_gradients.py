@@ -23,7 +23,7 @@ from comfyui_softrepa.softrepa.families import FAMILIES
 from comfyui_softrepa.softrepa.tokens import SoftTokens
 from comfyui_softrepa.softrepa.training.pairs import StepBatch
 from softrepa_tests import tiny_models
-from softrepa_tests.learning import InMemory
+from softrepa_tests.learning import TEXT, InMemory
 from softrepa_tests.of_families import EACH_KIND, EVERY_TRANSFORMER
 from softrepa_tests.offloading import shared_buffers
 from softrepa_tests.oracle import blocks_of, injected
@@ -208,10 +208,10 @@ def test_captions_of_other_lengths_masks_and_counts(models, family):
     short = InMemory(family).cond("short")
     short["cross_attn"] = short["cross_attn"][:, :5]
     masked, more_masked = (
-        InMemory(family).cond(f"masked {seen}") | {"rest": {"attention_mask": (torch.arange(77) < seen).long()[None]}}
-        for seen in (70, 30)
+        InMemory(family).cond(f"masked {seen}") | {"rest": {"attention_mask": (torch.arange(TEXT) < seen).long()[None]}}
+        for seen in (7, 3)
     )
-    whole = InMemory(family).cond("whole") | {"rest": {"attention_mask": torch.ones(1, 77, dtype=torch.long)}}
+    whole = InMemory(family).cond("whole") | {"rest": {"attention_mask": torch.ones(1, TEXT, dtype=torch.long)}}
     conds = [batch.conds[0], masked, batch.conds[1], whole, more_masked, short]  # no four in a row are of one form
     with torch.inference_mode(False), torch.enable_grad():
         network = TrainableNetwork(models[family], len(rows))

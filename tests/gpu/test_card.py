@@ -34,9 +34,9 @@ def emptied():
     torch.cuda.empty_cache()
 
 
-def on_card(family: str, dtype: torch.dtype | None = None) -> ModelPatcher:
+def on_card(family: str, dtype: torch.dtype | None = None, build=tiny_models.build) -> ModelPatcher:
     """The tiny model, loaded to the card when it is used."""
-    model = tiny_models.build(family)
+    model = build(family)
     if dtype is not None:
         tiny_models.compute_in(model, dtype)
     return ModelPatcher(model.model, CARD, CPU)
@@ -130,7 +130,7 @@ def test_training_in_half_precision(token_folder, family, dtype):
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_training_with_a_lora(token_folder, monkeypatch, family, part):
     """On a model that is loaded whole, and on one of which half fits. ComfyUI adds LoRAs up in half precision there."""
-    start = tokens_for(family)
+    start = golden_tokens(family)
 
     def with_lora(model):
         weights = model.model.diffusion_model.state_dict()
@@ -139,8 +139,8 @@ def test_training_with_a_lora(token_folder, monkeypatch, family, part):
         patched.add_patches({f"diffusion_model.{name}": change for name, change in changes.items()}, 1.0)
         return patched
 
-    expected = moved_by(with_lora(tiny_models.build(family)), family, start, steps=3)
-    model = with_lora(on_card(family))
+    expected = moved_by(with_lora(tiny_models.golden(family)), family, start, steps=3)
+    model = with_lora(on_card(family, build=tiny_models.golden))
     if part > 1:
         free = model.model_size() // part
         monkeypatch.setattr(memory, "minimum_inference_memory", lambda: 0)
@@ -244,9 +244,9 @@ def test_golden_gradients(family):
     step = StepBatch.of_all(*batch(family), TIMESTEP[family])
     shape = (rows.layers, 4, rows.hidden_width)
     leaf = seeded(shape, "rows", 0.5)
-    model = on_card(family)
+    model = on_card(family, build=tiny_models.golden)
     memory.load_models_gpu([model])
-    expected = gradient(tiny_models.build(family), rows.blocks, leaf, step, 2, False)
+    expected = gradient(tiny_models.golden(family), rows.blocks, leaf, step, 2, False)
     found = gradient(model, rows.blocks, leaf, step, 2, True)
     assert relative_error(found[1], expected[1]) <= CLOSE
     assert relative_error(found[0], expected[0]) <= 1e-3
