@@ -35,9 +35,9 @@ def training_inputs() -> dict[str, io.Input]:
             "preset",
             "Options that go together. paper: what all inputs have by default. paper, relative temperature: for a "
             "model whose errors are too large for the paper's temperature; the run says so before it starts. hard "
-            "negatives: each image is also compared with its own caption with two words swapped; the best in our "
-            "study, by little. AGSM: the successor's objective, two banks of tokens. guidance: for drawing without "
-            "guidance, at cfg 1. An input that a preset sets must be left as it is.",
+            "negatives: each image is also compared with its own caption with two words swapped; in our study no "
+            "better than paper by more than chance. AGSM: the successor's objective, two banks of tokens. guidance: "
+            "for drawing without guidance, at cfg 1. An input that a preset sets must be left as it is.",
             options=list(PRESETS),
         ),
         widget("n_tokens", "Tokens a block. 0: 4, as published (paper: 8 for SD1.5, SDXL).", min=0, max=64),

@@ -16,3 +16,6 @@ KINDS = {
 
 EVERY_TRANSFORMER = pytest.mark.parametrize("family", TRANSFORMERS)
 EACH_KIND = pytest.mark.parametrize("family", TRANSFORMERS if EVERY_FAMILY in os.environ else KINDS)
+UNET_AND_JOINT = pytest.mark.parametrize(
+    "family", ("sd15", "sdxl", "sd3") if EVERY_FAMILY in os.environ else ("sd15", "sd3")
+)

@@ -101,7 +101,7 @@ def frontend_or_exit(version: str) -> str:
 
 def run_module(module: str, arguments: list[str], environment: Environment) -> int:
     """Run `python -m module` in the environment from the checkout's root; returns its exit code."""
-    variables = steady_threads() | {"COMFYUI_PATH": str(environment.comfyui), INSIDE: "1"}
+    variables = keeping_bytecode(steady_threads()) | {"COMFYUI_PATH": str(environment.comfyui), INSIDE: "1"}
     process = subprocess.Popen([environment.python, "-m", module, *arguments], cwd=ROOT, env=variables)
     while True:
         try:
@@ -116,6 +116,17 @@ def steady_threads() -> dict[str, str]:
     Torch's threads wait for each other: where one of them is held up, all are many times slower.
     """
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) - 1)), **os.environ}
+
+
+def keeping_bytecode(variables: dict[str, str]) -> dict[str, str]:
+    """Where PYTHONDONTWRITEBYTECODE is set, bytecode lies in the cache folder instead of beside its source.
+
+    Otherwise each of a hundred processes would compile torch and ComfyUI for itself.
+    """
+    if not variables.get("PYTHONDONTWRITEBYTECODE"):
+        return variables
+    kept = {name: value for name, value in variables.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {"PYTHONPYCACHEPREFIX": str(cache_folder() / "bytecode"), **kept}
 
 
 def cache_folder() -> Path:
@@ -230,7 +241,6 @@ def virtual_environment(comfyui: Path) -> Path:
         with exclusive(cache_folder() / "lock"):
             if not is_complete(folder):
                 build_virtual_environment(folder, requirements)
-                write_bytecode(venv_python(folder), comfyui)
                 marker(folder).touch()
     return venv_python(folder)
 
@@ -253,7 +263,7 @@ def build_virtual_environment(folder: Path, requirements: list[Path]) -> None:
     pip(
         folder,
         "install",
-        "--no-compile",  # a tenth of the modules is ever imported: `write_bytecode`
+        "--no-compile",  # a tenth of the modules is ever imported, and compiled then
         TORCH,
         *files,
         failure=(
@@ -262,15 +272,6 @@ def build_virtual_environment(folder: Path, requirements: list[Path]) -> None:
         ),
     )
     cpu_torch.repair(venv_python(folder))
-
-
-def write_bytecode(python: Path, comfyui: Path) -> None:
-    """Of all that ComfyUI imports: where PYTHONDONTWRITEBYTECODE is set, every process would compile it for itself."""
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as work:
-        options = ["--quick-test-for-ci", "--cpu", "--disable-all-custom-nodes", "--base-directory", work]
-        # one that does not start says so to whoever needs it
-        subprocess.run([python, comfyui / "main.py", *options], cwd=work, env=variables, capture_output=True)
 
 
 def create_venv(folder: Path) -> None:

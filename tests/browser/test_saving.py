@@ -35,11 +35,11 @@ def test_a_graph_outlives_a_restart_and_other_models(work, page_of):
         assert frontend.errors == []
 
 
-def test_a_missing_token_file_is_said_by_comfyui_and_by_us(work, page_of):
-    gone = work / "models" / "softrepa" / SD3.tokens
+def test_a_missing_token_file_is_said_by_comfyui_and_by_us(server, page_of):
+    gone = server.work / "models" / "softrepa" / SD3.tokens
     kept = gone.rename(gone.with_suffix(".kept"))
     try:
-        with ComfyServer(work) as server, page_of(server) as frontend:
+        with page_of(server) as frontend:
             frontend.load(read_graph(ROOT / "workflows" / f"{NAME}.json"))
             frontend.screenshot("missing_tokens")
             (wrong,) = (node for node in frontend.nodes() if node["wrong"])

@@ -161,7 +161,7 @@ def test_opens(frontend, info, workflow):
 
 @pytest.mark.parametrize("workflow", [w for w in WORKFLOWS if w.name in RUN], ids=lambda workflow: workflow.name)
 def test_runs(frontend, workflow):
-    frontend.open_template(workflow.title)
+    frontend.load(read_graph(ROOT / "workflows" / f"{workflow.title}.json"))
     if "small_world" not in workflow.name:
         frontend.set_widgets(SMALL | {"SoftREPALoadTokens": {"tokens_name": "softrepa_sd3.safetensors"}})
     if workflow.name == "small_world_training":  # its own forty steps take a minute

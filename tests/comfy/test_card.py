@@ -15,12 +15,12 @@ from softrepa_tests import tiny_models
 from softrepa_tests.editing import edit
 from softrepa_tests.golden_step import golden_tokens
 from softrepa_tests.learning import InMemory, dataset, moved_by, same_training
+from softrepa_tests.of_families import UNET_AND_JOINT
 from softrepa_tests.other_device import DEVICE, built, other_device
 from softrepa_tests.sampling import relative_error, sample
 from softrepa_tests.tiny_models import seeded
 from softrepa_tests.token_sets import tokens_for
 
-FAMILIES = ("sd15", "sdxl", "sd3")
 GIGABYTE = 10**9
 ROWS = torch.zeros(5, 4, 8)
 
@@ -69,7 +69,7 @@ def test_a_model_that_encoding_pushes_out_comes_back_for_the_score(models, monke
     assert torch.allclose(ours.information, expected.information, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@UNET_AND_JOINT
 def test_a_model_that_fits_in_part(models, token_folder, monkeypatch, family):
     """ComfyUI brings the weights that stay on the CPU to the device layer by layer."""
     start = tokens_for(family)
@@ -152,7 +152,7 @@ def test_a_chosen_number_of_pairs_is_not_overruled(gpu):
     assert network.sizes == [5]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@UNET_AND_JOINT
 def test_attention_without_a_backward_is_not_trained_through(models, token_folder, monkeypatch, family):
     """As sage attention: no exception, only a gradient of nothing."""
 

@@ -7,11 +7,11 @@ from comfyui_softrepa.softrepa.training.pairs import StepBatch
 from softrepa_tests import tiny_models
 from softrepa_tests.golden_step import TIMESTEP, short_batch
 from softrepa_tests.learning import moved_by, same_training
+from softrepa_tests.of_families import UNET_AND_JOINT
 from softrepa_tests.sampling import relative_error
 from softrepa_tests.tiny_models import seeded
 from softrepa_tests.token_sets import tokens_for
 
-FAMILIES = ("sd15", "sdxl", "sd3")
 PRECISION = {torch.float16: 0.01, torch.bfloat16: 0.08}
 """About ten roundings; what is lost altogether is far beyond it."""
 
@@ -22,7 +22,7 @@ def half(family: str, dtype: torch.dtype):
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@UNET_AND_JOINT
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 def test_a_step(models, token_folder, family, dtype):
     start = tokens_for(family)
@@ -30,7 +30,7 @@ def test_a_step(models, token_folder, family, dtype):
     same_training(moved_by(half(family, dtype), family, start, hard_negatives=1), expected, PRECISION[dtype])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@UNET_AND_JOINT
 def test_a_step_of_score_matching(models, token_folder, family):
     start = tokens_for(family, banks=True)
     expected = moved_by(models[family], family, start, preset="AGSM")

@@ -16,8 +16,9 @@ from comfyui_softrepa.softrepa.training import agsm
 from comfyui_softrepa.softrepa.training.loss import comparison, contrastive_loss, denoising_loss
 from comfyui_softrepa.softrepa.training.pairs import MOST_KEPT, Guidance, StepBatch, backward_through_pairs
 from comfyui_softrepa.softrepa.training.trainer import TrainableTokens
-from softrepa_tests.golden_step import FAMILIES, TIMESTEP, short_batch
+from softrepa_tests.golden_step import TIMESTEP, short_batch
 from softrepa_tests.learning import train
+from softrepa_tests.of_families import UNET_AND_JOINT
 from softrepa_tests.sampling import relative_error, sample
 from softrepa_tests.tiny_models import seeded
 from softrepa_tests.token_sets import tokens_for
@@ -68,7 +69,7 @@ def same_gradients(ours: TrainableTokens, plain: TrainableTokens) -> None:
         assert relative_error(one.grad, other.grad) <= 1e-4, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@UNET_AND_JOINT
 @pytest.mark.parametrize("micro_batch", MICRO_BATCHES)
 def test_hard_negatives(models, family, micro_batch):
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
@@ -97,7 +98,7 @@ def test_hard_negatives(models, family, micro_batch):
     same_gradients(ours, plain)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@UNET_AND_JOINT
 @pytest.mark.parametrize("micro_batch", MICRO_BATCHES)
 def test_alignment_guided_score_matching(models, family, micro_batch):
     """The paper's sums written out, with a teacher of its own tokens and other constants than the defaults."""
@@ -146,7 +147,7 @@ def test_alignment_guided_score_matching(models, family, micro_batch):
     same_gradients(ours, plain)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@UNET_AND_JOINT
 @pytest.mark.parametrize("micro_batch", (1, 2, 100))
 def test_guidance(models, family, micro_batch):
     """The guided prediction written out, without tokens, and regressed onto by a plain graph with them."""

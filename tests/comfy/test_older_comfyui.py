@@ -16,7 +16,7 @@ def test_goldens_patching_nodes_and_training():
     files = [f"tests/comfy/test_{name}.py" for name in ("goldens", "patching", "nodes")]
     files.append("tests/comfy/test_training.py::test_a_run_leaves_tokens_a_file_and_its_configuration")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *files],
+        [sys.executable, "-m", "pytest", "-q", "-k", "not sdxl", *files],
         cwd=ROOT,
         env=os.environ | {"COMFYUI_PATH": answer.stdout.strip().splitlines()[-1]},
         capture_output=True,
@@ -24,4 +24,4 @@ def test_goldens_patching_nodes_and_training():
         check=False,
     )
     assert run.returncode == 0, run.stdout[-4000:]
-    assert re.search(r"^\d+ passed in", run.stdout, re.MULTILINE), run.stdout[-500:]
+    assert re.search(r"^\d+ passed, \d+ deselected in", run.stdout, re.MULTILINE), run.stdout[-500:]

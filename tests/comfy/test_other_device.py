@@ -12,6 +12,7 @@ from comfyui_softrepa.softrepa.tokens import SoftTokens
 from softrepa_tests import foreign
 from softrepa_tests.editing import edit, source_latent
 from softrepa_tests.learning import dataset, moved_by, same_training
+from softrepa_tests.of_families import UNET_AND_JOINT
 from softrepa_tests.other_device import DEVICE, built, other_device
 from softrepa_tests.sampling import prompt, relative_error, sample
 from softrepa_tests.tiny_models import HIDDEN, seeded
@@ -81,7 +82,7 @@ TRAINING = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@UNET_AND_JOINT
 @pytest.mark.parametrize("options", TRAINING.values(), ids=TRAINING)
 def test_training(models, token_folder, monkeypatch, family, options):
     start = tokens_for(family, banks=options.get("preset") == "AGSM")

@@ -37,4 +37,5 @@ def test_types_of_the_nodes(tmp_path):
         if Path(path).parts[0] in ("softrepa", "nodes", "__init__.py"):
             (package / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / path, package / path)
-    run("mypy", "--config-file", str(ROOT / "pyproject.toml"), "--package", "pack.nodes", folder=tmp_path)
+    config, cache = ROOT / "pyproject.toml", ROOT / ".mypy_cache"
+    run("mypy", "--config-file", str(config), "--cache-dir", str(cache), "--package", "pack.nodes", folder=tmp_path)
