@@ -88,8 +88,8 @@ HOST_CASES = (
 )
 """All layers of the real models, and next to no arithmetic in them."""
 SMALLEST = (
-    (Case("SD1.5 / 10, 64 px", "sd15", sd15(32), 8, 16), ("float32",)),
-    (Case("SD3 / 24, 6 blocks, 64 px", "sd3", sd3(64, 6), 8, 16), ("float32",)),
+    (Case("SD1.5 / 10, 64 px, 16 tokens", "sd15", sd15(32), 8, 16), ("float32",)),
+    (Case("SD3 / 24, 6 blocks, 64 px, 16 tokens", "sd3", sd3(64, 6), 8, 16), ("float32",)),
 )
 
 

@@ -19,3 +19,4 @@ EACH_KIND = pytest.mark.parametrize("family", TRANSFORMERS if EVERY_FAMILY in os
 UNET_AND_JOINT = pytest.mark.parametrize(
     "family", ("sd15", "sdxl", "sd3") if EVERY_FAMILY in os.environ else ("sd15", "sd3")
 )
+"""SDXL is a UNet as SD1.5."""

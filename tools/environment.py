@@ -126,7 +126,9 @@ def keeping_bytecode(variables: dict[str, str]) -> dict[str, str]:
     if not variables.get("PYTHONDONTWRITEBYTECODE"):
         return variables
     kept = {name: value for name, value in variables.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return {"PYTHONPYCACHEPREFIX": str(cache_folder() / "bytecode"), **kept}
+    folder, temporary = cache_folder() / "bytecode", Path(tempfile.gettempdir()).absolute()
+    shutil.rmtree(folder / temporary.relative_to(temporary.anchor), ignore_errors=True)  # its sources are gone
+    return {"PYTHONPYCACHEPREFIX": str(folder), **kept}
 
 
 def cache_folder() -> Path:

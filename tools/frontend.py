@@ -97,7 +97,8 @@ class Frontend:
         card.scroll_into_view_if_needed()
         card.click()
         self.page.wait_for_function(
-            "title => Boolean(app.extensionManager.workflow.activeWorkflow?.path?.includes(title))", arg=title
+            "title => app.graph._nodes.length && app.extensionManager.workflow.activeWorkflow?.path?.includes(title)",
+            arg=title,
         )
         self.settle()
 
@@ -112,10 +113,12 @@ class Frontend:
         self.page.wait_for_timeout(700)
 
     def start_over(self) -> None:
-        """An empty graph, no dialog, no complaint, whatever was done before."""
+        """An empty graph at the first zoom, no dialog, no complaint of before. Settings stay."""
         self.page.keyboard.press("Escape")
-        self.page.get_by_text(SEARCH_DIALOG).first.wait_for(state="hidden")
+        for dialog in (self.page.get_by_text(SEARCH_DIALOG), self.page.get_by_role("dialog")):
+            dialog.first.wait_for(state="hidden")
         self.page.evaluate("app.canvas.setGraph(app.rootGraph)")  # from the inside of a blueprint
+        self.page.evaluate("app.canvas.ds.reset()")
         self.clear()
         self.errors.clear()
 

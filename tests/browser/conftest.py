@@ -85,31 +85,43 @@ def page_of(browser, screenshots):
     return opened
 
 
+class KeptPage:
+    """The page of a module's tests: opening one takes the most time of all. Dropped, the next test gets a fresh one."""
+
+    def __init__(self, opened):
+        self.opened, self.page, self.stack = opened, None, ExitStack()
+
+    def get(self) -> pages.Frontend:
+        if self.page is None:
+            self.page = self.stack.enter_context(self.opened())
+        return self.page
+
+    def drop(self) -> None:
+        self.page = None
+        self.stack.close()
+
+
 @pytest.fixture(scope="module")
 def kept_page(server, page_of):
-    """What gives the page of the module's tests, or a fresh one: opening one takes the most time of all."""
-    with ExitStack() as stack:
-        page = None
-
-        def given(is_fresh: bool) -> pages.Frontend:
-            nonlocal page
-            if page is None or is_fresh:
-                stack.close()
-                page = stack.enter_context(page_of(server))
-            return page
-
-        yield given
+    kept = KeptPage(lambda: page_of(server))
+    yield kept
+    kept.drop()
 
 
 @pytest.fixture
 def frontend(kept_page, request):
-    """The frontend with an empty graph. Errors in its console fail the test; the next one then gets a fresh page."""
-    page, failed = kept_page(is_fresh=False), request.session.testsfailed
-    page.start_over()
+    """The frontend with an empty graph. Errors in its console fail the test. After a failure it is a fresh page."""
+    failed = request.session.testsfailed
+    try:
+        page = kept_page.get()
+        page.start_over()
+    except BaseException:
+        kept_page.drop()
+        raise
     yield page
     errors = list(page.errors)
     if errors or request.session.testsfailed > failed:
-        kept_page(is_fresh=True)
+        kept_page.drop()
     assert errors == [], "\n".join(errors)
 
 

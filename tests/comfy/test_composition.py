@@ -272,7 +272,7 @@ def test_partial_loading_that_offloads(family, monkeypatch):
 
 @pytest.mark.parametrize("version", ["medium", "large"])
 def test_sd35(version):
-    """SD3.5: query-key norms, and in -medium an image-only attention beside the joint one."""
+    """SD3.5: query-key norms, and in -medium an image-only attention beside the joint one; not the width of -large."""
     more = {"qk_norm": "rms"} | ({"x_block_self_attn_layers": [0, 1]} if version == "medium" else {})
     width, layers = HIDDEN["sd3"], 4
     model = tiny_models.mmdit_of(width, layers + 1, **more)
