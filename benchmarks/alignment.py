@@ -12,16 +12,19 @@ which rows that were not run are marked.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 from benchmarks.alignment_rows import (
     BATCHES,
@@ -35,6 +38,7 @@ from benchmarks.alignment_rows import (
     GUIDANCES,
     HARD,
     MAIN_ROWS,
+    NUMBERS,
     PICTURES,
     REPORTED,
     ROWS,
@@ -116,7 +120,6 @@ def test(work: Path, name: str):
 
 def trained_tokens(work: Path, job: Job) -> Path:
     """The file of the job's tokens as the repository keeps it; they are trained first where it does not."""
-    import contextlib
     import io
 
     from softrepa.comfy import headless
@@ -128,10 +131,23 @@ def trained_tokens(work: Path, job: Job) -> Path:
         if not kept.exists():
             data = {"checkpoint": CHECKPOINT_NAME, "folder": training_folder(work), "resolution": 96}
             named = {"filename_prefix": job.trained_as, "resume": True}
-            with contextlib.redirect_stderr(io.StringIO()):  # its progress line
+            with wrong_by(job.wrong_by), contextlib.redirect_stderr(io.StringIO()):  # its progress line
                 trained = headless.train(data | job.training | FAST | named)
             write_atomically(kept, lambda temporary: shutil.copyfile(trained, temporary))
     return kept
+
+
+@contextlib.contextmanager
+def wrong_by(what: str) -> Iterator[None]:
+    """Hard negatives are wrong by other numbers where that is asked: the pack itself makes them by swapped words."""
+    if what != NUMBERS:
+        yield
+        return
+    from benchmarks.smallworld.study import other_numbers
+    from softrepa.data import dataset
+
+    with mock.patch.object(dataset, "swaps", other_numbers):
+        yield
 
 
 def patched(work: Path, job: Job):

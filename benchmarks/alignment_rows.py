@@ -55,12 +55,16 @@ class Placing:
         return ", ".join(filter(None, parts)) or "as in the reference"
 
 
+SWAPS, NUMBERS = "", "numbers"
+
+
 @dataclass(frozen=True)
 class Row:
     """A model to measure: trained with `training` beside the reference's constants, or the plain one where it is None.
 
     `like` is the row whose tokens it takes instead of training its own, `test` which of `TESTS` it takes, `placing`
-    where the tokens act in it, `first_seed` the seed of the first of its runs.
+    where the tokens act in it, `first_seed` the seed of the first of its runs. Its hard negatives are the pack's own,
+    two swapped words, or with `wrong_by` NUMBERS those of `study.other_numbers`.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Row:
     test: str = EVERYTHING
     placing: Placing = Placing()
     first_seed: int = 0
+    wrong_by: str = SWAPS
 
     @property
     def has_own_tokens(self) -> bool:
@@ -90,6 +95,7 @@ AGSM = {"objective": "agsm"}
 RANKING = {"contrast": "ranking"}
 GUIDED = {"objective": "guided contrast", "guidance_scale": 2.0}
 HIGH, HIGH_NOISE = "high noise", {"min_timestep": 750}
+OTHER_NUMBERS = "negatives of other numbers"
 
 
 def _rows() -> Iterator[Row]:
@@ -99,6 +105,7 @@ def _rows() -> Iterator[Row]:
     yield Row("relative temperature", RELATIVE, OPTIONS)
     yield Row("symmetric loss", {"symmetric": True}, OPTIONS)
     yield Row("hard negatives", {"hard_negatives": 1}, OPTIONS)
+    yield Row(OTHER_NUMBERS, {"hard_negatives": 2}, OPTIONS, wrong_by=NUMBERS)
     yield Row("AGSM", AGSM, OPTIONS)
     yield Row("AGSM, hard negatives", AGSM | {"hard_negatives": 1}, OPTIONS)
     for scale in (2.0, 3.0):
@@ -113,17 +120,18 @@ def _rows() -> Iterator[Row]:
         ("Number of tokens (4)", "n_tokens", (1, 2, 8, 16)),
         ("Number of blocks with tokens (3)", "blocks", ("1", "2")),
         ("Weight of the denoising loss (0)", "denoising_weight", (1.0, 10.0)),
-        ("Batch size (4)", "batch_size", (2, 8)),
+        ("Batch size (4)", "batch_size", (2, 8, 16)),
+        (f"Number of updates ({STEPS})", "steps", (5000,)),
         ("Temperature (0.07)", "temperature", (0.02, 0.2, 2.0)),
     ):
         for value in values:
             yield Row(f"{name} {value}", {name: value}, part, seeds=3)
     ways = (BASELINE, SOFTREPA, CONTROL, "relative temperature", "symmetric loss", "hard negatives", "AGSM")
     learned = ("guidance 2 learned", "guidance 3 learned")
-    for cfg, names in ((1.0, (*ways, *learned, HIGH)), (3.0, ways[:2]), (5.0, ways[:2])):
+    for cfg, names in ((1.0, (*ways, *learned, HIGH, OTHER_NUMBERS)), (3.0, ways[:2]), (5.0, ways[:2])):
         for name in names:
             yield _again(name, f"cfg {cfg:g}", GUIDANCE_PART, cfg=cfg, test=GUIDANCE)
-    for name in (*ways, HIGH):
+    for name in (*ways, HIGH, "guided contrast 2", OTHER_NUMBERS):
         yield _again(name, "counting", COUNTING_PART, test=COUNTING)
 
 
@@ -150,12 +158,15 @@ class Job:
     @property
     def training(self) -> dict:
         """The inputs of the node."""
-        own = ROWS[self.row.like].training if self.row.like else self.row.training
-        return REFERENCE | {"seed": self.seed, "steps": STEPS} | (own or {})
+        return REFERENCE | {"seed": self.seed, "steps": STEPS} | (self._trains.training or {})
+
+    @property
+    def wrong_by(self) -> str:
+        return self._trains.wrong_by
 
     @property
     def key(self) -> str:
-        trained = None if self.row.training is None else self.training
+        trained = None if self.row.training is None else self._trained
         facts = [VERSION, trained, self.row.cfg, PICTURES, PROMPTS, BATCHES, HARD, TEMPERATURE]
         if self.row.test != EVERYTHING:
             facts.append([self.row.test, TESTS[self.row.test]])
@@ -165,7 +176,17 @@ class Job:
 
     @property
     def trained_as(self) -> str:
-        return self._hash([VERSION, self.training, PICTURES])
+        return self._hash([VERSION, self._trained, PICTURES])
+
+    @property
+    def _trains(self) -> Row:
+        """Whose tokens these are."""
+        return ROWS[self.row.like] if self.row.like else self.row
+
+    @property
+    def _trained(self) -> dict:
+        """What decides the tokens."""
+        return self.training | ({"wrong_by": self.wrong_by} if self.wrong_by else {})
 
     def _hash(self, facts: list) -> str:
         own = [] if self.device == CPU else [self.device]

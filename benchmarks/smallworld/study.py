@@ -15,6 +15,7 @@ from softrepa.smallworld.world import (
     CATEGORIES,
     COLOURS,
     IMAGE_SIZE,
+    NUMBERS,
     SHAPES,
     Spec,
     draw,
@@ -73,6 +74,21 @@ def reported_spec(rng: np.random.Generator, category: str) -> Spec:
     while is_for_development(spec := test_spec(rng, category)):
         pass
     return spec
+
+
+def other_numbers(caption: str) -> list[str]:
+    """`caption` with another number in place of one that it says: captions that are wrong by that alone.
+
+    From two to four of them, so that the shape's word stays as it is.
+    """
+    numbers = [NUMBERS[count] for count in (2, 3, 4)]
+    words = caption.split(" ")
+    return [
+        " ".join([*words[:place], other, *words[place + 1 :]])
+        for place, word in enumerate(words)
+        for other in numbers
+        if word in numbers and other != word
+    ]
 
 
 def drawn_specs(

@@ -1,6 +1,7 @@
 """The study of soft tokens behind ComfyUI: what is trained is kept, and acts where a row says."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from comfy.ldm.modules.diffusionmodules import mmdit
@@ -13,6 +14,7 @@ from benchmarks.smallworld.measure import StockModel
 from softrepa.comfy import headless
 from softrepa.comfy.tokens.call_state import KEY
 from softrepa.comfy.tokens.patching import apply_tokens
+from softrepa.data import dataset
 from softrepa.smallworld.checkpoint import TOKENS
 from softrepa.token_files import load
 
@@ -42,6 +44,22 @@ def test_tokens_are_trained_once_and_act_where_the_row_says(stock, tmp_path, mon
         assert found == (placing.strength, placing.apply_to, placing.start_percent, placing.end_percent)
     assert trained == [job.trained_as]
     assert alignment_rows.tokens_path(job).read_bytes() == TOKENS.read_bytes()
+
+
+@pytest.mark.parametrize(("row", "made"), [("hard negatives", []), (alignment_rows.OTHER_NUMBERS, ["four", "three"])])
+def test_hard_negatives_are_wrong_by_what_a_row_says(row, made, stock, tmp_path, monkeypatch):
+    found = []
+
+    def train(config):
+        example = SimpleNamespace(captions=["two circles"])
+        found.extend(dataset.wrong_captions(example, *example.captions))
+        return shutil.copyfile(TOKENS, tmp_path / "trained.safetensors")
+
+    monkeypatch.setattr(headless, "train", train)
+    monkeypatch.setattr(alignment, "PICTURES", 2)
+    monkeypatch.setattr(alignment_rows, "TOKENS", tmp_path / "tokens")
+    alignment.trained_tokens(tmp_path, alignment_rows.ROWS[row].jobs()[0])
+    assert sorted(found) == [f"{number} circles" for number in made]
 
 
 @pytest.mark.parametrize("strength", [None, 1.0, 2.0])

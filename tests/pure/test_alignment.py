@@ -3,6 +3,7 @@
 import json
 import random
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,6 +36,15 @@ def test_training_and_test_say_different_things():
     assert not any(map(study.is_held_out, trained))
     for name, specs in tested.items():
         assert all(map(study.is_held_out, specs)) == (name != "single_object")
+
+
+def test_captions_wrong_by_a_number():
+    assert study.other_numbers("a drawing of three red circles") == [
+        "a drawing of two red circles",
+        "a drawing of four red circles",
+    ]
+    assert len(study.other_numbers("two squares, one cross and four circles")) == 4
+    assert study.other_numbers("one square left of a circle") == []
 
 
 def test_settings_are_chosen_and_reported_on_other_captions():
@@ -191,6 +201,11 @@ def test_what_decides_a_figure_is_in_its_name():
     trained = {(job.seed, job.device): job.trained_as for job in jobs if job.row.like == SOFTREPA}
     assert len(set(trained.values())) == len(trained) == 2 * (alignment_rows.SEEDS + alignment_places.RUNS)
     assert trained[0, "cpu"] == ROWS[SOFTREPA].jobs()[0].trained_as
+    numbers = ROWS[alignment_rows.OTHER_NUMBERS]
+    swaps = replace(numbers, wrong_by=alignment_rows.SWAPS)
+    assert Job(numbers, 0).trained_as != Job(swaps, 0).trained_as
+    again = ROWS[f"{numbers.name}, counting"].jobs()[0]
+    assert (again.wrong_by, again.trained_as) == (alignment_rows.NUMBERS, Job(numbers, 0).trained_as)
 
 
 def test_the_best_of_each_guidance_is_reported(made_up):
