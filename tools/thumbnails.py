@@ -46,6 +46,7 @@ CAPTIONS = {
     "convert": "what is in the file",
 }
 """By how the workflow's name begins."""
+TALLEST_NODE = 1600  # pixels, of the page that nodes are photographed in
 SHAPE = 4 / 3  # of a thumbnail: a template's card cuts off what is higher or wider
 
 
@@ -204,7 +205,7 @@ def photograph_nodes(server, class_types: list[str]) -> None:
     from .frontend import Frontend, chromium
 
     with chromium() as browser, tempfile.TemporaryDirectory() as folder:
-        page = Frontend(browser.new_page(viewport={"width": 1800, "height": 1000}), server.port, Path(folder))
+        page = Frontend(browser.new_page(viewport={"width": 1800, "height": TALLEST_NODE}), server.port, Path(folder))
         page.open()
         for class_type in class_types:
             page.clear()
