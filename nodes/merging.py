@@ -19,7 +19,7 @@ def watch() -> None:
 def tell(request: dict) -> dict:
     """Writes the notice under the token nodes concerned; the request goes on as it came."""
     asked = request.get("prompt")
-    graph = asked if isinstance(asked, dict) else {}
+    graph = {name: node for name, node in asked.items() if is_node(node)} if isinstance(asked, dict) else {}
     for node, merge in dropped_by(graph).items():
         text = (
             f"{graph[merge]['class_type']} takes only the weights of {SECOND}: the tokens will not be in its result. "

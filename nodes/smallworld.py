@@ -73,6 +73,8 @@ class SmallWorldPictures(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, count, seed):
+        if count is None or seed is None:  # linked: what comes is part of what ComfyUI knows of the graph
+            return None
         return dataset_folders.fingerprint(drawn(count, seed))
 
     @classmethod

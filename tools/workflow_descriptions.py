@@ -143,6 +143,7 @@ class Model:
     has_negative: bool = True
     licence: str = ""
     advice: tuple[str, ...] = ()
+    drawing_advice: tuple[str, ...] = ()
     editing_advice: tuple[str, ...] = ()
     flux_guidance: tuple[float, float] | None = None
 
@@ -181,9 +182,9 @@ T5_ADVICE = (
     "ComfyUI's shorter text the same soft tokens weigh almost four times more. Checkpoints without T5 ignore it."
 )
 NO_LICENCE = "Its download needs no account."
-PROPORTIONAL = (
-    "The numbers of the FlowEdit sampler stand to this model's usual ones as those of FlowEdit's authors do for SD3. "
-    "Nobody has measured them here: they are a beginning."
+AS_FOR_SD3 = (
+    "The guidance is that of FlowEdit's authors for SD3, and *n_max* begins at the same noise. Nobody has measured "
+    "them on this model: they are where to start."
 )
 SD15_FILE = File("v1-5-pruned-emaonly-fp16.safetensors", "Comfy-Org/stable-diffusion-v1-5-archive")
 SDXL_FILE = File("sd_xl_base_1.0.safetensors", "stabilityai/stable-diffusion-xl-base-1.0")
@@ -278,13 +279,14 @@ Z_IMAGE = Model(
     size=1024,
     steps=25,
     cfg=4.0,
-    edit={"n_max": 33, "source_cfg": 2.0, "target_cfg": 7.0, "scheduler": "simple"},
+    edit={"n_max": 33},
     plain="33",
     sampler="res_multistep",
     scheduler="simple",
     licence=NO_LICENCE,
-    advice=("**Z-Image-Turbo** works the same with 8 steps and cfg 1. Train and draw with the same one of the two.",),
-    editing_advice=(PROPORTIONAL,),
+    advice=("**Z-Image-Turbo** is another model: train and draw with the same one of the two.",),
+    drawing_advice=("**Z-Image-Turbo** draws with 8 steps and cfg 1.",),
+    editing_advice=(AS_FOR_SD3,),
 )
 QWEN_IMAGE_FILES = tuple(
     File(name, "Comfy-Org/Qwen-Image_ComfyUI", folder, f"split_files/{folder}/")
@@ -305,12 +307,12 @@ QWEN_IMAGE = Model(
     size=1328,
     steps=20,
     cfg=4.0,
-    edit={"n_max": 33, "source_cfg": 2.0, "target_cfg": 7.0, "scheduler": "simple"},
+    edit={"n_max": 32},
     plain="33",
     scheduler="simple",
     licence=NO_LICENCE,
     advice=("The image's sides are multiples of 16, about 1328 x 1328 pixels in all.",),
-    editing_advice=(PROPORTIONAL,),
+    editing_advice=(AS_FOR_SD3,),
 )
 MODELS = (SD15, SDXL, SD3, FLUX, Z_IMAGE, QWEN_IMAGE)
 
@@ -492,6 +494,7 @@ def text_to_image(model: Model) -> Workflow:
                 "**strength** 1 is the trained effect, 0 is the plain model.",
                 "**Seed of both images** feeds both samplers. Give both the same steps, cfg, sampler and scheduler.",
                 tokens_advice(model),
+                *model.drawing_advice,
                 *model_advice(model),
             ),
         ),
@@ -708,8 +711,8 @@ def flowedit(model: Model, is_masked: bool = False) -> Workflow:
             "22": side_by_side("Source, edit, difference", ["16", 0], ["21", 0]),
         }
     masks = (
-        "Paint what may change: right-click the image, Open in MaskEditor. Bypass the rectangle, which covers the "
-        "example's dress."
+        "Paint what may change: right-click the image, Open in MaskEditor. Bypass *Painted, and the rectangle*: the "
+        "rectangle covers the example's dress."
     )
     columns = [
         Column((Group("Image", ("3",)),), NOTE_WIDTH),
@@ -916,12 +919,12 @@ def converting() -> Workflow:
         note=Note(
             "Two .pth files to one safe file",
             (
-                "Put dc_tokens.pth and dc_t_tokens.pth into a folder below models/softrepa, such as sd3. Press R, "
-                "choose the folder.",
+                "Put dc_tokens.pth, and dc_t_tokens.pth where there is one, into a folder below models/softrepa, such "
+                "as sd3. Press R, choose the folder.",
                 "Press Run. No model is needed.",
             ),
             (
-                "The authors publish these two files for each model. No code in a *.pth* file is executed. **Save "
+                "The authors publish both files for SD1.5 and SD3, the first one for SDXL. No code in a *.pth* file is executed. **Save "
                 "SoftREPA Tokens** writes a *.safetensors* file into *models/softrepa*, which says in its metadata "
                 "what it is for.",
                 "The published files have no licence: fetch them yourself and keep them to yourself.",

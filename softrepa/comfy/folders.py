@@ -101,8 +101,12 @@ def listed_name(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> list[tuple[str, int, int]]:
-    """Name, mtime and size of the file, or of the published files in a folder."""
-    files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
+    """Name, mtime and size of the file and of the table beside it, or of the published files in a folder."""
+    if path.is_dir():
+        files = sorted(path.glob("*.pth"))
+    else:
+        table = path.with_name(PUBLISHED.get(path.name, path.name))
+        files = [path, table] if table != path and table.exists() else [path]
     return [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
 
 

@@ -15,7 +15,7 @@ PIXELS = 8
 
 
 class GivenEncodings(AtHand):
-    """Latents (C, h, w) by image name and conds by caption, all in memory."""
+    """Latents (C, h, w), or (C, 1, h, w) of a video VAE, by image name and conds by caption, all in memory."""
 
     identity = "given"
 
@@ -51,8 +51,8 @@ def dataset_of_lists(latents: list[dict], conditioning: list[list], empty_condit
     _check_widths(conds, empty[0])
     examples, encodings = [], GivenEncodings({}, {}, empty[0])
     for number, (image, cond) in enumerate(zip(images, conds, strict=True), 1):
-        name, caption = f"latent {number}", f"conditioning {_digest(cond['cross_attn'], cond['pooled_output'])}"
-        size = (PIXELS * image.shape[2], PIXELS * image.shape[1])
+        name, caption = f"latent {number}", f"conditioning {_digest(*_tensors(cond))}"
+        size = (PIXELS * image.shape[-1], PIXELS * image.shape[-2])
         examples.append(Example(name, _digest(image), (caption,), size))
         encodings.latents[name], encodings.conds[caption] = image, cond
     used, notes = _without_loners(examples)
@@ -68,7 +68,11 @@ def cond_of(entry: list, label: str) -> Cond:
         raise SoftREPAError(f"{label} carries hooks, expected a plain encoding; leave LoRA hooks out of training.")
     pooled = extra.get("pooled_output")
     check_finite(label, context)
-    return {"cross_attn": context.cpu(), "pooled_output": None if pooled is None else pooled.cpu()}
+    cond: Cond = {"cross_attn": context.cpu(), "pooled_output": None if pooled is None else pooled.cpu()}
+    rest = {name: one.cpu() for name, one in extra.items() if isinstance(one, Tensor) and name not in cond}
+    if rest:
+        cond["rest"] = rest
+    return cond
 
 
 def are_stills(samples: Tensor) -> bool:
@@ -103,6 +107,12 @@ def _without_loners(examples: list[Example]) -> tuple[list[Example], list[str]]:
     if not alone or not partnered:  # without any, the dataset itself says what is missing
         return examples, []
     return partnered, [f"left out {alone} (no other image of the same size)"]
+
+
+def _tensors(cond: Cond) -> list[Tensor | None]:
+    """All that decides what a model is told."""
+    rest = cond.get("rest", {})
+    return [cond["cross_attn"], cond["pooled_output"], *(rest[name] for name in sorted(rest))]
 
 
 def _digest(*tensors: Tensor | None) -> str:

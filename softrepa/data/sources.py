@@ -99,6 +99,14 @@ def file_stamp(facts: os.stat_result) -> list[int]:
     return [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
 
 
+def content_identity(source: Source, most: int) -> str:
+    """The `identity` of what lies there, at most so many bytes."""
+    if not isinstance(source, WholeFile):
+        return digests(source.read(most))[0]
+    with source.path.open("rb") as file:
+        return identity(file, source.path.stat().st_size)
+
+
 def identity(file: IO[bytes], length: int) -> str:
     """The digest of a file up to SMALL bytes; of a longer one that of its length and of blocks all over it.
 

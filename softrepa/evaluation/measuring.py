@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..files import is_file, parse_json, read_bounded
 from ..progress_line import time_left
 from ..statistics import Unit
 from .metrics import JudgeOptions, Metric, judge_of
-from .pictures import Picture, sized
+from .pictures import Picture, photograph_key, sized
 
 SAVED = 64
 """Pictures, after which the scores are written."""
@@ -48,6 +49,12 @@ class Drawn:
     records: Sequence[Record]
     photographs: Mapping[int, Source | None]
 
+    @cached_property
+    def photograph_keys(self) -> list[str]:
+        """Of each picture's; each is read once."""
+        keys = {prompt: photograph_key(source) for prompt, source in self.photographs.items()}
+        return [keys.get(one.prompt, "") for one in self.records]
+
     def picture(self, one: Record) -> Picture:
         return Picture(self.folder / one.file, one.text, self.photographs.get(one.prompt))
 
@@ -64,8 +71,7 @@ class Measuring:
     def __init__(self, drawn: Drawn, metric: Metric, weights: Path, options: JudgeOptions, tell: Tell):
         self.drawn, self.metric, self.weights, self.options, self.tell = drawn, metric, weights, options, tell
         own = {"lpips": [options.side, options.lpips_net], "hps": [options.hps_architecture]}.get(metric.name, [])
-        photographs = [source_key(drawn.photographs.get(one.prompt)) for one in drawn.records]
-        compared = short_hash(repr(photographs)) if metric.needs_photographs else ""
+        compared = short_hash(repr(drawn.photograph_keys)) if metric.needs_photographs else ""
         self.path = scores_path(drawn.folder, f"{metric.name} {weights_key(weights)} {own} {compared}")
         self.notes = self.path.with_suffix(".json")
         self.scores = read_scores(self.path)
@@ -148,7 +154,3 @@ def weights_key(path: Path) -> str:
     files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
     facts = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files if one.exists()]
     return hashlib.sha256(json.dumps([str(path), facts]).encode()).hexdigest()[:16]
-
-
-def source_key(source: Source | None) -> str:
-    return repr(source)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.images import UNREADABLE, decode, prepared
-from ..data.sources import Source, WholeFile
+from ..data.sources import Source, WholeFile, content_identity
 from ..errors import SoftREPAError, said, shown
 
 MOST_BYTES = 2**28
@@ -57,6 +57,16 @@ def sized(source: Source, size: tuple[int, int]) -> Image.Image:
     except UNREADABLE as error:
         raise unreadable(source.path, error) from None
     return Image.fromarray((255 * pixels).round().byte().numpy())
+
+
+def photograph_key(source: Source | None) -> str:
+    """Which photograph: another one under the same name has another key. Raises SoftREPAError."""
+    if source is None:
+        return ""
+    try:
+        return content_identity(source, MOST_BYTES)
+    except UNREADABLE as error:
+        raise unreadable(source.path, error) from None
 
 
 def unreadable(path: Path, error: Exception) -> SoftREPAError:

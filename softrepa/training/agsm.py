@@ -26,14 +26,15 @@ def aims(
 ) -> Tensor:
     """Of one image: what each caption's prediction is regressed onto, (J, C, H, W) float32.
 
-    target: v (C, H, W); predictions: v_j of the copy (J, C, H, W); is_own: (J,) bool. With w = softmax_j(-e_j / T) and
-    g_j = v_j - sum_k w_k v_k it is v + positive g_j for the own caption and v - negative g_j for the others.
+    target: v (C, H, W), or with frames (C, 1, H, W); predictions: v_j of the copy, (J, *target.shape); is_own: (J,)
+    bool. With w = softmax_j(-e_j / T) and g_j = v_j - sum_k w_k v_k it is v + positive g_j for the own caption and
+    v - negative g_j for the others.
     """
     predictions, target = predictions.float(), target.float()
     weights = torch.softmax(-pair_error(predictions, target.expand_as(predictions)) / temperature, dim=0)
     guidance = predictions - torch.einsum("j,j...->...", weights, predictions)
     factor = torch.where(is_own, positive, -negative).to(guidance)
-    return target + factor.view(-1, 1, 1, 1) * guidance
+    return target + factor.view(-1, *[1] * target.ndim) * guidance
 
 
 def pair_weights(compared: Tensor) -> Tensor:

@@ -115,10 +115,14 @@ class Pairs(Protocol):
 
 @dataclass(frozen=True)
 class Guidance:
-    """Predictions as in sampling with guidance, v_u + scale (v_j - v_u) (arXiv 2207.12598), v_u under `empty`."""
+    """Predictions as in sampling with guidance, v_u + scale (v_j - v_u) (arXiv 2207.12598), v_u under `empty`.
+
+    Errors are theirs or, with `is_learned`, those of plain predictions beside them.
+    """
 
     empty: Cond
     scale: float
+    is_learned: bool = False
 
 
 class Plain:
@@ -147,6 +151,27 @@ class Plain:
     def weighted_gradient(self, batch: StepBatch, weights: Tensor, most: int) -> Tensor:
         """The loss's gradient for its weights (B, J), while at most `most` pairs are kept."""
         return self.pairs.weighted_gradient(self.rows, batch, weights, self.micro_batch)
+
+
+class Learned(Plain):
+    """Errors beside what the model without the rows predicts at a guidance, computed for this process's share alone."""
+
+    def __init__(self, pairs: Pairs, rows: Rows, micro_batch: int, guidance: Guidance):
+        super().__init__(pairs, rows, micro_batch)
+        self.guidance = guidance
+
+    def errors(self, batch: StepBatch) -> Tensor:
+        return super().errors(self._aimed(batch))
+
+    def gradients(self, batch: StepBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        return super().gradients(self._aimed(batch))
+
+    def weighted_gradient(self, batch: StepBatch, weights: Tensor, most: int) -> Tensor:
+        return super().weighted_gradient(self._aimed(batch), weights, most)
+
+    def _aimed(self, batch: StepBatch) -> StepBatch:
+        empty, scale = self.guidance.empty, self.guidance.scale
+        return replace(batch, targets=self.pairs.guided(self.rows, batch, empty, scale, self.micro_batch))
 
 
 class Guided(Plain):
@@ -200,6 +225,8 @@ class Guided(Plain):
 
 def errors_of(pairs: Pairs, rows: Rows, micro_batch: int, guidance: Guidance | None) -> Plain:
     """Guided or not; at scale 1 guidance is none."""
+    if guidance is not None and guidance.is_learned:
+        return Learned(pairs, rows, micro_batch, guidance)
     if guidance is None or guidance.scale == 1:
         return Plain(pairs, rows, micro_batch)
     return Guided(pairs, rows, micro_batch, guidance)

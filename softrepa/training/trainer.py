@@ -178,8 +178,6 @@ class Trainer:
         if config.objective in ALONE_WITH_ITS_CAPTION:
             compared = torch.eye(len(latents), len(conds), dtype=torch.bool)
         batch = StepBatch(latents, noise, [*conds, *chain(*wrong)], t, compared)
-        if config.objective == "guidance":
-            batch = replace(batch, targets=self._guided(batch, micro_batch))
         if config.objective == "agsm":
             value, errors = self._match_scores(batch, micro_batch)
         else:
@@ -223,17 +221,11 @@ class Trainer:
 
     @property
     def guidance(self) -> Guidance | None:
-        """Of the predictions whose errors are compared."""
-        if self.config.objective != "guided contrast":
+        """Of the predictions whose errors are compared, or of those that are learned."""
+        if self.config.objective not in ("guidance", "guided contrast"):
             return None
         assert self.empty is not None
-        return Guidance(self.empty, self.config.guidance_scale)
-
-    def _guided(self, batch: StepBatch, micro_batch: int) -> Tensor:
-        """Of the images whose pairs are computed here."""
-        assert self.empty is not None
-        rows, own = self.tokens.rows(batch.t, self.pairs.embed).detach(), batch.only(self.ranks.pairs(batch.compared))
-        return self.pairs.guided(rows, own, self.empty, self.config.guidance_scale, micro_batch)
+        return Guidance(self.empty, self.config.guidance_scale, is_learned=self.config.objective == "guidance")
 
     def _match_scores(self, batch: StepBatch, micro_batch: int) -> tuple[Tensor, Tensor]:
         config = self.config

@@ -265,6 +265,30 @@ def test_an_image_that_goes_away_stops_the_batch_that_needs_it(photos, clips, va
         view.batch(4, left=2)
 
 
+def test_what_an_encoder_gives_for_some_captions_alone_is_cached(photos, clips, vae, monkeypatch):
+    """As HunyuanImage's does for text in quotes."""
+    tokenize, encode, asked = encoding._tokens, encoding._encoded, []
+
+    def tokens(clip, caption):
+        asked.append(caption)
+        return tokenize(clip, caption) | {"caption": caption}
+
+    def encoded(clip, tokens):
+        quotes = {"rest": {"conditioning_byt5small": torch.ones(1, 3, 4)}} if '"' in tokens.pop("caption") else {}
+        return encode(clip, tokens) | quotes
+
+    monkeypatch.setattr(encoding, "_tokens", tokens)
+    monkeypatch.setattr(encoding, "_encoded", encoded)
+    encodings = read(photos, clips, vae).encodings
+    for caption in ('a sign "OPEN"', "a dog"):
+        first = encodings.cond(caption)
+        asked.clear()
+        again = encodings.cond(caption)
+        assert asked == []
+        assert first.keys() == again.keys()
+        assert ("rest" in again) == ('"' in caption)
+
+
 def test_one_very_long_caption_makes_no_short_stretches(photos, clips, vae, monkeypatch):
     monkeypatch.setattr(folder_encodings, "UP_FRONT", 10)
     encodings = read(photos, clips, vae, 0.0).encodings

@@ -244,6 +244,20 @@ def test_edits_are_the_nodes_own(evaluate, parts, pack, place):
         assert np.array_equal(drawn[Path(file.strip())], expected)
 
 
+def test_another_photograph_under_the_same_name_is_edited_anew(evaluate, place, monkeypatch, tmp_path):
+    shutil.copytree(place / "photographs", tmp_path / "own" / "photographs")
+    shutil.copy(TOKENS, tmp_path / "own")
+    (tmp_path / "own" / "smallworld.safetensors").symlink_to(place / "smallworld.safetensors")
+    monkeypatch.chdir(tmp_path / "own")
+    evaluate("edited", edits=True, metrics={})
+    there = pictures(tmp_path / "edited")
+    assert f"{len(there)} of {len(there)} pictures are there" in "".join(evaluate("edited", edits=True, metrics={}))
+    with Image.open("photographs/a.png") as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save("photographs/a.png")
+    assert f"0 of {len(there)} pictures are there" in "".join(evaluate("edited", edits=True, metrics={}))
+    assert len(pictures(tmp_path / "edited")) == 2 * len(there)
+
+
 def test_the_curve_is_drawn(evaluate, place):
     import torchvision
 

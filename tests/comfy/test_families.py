@@ -56,3 +56,14 @@ def test_a_time_table_is_read_by_one_scale(kind, settings):
     """Some flow models count their own time from 0 to 1."""
     sampling = model_sampling(SimpleNamespace(sampling_settings=settings), kind)
     assert timestep(sampling, torch.tensor([0.25, 1.0])).tolist() == [250.0, 1000.0]
+
+
+@pytest.mark.parametrize("kind", [ModelType.EDM, ModelType.V_PREDICTION_CONTINUOUS, ModelType.V_PREDICTION_EDM])
+def test_a_time_table_is_read_by_noise_where_the_model_counts_in_logarithms(kind):
+    """As Playground v2.5 and CosXL, which are SDXL otherwise, do."""
+    usual = model_sampling(SimpleNamespace(sampling_settings={}), ModelType.EPS)
+    sampling = model_sampling(SimpleNamespace(sampling_settings={}), kind)
+    sigmas = usual.sigmas[[0, 250, 999]]
+    assert timestep(usual, sigmas).tolist() == [0, 250, 999]
+    assert timestep(sampling, sigmas).tolist() == [0, 250, 999]
+    assert timestep(sampling, torch.tensor([120.0])).tolist() == [999]

@@ -1,13 +1,16 @@
 """The nodes as ComfyUI loads them: what they do, and the sentence for each wrong input."""
 
 import os
+import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import folder_paths
 import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
+from comfyui_softrepa.nodes import merging
 from comfyui_softrepa.softrepa import token_files
 from safetensors.torch import save_file
 from softrepa_tests import published, tiny_models
@@ -136,11 +139,43 @@ def test_a_linked_name_can_be_fingerprinted(pack):
     load = pack["SoftREPALoadTokens"]
     assert load.fingerprint_inputs(tokens_name=None) is None
     assert load.validate_inputs(tokens_name=None) is True
+    assert pack["SoftREPASmallWorldPictures"].fingerprint_inputs(count=16, seed=None) is None
+
+
+def test_what_is_no_node_does_not_keep_a_merge_from_being_told(monkeypatch):
+    told = []
+    sends = SimpleNamespace(send_progress_text=lambda text, node, client: told.append((node, text)))
+    monkeypatch.setattr(merging, "PromptServer", SimpleNamespace(instance=sends))
+    graph = {
+        "1": {"class_type": "SoftREPALoadTokens", "inputs": {}},
+        "2": {"class_type": "ModelMergeSimple", "inputs": {"model2": ["1", 0]}},
+    }
+    broken = {"3": None, "4": {"class_type": "KSampler", "inputs": []}, "5": {"inputs": {"model2": ["1", 0]}}}
+    for asked in (graph, graph | broken):
+        request = {"prompt": asked}
+        assert merging.tell(request) is request
+    assert [node for node, _ in told] == ["1", "1"]
+    assert merging.tell({"prompt": [graph]}) == {"prompt": [graph]}
 
 
 def test_dangling_links_are_not_listed(pack, token_folder):
     (token_folder / "gone.safetensors").symlink_to(token_folder / "nowhere")
     assert choices(pack["SoftREPALoadTokens"]) == []
+
+
+def test_a_time_table_that_comes_later_is_loaded(pack, models, token_folder, tmp_path):
+    """Beside a published file that lies in the model folder itself."""
+    published.write(tmp_path / "published", "sd15")
+    table = tmp_path / "published" / "dc_t_tokens.pth"
+    shutil.move(tmp_path / "published" / "dc_tokens.pth", token_folder)
+    load, marks = pack["SoftREPALoadTokens"], []
+    for is_there in (False, True):
+        if is_there:
+            shutil.move(table, token_folder)
+        marks.append(load.fingerprint_inputs(tokens_name="dc_tokens.pth"))
+        tokens = load.execute(models["sd15"], "dc_tokens.pth").args[1]
+        assert (tokens.time_table is not None) == is_there
+    assert marks[0] != marks[1]
 
 
 def test_a_changed_file_is_loaded_again(pack, saved, token_folder):

@@ -169,8 +169,9 @@ def test_guidance(models, family, micro_batch):
         network = TrainableNetwork(models[family], ours.blocks)
         latents, noise, conds = short_batch(family)
         own = StepBatch(latents, noise, conds, by_hand.t, torch.eye(3, dtype=torch.bool))
-        guided = replace(own, targets=network.guided(ours.rows(by_hand.t), own, empty, scale, micro_batch))
-        value, _ = backward_through_pairs(ours.rows(by_hand.t), network, guided, micro_batch, denoising_loss)
+        guidance = Guidance(empty, scale, is_learned=True)
+        rows = ours.rows(by_hand.t)
+        value, _ = backward_through_pairs(rows, network, own, micro_batch, denoising_loss, guidance=guidance)
     assert abs(value - loss) <= 1e-5 * loss.abs()
     same_gradients(ours, plain)
 

@@ -279,14 +279,23 @@ def test_what_a_person_sees_while_it_runs(models, comfy_folders, token_folder):
     ]
 
 
-def test_previews_cost_their_own_sampling(models, token_folder, monkeypatch):
+class VideoVAE(ToyVAE):
+    """Gives frames."""
+
+    def decode(self, samples):
+        return super().decode(samples)[:, None]
+
+
+@pytest.mark.parametrize("vae", [ToyVAE, VideoVAE])
+def test_previews_cost_their_own_sampling(models, comfy_folders, token_folder, monkeypatch, vae):
     calls, apply_model = [], BaseModel.apply_model
     monkeypatch.setattr(
         BaseModel, "apply_model", lambda *args, **options: calls.append(1) or apply_model(*args, **options)
     )
     cond = [[torch.zeros(1, 77, 4096), {"pooled_output": torch.zeros(1, 2048)}]]
-    previews = {"preview_positive": cond, "preview_negative": cond, "vae": ToyVAE(), "preview_every": 2}
+    previews = {"preview_positive": cond, "preview_negative": cond, "vae": vae(), "preview_every": 2}
     train(models, "sd3", steps=6, **previews)
+    assert len([*(comfy_folders / "output" / "softrepa_training").rglob("step_*.png")]) == 3
     assert len(calls) == PREVIEW_STEPS * (1 + 3)  # the picture without tokens is made once
 
 

@@ -1,11 +1,16 @@
 """Soft tokens on transformers with rotary positions, together with what else people put on a model."""
 
+from contextlib import ExitStack
+from unittest.mock import patch
+
 import comfy.hooks
 import comfy.sd
 import pytest
 import torch
+from comfyui_softrepa.softrepa.comfy.families import adapter_of
 from comfyui_softrepa.softrepa.comfy.tokens.patching import apply_tokens
 from comfyui_softrepa.softrepa.errors import SoftREPAError
+from comfyui_softrepa.softrepa.families import FAMILIES
 from softrepa_tests import foreign, tiny_models
 from softrepa_tests.composing import one_by_one, same_when_compiled
 from softrepa_tests.of_families import EACH_KIND
@@ -162,6 +167,92 @@ def test_strength_under_kernels_without_masks(models, family, make):
         relative_error(sample(apply_tokens(make(models[family]), tokens, strength=0.5), family, steps=1), expected)
         <= EXACT
     )
+
+
+def without(names):
+    """A model function wrapper that runs the blocks in its own way: without some of ComfyUI's options, or all."""
+
+    def call(block, plain):
+        def forward(*args, **kwargs):
+            options = kwargs.get("transformer_options", {})
+            left = {key: value for key, value in options.items() if names and key not in names}
+            return plain(*args, **kwargs | {"transformer_options": left})
+
+        return forward
+
+    def wrapper(apply_model, args):
+        network = apply_model.__self__.diffusion_model
+        blocks = adapter_of(FAMILIES["flux"]).blocks(network)
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(patch.object(block, "forward", call(block, block.forward)))
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+    return wrapper
+
+
+@pytest.mark.parametrize("names", [(), ("block_type", "block_index")], ids=["no options", "blocks without names"])
+@pytest.mark.parametrize("options", [{}, {"strength": 2.0, "apply_to": "positive"}, {"start_percent": 0.5}])
+def test_blocks_that_no_hook_reaches_are_refused(models, names, options):
+    """As PuLID and TeaCache run them for Flux: the picture would be the plain model's, without a word."""
+    patched = apply_tokens(models["flux"], tokens_for("flux"), **options)
+    expected = sample(patched, "flux", steps=2)
+    for _ in range(2):
+        own = patched.clone()
+        own.set_model_unet_function_wrapper(without(names))
+        with pytest.raises(SoftREPAError, match="another node runs the model's blocks in its own way"):
+            sample(own, "flux", steps=2)
+    assert torch.equal(sample(patched, "flux", steps=2), expected)
+
+
+def test_steps_that_a_cache_leaves_out_are_no_reason(models):
+    """From the second call on it gives the output of the first."""
+    patched = apply_tokens(models["flux"], tokens_for("flux"))
+    given = []
+
+    def cached(apply_model, args):
+        given.append(given[0] if given else apply_model(args["input"], args["timestep"], **args["c"]))
+        return given[-1]
+
+    patched.set_model_unet_function_wrapper(cached)
+    sample(patched, "flux", steps=4)
+    assert len(given) == 4
+
+
+class FirstBlockCache(torch.nn.Module):
+    """One block in place of all."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, *args, **kwargs):
+        return self.blocks[0](*args, **kwargs)
+
+
+@pytest.mark.parametrize(("family", "name"), [("flux", "double_blocks"), ("sd3", "joint_blocks")])
+def test_other_blocks_than_the_models_own_are_refused(models, family, name):
+    patched = apply_tokens(models[family], tokens_for(family))
+    network = models[family].model.diffusion_model
+
+    def wrapper(apply_model, args):
+        with patch.object(network, name, torch.nn.ModuleList([FirstBlockCache(getattr(network, name))])):
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+    patched.set_model_unet_function_wrapper(wrapper)
+    with pytest.raises(SoftREPAError, match=r"another node gives the model \d+ blocks, expected its own \d+"):
+        sample(patched, family, steps=1)
+
+
+@EACH_KIND
+def test_a_network_that_is_compiled_as_a_whole(models, family):
+    """By an object patch, as nodes of other packs do it."""
+    patched = apply_tokens(models[family], tokens_for(family))
+    expected = sample(patched, family, steps=1)
+    compiled = patched.clone()
+    network = compiled.get_model_object("diffusion_model")
+    compiled.add_object_patch("diffusion_model", torch.compile(network, backend="eager"))
+    assert relative_error(sample(compiled, family, steps=1), expected) <= EXACT
 
 
 @EACH_KIND

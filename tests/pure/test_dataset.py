@@ -766,6 +766,25 @@ def test_equal_conditionings_count_as_equal_captions():
         dataset_of_lists([latents(1, 2)], [[conditioning(1), conditioning(1)]], EMPTY)
 
 
+def test_all_that_a_text_encoder_gives_is_kept():
+    """Captions that differ in nothing but the ids that Anima's adapter reads are two."""
+    conds = [conditioning(1, t5xxl_ids=torch.tensor([[number]]), start_percent=0.0) for number in (3, 4)]
+    data = dataset_of_lists([latents(1, 2)], [conds], [[conditioning(0, t5xxl_ids=torch.tensor([[1]]))]])
+    assert data.empty["rest"].keys() == {"t5xxl_ids"}
+    assert sorted(cond["rest"]["t5xxl_ids"].item() for cond in data.batch(2).conds) == [3, 4]
+
+
+def test_latents_of_a_video_vae_have_the_sizes_of_their_pictures():
+    def still(height, width):
+        return {"samples": torch.randn(2, 4, 1, height, width)}
+
+    conds = [[conditioning(number)] for number in range(4)]
+    data = dataset_of_lists([still(8, 12), still(8, 6)], conds, EMPTY)
+    assert "trained at 48x64 (2), 96x64 (2)" in data.summary
+    for _ in range(6):
+        assert data.batch(2).latents.shape[2:4] == (1, 8)
+
+
 def test_an_image_without_partner_of_its_size_is_left_out():
     data = dataset_of_lists([latents(1, 2), latents(3, side=6)], [[conditioning(i)] for i in (1, 2, 3)], EMPTY)
     assert len(data) == 2

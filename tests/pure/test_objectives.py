@@ -28,6 +28,8 @@ def test_an_aim_without_guidance_is_the_target():
     plain = agsm.aims(target, predictions, is_own, positive=0.0, negative=0.0)
     assert torch.equal(plain, target.expand_as(plain))
     moved = agsm.aims(target, predictions, is_own)
+    framed = agsm.aims(target[:, None], predictions[:, :, None], is_own)
+    assert torch.equal(framed.squeeze(2), moved)
     assert (moved - target).abs().amax(dim=(1, 2, 3))[1] > (moved - target).abs().amax(dim=(1, 2, 3))[0]
 
 

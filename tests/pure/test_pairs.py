@@ -6,6 +6,7 @@ import pytest
 import torch
 from comfyui_softrepa.softrepa.training.loss import comparison, contrastive_loss, denoising_loss
 from comfyui_softrepa.softrepa.training.pairs import Guidance, StepBatch, backward_through_pairs
+from comfyui_softrepa.softrepa.training.ranks import ALONE, Ranks
 from softrepa_tests.toy_training import WIDTH, ToyPairs
 
 WRONG = (2, 0, 1, 3)
@@ -106,6 +107,32 @@ def test_guided_predictions_give_the_gradient_of_one_graph(name, kept):
     assert torch.allclose(value, plain, rtol=1e-12)
     assert torch.allclose(found, errors, rtol=1e-12)
     assert torch.allclose(ours.grad, expected, rtol=1e-10, atol=1e-14)
+
+
+class Part(Ranks):
+    """One of two processes, whose sums are its own summands."""
+
+    def __init__(self, index):
+        self.index, self.count = index, 2
+
+
+@pytest.mark.parametrize("kept", [2, 3, 4])
+def test_processes_learn_guided_predictions_of_all_images(kept):
+    """However many pairs are kept. The loss is a sum over images, so its gradient is one over processes."""
+    batch = toy_batch()
+    batch = batch.only(torch.eye(4, len(batch.conds), dtype=torch.bool))
+    guidance = Guidance({"name": "", "cross_attn": torch.linspace(-1, 1, WIDTH)}, 3.0, is_learned=True)
+    found = []
+    for ranks in (ALONE, Part(0), Part(1)):
+        rows = torch.randn(3, 2, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        most = 100 if ranks is ALONE else kept
+        size = 4 * rows.numel()
+        backward_through_pairs(
+            rows, ToyPairs(), batch, 2, denoising_loss, True, most * size, ranks=ranks, guidance=guidance
+        )
+        found.append(rows.grad)
+    assert torch.allclose(found[1] + found[2], found[0], atol=1e-6)
+    assert all(one.any() for one in found)
 
 
 def test_parts_are_whole_rows():

@@ -1,6 +1,7 @@
 """The templates' files: complete, and with what ComfyUI's manager and its missing-model dialog read."""
 
 import json
+import re
 
 import pytest
 from comfyui_softrepa.softrepa import __version__
@@ -36,6 +37,20 @@ def test_listed_in_their_order():
         "Train and score without a download",
         "Edit without a download",
     ]
+
+
+def test_what_a_note_bypasses_passes_something_on():
+    """A bypassed node gives each output its first input of that type; without one, what needs it fails."""
+    found = 0
+    for workflow in WORKFLOWS:
+        nodes = json.loads((FOLDER / f"{workflow.title}.json").read_text(encoding="utf-8"))["nodes"]
+        text = " ".join(str(node["widgets_values"]) for node in nodes if node["type"] == "MarkdownNote")
+        for title in re.findall(r"[Bb]ypass \*(.+?)\*", text):
+            (node,) = (node for node in nodes if node.get("title") == title)
+            assert {one["type"] for one in node["outputs"]} <= {one["type"] for one in node["inputs"]}
+            found += 1
+        assert text.lower().count("bypass ") == len(re.findall(r"[Bb]ypass \*", text))
+    assert found
 
 
 def test_thumbnails_differ():

@@ -104,9 +104,8 @@ def _encoded(clip: comfy.sd.CLIP, tokens: dict) -> Cond:
         "cross_attn": ordinary(cond["cross_attn"]),
         "pooled_output": None if pooled is None else ordinary(pooled),
     }
-    rest = {name: one for name, one in entries[0][1].items() if isinstance(one, Tensor) and name not in found}
-    if rest:
-        found["rest"] = {name: copied(one) for name, one in rest.items()}
+    if "rest" in cond:
+        found["rest"] = {name: copied(one) for name, one in cond["rest"].items()}
     return found
 
 

@@ -13,6 +13,7 @@ from itertools import accumulate
 import comfy.model_management
 import comfy.sd
 import comfy.utils
+import torch
 from torch import Tensor
 
 from ...data.ahead import UP_FRONT, Needed
@@ -22,7 +23,16 @@ from ...data.dataset import Cond
 from ...data.folder import ImageFolder, UnusableImageError
 from ...data.images import PREPARATION
 from ..identity import clip_identity, vae_identity
-from .encoding import encode_caption, encode_captions, encode_images, images_at_once, is_of_video, stored_text, text_of
+from .encoding import (
+    REST,
+    encode_caption,
+    encode_captions,
+    encode_images,
+    images_at_once,
+    is_of_video,
+    stored_text,
+    text_of,
+)
 
 Entry = dict[str, Tensor]
 Encode = Callable[[list[Example], list[str]], None]
@@ -261,16 +271,13 @@ class FolderEncodings:
         logging.warning("SoftREPA: the cache in %s cannot be written (%s)", self.cache.folder, error)
 
     @cached_property
-    def _widths(self) -> dict[str, int]:
-        return {name: tensor.shape[-1] for name, tensor in stored_text(self.empty).items()}
+    def _widths(self) -> dict[str, torch.Size]:
+        stored = stored_text(self.empty)
+        return {name: tensor.shape[-1:] for name, tensor in stored.items() if not name.startswith(REST)}
 
     def _is_text(self, entry: Entry) -> bool:
-        """Of any length, and of the width that the encoder gives."""
-        if entry.keys() != self._widths.keys():
-            return False
-        if any(
-            entry[name].shape[-1:] != (self._widths[name],) for name in ("cross_attn", "pooled_output") if name in entry
-        ):
+        """Of any length, and of the width that the encoder gives. What it gives besides depends on the text."""
+        if {name: one.shape[-1:] for name, one in entry.items() if not name.startswith(REST)} != self._widths:
             return False
         return entry["cross_attn"].ndim == 3 and len(entry["cross_attn"]) == 1
 

@@ -27,6 +27,7 @@ from ...evaluation.captions import Caption, Edit, check_photographs, paired_edit
 from ...evaluation.inputs import EvaluateInputs, arms_of, edit_arms_of, photograph_folder
 from ...evaluation.measuring import Drawn, measure
 from ...evaluation.metrics import JudgeOptions, check_metric
+from ...evaluation.pictures import photograph_key
 from ...evaluation.presets import published
 from ...evaluation.ranks import Rank, wait_for_others
 from ...evaluation.report import CURVE, TABLE, Report, curve
@@ -213,14 +214,15 @@ class Edits:
         return {number: edit.photograph for number, edit in enumerate(self.edits)}
 
     def records(self, studio: Studio) -> list[Record]:
-        """A file is named by its photograph, and by a hash of this and both prompts."""
+        """A file is named by its photograph, and by a hash of what this shows and of both prompts."""
         arms = [
             Arm(
                 arm.name, studio.settings(arm.tokens, arm.strength) | {"n_max": arm.n_max, "target_cfg": arm.target_cfg}
             )
             for arm in self.arms.values()
         ]
-        names = [f"{file_name(edit.name)}-{short_hash(repr(edit))}" for edit in self.edits]
+        keys = [repr((photograph_key(edit.photograph), edit.source, edit.target)) for edit in self.edits]
+        names = [f"{file_name(edit.name)}-{short_hash(key)}" for edit, key in zip(self.edits, keys, strict=True)]
         return [
             Record(arm.name, number, seed_of(seed, number), edit.target, f"{arm.folder}/{names[number]}_{seed}.png")
             for number, edit in enumerate(self.edits)

@@ -10,7 +10,17 @@ from .joint import Joint
 from .sequence import Sequences
 from .unet import UNet
 
-__all__ = ["ADAPTERS", "Adapter", "ModelShape", "adapter_of", "is_guard", "model_shape", "most_cells", "recognised"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "ModelShape",
+    "adapter_of",
+    "is_guard",
+    "model_shape",
+    "most_cells",
+    "network_of",
+    "recognised",
+]
 
 ADAPTERS: dict[str, Adapter] = {adapter.stream: adapter for adapter in (UNet(), Joint(), Sequences())}
 """By the `stream` of a family's row."""

@@ -1,10 +1,11 @@
 """Noise and time, whatever ComfyUI calls the kind of model: how a latent is noised, and t as token files count it."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from comfy.model_base import ModelType
-from comfy.model_sampling import CONST
+from comfy.model_sampling import CONST, ModelSamplingDiscrete, ModelSamplingDiscreteEDM
 from torch import Tensor
 
 from ...training.noising import noised_eps, noised_flow
@@ -31,8 +32,24 @@ def sigma_at(model_sampling, t: int) -> Tensor:
 
 
 def timestep(model_sampling, sigma: Tensor) -> Tensor:
-    """t of 0..1000, by which a time table is read, at sigma (B,); the network's own t of some flow models ends at 1."""
-    return sigma * 1000 if isinstance(model_sampling, CONST) else model_sampling.timestep(sigma)
+    """t of 0..1000, by which a time table is read, at sigma (B,).
+
+    The network's own t of some flow models ends at 1, and that of EDM's samplings, continuous or not, is a logarithm:
+    there t is where the family's schedule has this sigma.
+    """
+    if isinstance(model_sampling, CONST):
+        return sigma * 1000
+    has_own = isinstance(model_sampling, ModelSamplingDiscrete) and not isinstance(
+        model_sampling, ModelSamplingDiscreteEDM
+    )
+    return (model_sampling if has_own else usual_schedule()).timestep(sigma)
+
+
+@cache
+def usual_schedule() -> ModelSamplingDiscrete:
+    """That of SD1.5 and SDXL."""
+    with torch.inference_mode(False):
+        return ModelSamplingDiscrete()
 
 
 HALVINGS, DIGITS = 24, 6

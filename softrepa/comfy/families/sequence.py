@@ -59,7 +59,7 @@ class Sequences:
 
     def inserting(self, options: dict, state: CallState) -> dict:
         """Innermost of all wrappers: what others do to the options of the call has been done there."""
-        if not state.rows:
+        if not (state.rows or state.is_watched):
             return options
         wrappers = options.get("wrappers", {})
         around = {key: found for key, found in wrappers.get(WrappersMP.DIFFUSION_MODEL, {}).items() if key != KEY}
@@ -105,7 +105,13 @@ class Sequences:
         fresh |= architecture.hooks(fresh)
         fresh[OVERRIDE] = RowsAsKeys(architecture, blocks, modulation, options.get(OVERRIDE))
         args = tuple(fresh if one is options else one for one in args)
-        return executor(*args, **{name: fresh if one is options else one for name, one in kwargs.items()})
+        out = executor(*args, **{name: fresh if one is options else one for name, one in kwargs.items()})
+        if state.is_watched and not state.is_reached:
+            raise SoftREPAError(
+                f"{state.label}: another node runs the model's blocks in its own way, without what ComfyUI tells them, "
+                "so that tokens cannot act, expected that node removed."
+            )
+        return out
 
 
 def class_name(network: nn.Module) -> str:
@@ -114,8 +120,8 @@ def class_name(network: nn.Module) -> str:
 
 
 def known(network: nn.Module) -> Architecture:
-    """Of a network that has been recognised."""
-    return ARCHITECTURES[class_name(network)]
+    """Of a network that has been recognised, compiled as a whole or not."""
+    return ARCHITECTURES[class_name(getattr(network, "_orig_mod", network))]
 
 
 def options_among(args: tuple, kwargs: dict) -> dict:
@@ -150,6 +156,7 @@ class RowsAsKeys:
         options = kwargs["transformer_options"]
         state, name = call_state(options), (options.get(BLOCK[0]), options.get(BLOCK[1]))
         place, block = self.places.get(name, (None, None))
+        state.is_reached |= place is not None
         rows = state.rows.get(place) if self.architecture.is_joint(options) and place is not None else None
         if rows is None:
             return self._attention(func, q, k, v, heads, mask, kwargs)

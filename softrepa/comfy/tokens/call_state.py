@@ -27,6 +27,7 @@ class CallState:
     begins with what the padding keeps.
     blocks: the joint blocks of the very network that is called (each device has its own); none for a UNet.
     made_for: the state for other texts than one a sample; None where a call can have no others.
+    is_watched: whether a call that reaches no block is refused; is_reached: whether one was reached.
     """
 
     label: str
@@ -38,6 +39,8 @@ class CallState:
     padding: dict[Place, int] = field(default_factory=dict)
     blocks: Sequence[nn.Module] = ()
     has_roles: bool = False
+    is_watched: bool = False
+    is_reached: bool = False
     made_for: Callable[[Entries], "CallState"] | None = None
     _others: dict[Entries, "CallState"] = field(default_factory=dict)
 

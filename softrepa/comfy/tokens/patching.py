@@ -5,9 +5,11 @@ hooks that insert them (`families`) into that call's own options, behind what ot
 whatever order the nodes stand. Nothing is kept on the shared model.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID, uuid4
+from weakref import ref
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -19,7 +21,7 @@ from ...errors import SoftREPAError
 from ...families import Blocks
 from ...numbers import FROM_0, SHARE, check_number
 from ...tokens import SoftTokens
-from ..families import adapter_of, model_shape
+from ..families import adapter_of, model_shape, network_of
 from ..families.noising import percent
 from ..families.noising import timestep as timestep_at
 from ..models import check_fit, chosen_blocks
@@ -132,6 +134,8 @@ class SoftTokenPatch:
         self.adapter = adapter_of(sets[0].tokens.family)
         self._moved: dict[torch.device, tuple[SoftTokens, ...]] = {}
         self._asked: Asked | None = None
+        self._blocks = 0
+        self._sampling: ref[Tensor] | None = None
 
     @property
     def label(self) -> str:
@@ -147,6 +151,7 @@ class SoftTokenPatch:
 
     def install(self, model: ModelPatcher) -> None:
         """Puts the wrappers on `model` in place of those of a patch before."""
+        self._blocks = len(self.adapter.blocks(network_of(model)))
         model.set_attachments(KEY, self)
         options = model.model_options
         for wrappers in options["transformer_options"].get("wrappers", {}).values():
@@ -169,6 +174,12 @@ class SoftTokenPatch:
         # ComfyUI's compile node drops guards on transformer_options, so there what is inserted must never change.
         is_compiled = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
         state = self.state(base_model, t, negative, is_fixed=is_compiled)
+        if len(state.blocks) != self._blocks:
+            raise SoftREPAError(
+                f"{self.label}: another node gives the model {len(state.blocks)} blocks, expected its own "
+                f"{self._blocks}; remove that node."
+            )
+        state.is_watched = self._begins(options.get("sample_sigmas"), t)
         if state.weighs:
             self.adapter.refuse_unweighable(options, state)
             state.attention = self._weighing(options)
@@ -176,6 +187,13 @@ class SoftTokenPatch:
         options[KEY] = state
         options = self.adapter.inserting(options, state)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def _begins(self, steps: Tensor | None, sigma: Tensor) -> bool:
+        """Whether this is a sampling's first call, in which no node that reuses steps leaves blocks out."""
+        if steps is None or (self._sampling is not None and self._sampling() is steps):
+            return False
+        self._sampling = ref(steps)
+        return math.isclose(float(sigma.flatten()[0]), float(steps[0]), rel_tol=1e-4)
 
     def _weighing(self, options: dict) -> SoftKeyBias:
         """What gives attention its biases, above an override that is there already."""

@@ -204,4 +204,5 @@ class Samples(Report):
             model, noise, self.steps, self.cfg, positive=self.positive, negative=self.negative, latent_image=latent,
             disable_pbar=True, seed=seed, **SAMPLER,
         )  # fmt: skip
-        return self.vae.decode(samples)[0].float().clamp(0, 1).cpu().numpy()
+        pixels = self.vae.decode(samples)
+        return pixels.reshape(-1, *pixels.shape[-3:])[0].float().clamp(0, 1).cpu().numpy()  # a video VAE has frames
