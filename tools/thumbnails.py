@@ -46,6 +46,7 @@ CAPTIONS = {
     "convert": "what is in the file",
 }
 """By how the workflow's name begins."""
+QUALITY = 75  # of screenshots: the archive that ComfyUI Manager installs is small
 TALLEST_NODE = 1600  # pixels, of the page that nodes are photographed in
 SHAPE = 4 / 3  # of a thumbnail: a template's card cuts off what is higher or wider
 
@@ -195,7 +196,7 @@ def photograph_graph(server) -> None:
         page.open_template(WORKFLOWS[0].title)
         page.run()
         with Image.open(page.screenshot("graph")) as image:
-            image.convert("RGB").save(GRAPH, quality=85)
+            image.convert("RGB").save(GRAPH, quality=QUALITY)
 
 
 def photograph_nodes(server, class_types: list[str]) -> None:
@@ -212,7 +213,7 @@ def photograph_nodes(server, class_types: list[str]) -> None:
             page.add(class_type)
             page.zoom(1.6, (-150, -120))
             with Image.open(page.screenshot(class_type, page.box(page.nodes()[0]["id"], margin=40))) as image:
-                image.convert("RGB").save(HELP / f"{class_type}.jpg", quality=90)
+                image.convert("RGB").save(HELP / f"{class_type}.jpg", quality=QUALITY)
 
 
 def run(server, name: str, results: dict) -> Path:

@@ -924,9 +924,9 @@ def converting() -> Workflow:
                 "Press Run. No model is needed.",
             ),
             (
-                "The authors publish both files for SD1.5 and SD3, the first one for SDXL. No code in a *.pth* file is executed. **Save "
-                "SoftREPA Tokens** writes a *.safetensors* file into *models/softrepa*, which says in its metadata "
-                "what it is for.",
+                "The authors publish both files for SD1.5 and SD3, the first one for SDXL. No code in a *.pth* file is "
+                "executed. **Save SoftREPA Tokens** writes a *.safetensors* file into *models/softrepa*, which says in "
+                "its metadata what it is for.",
                 "The published files have no licence: fetch them yourself and keep them to yourself.",
             ),
         ),
