@@ -241,7 +241,9 @@ def test_edits_are_the_nodes_own(evaluate, parts, pack, place):
         out = pack["SoftREPAFlowEdit"].execute(used, *texts, latent, seed, **settings).args[0]
         expected = (255 * vae.decode(out["samples"])[0].float().clamp(0, 1)).round().byte().numpy()
         (file,) = re.findall(rf'"{name}, n_max {n_max}, cfg 3",1,{seed},two red squares,(.*)', records)
-        assert np.array_equal(drawn[Path(file.strip())], expected)
+        apart = abs(drawn[Path(file.strip())].astype(int) - expected)
+        assert apart.max() <= 1  # captions are encoded several at once, which rounds otherwise on some processors
+        assert apart.mean() < 1e-3
 
 
 def test_another_photograph_under_the_same_name_is_edited_anew(evaluate, place, monkeypatch, tmp_path):
