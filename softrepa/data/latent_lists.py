@@ -13,6 +13,9 @@ from .dataset import Cond, Dataset
 PIXELS = 8
 """Pixels a latent cell stands for in SD1.5, SDXL and SD3, to name sizes in pixels."""
 
+OF_IMAGES = ("mask", "concat_mask", "concat_latent_image")
+"""Tensors that nodes put beside an encoding and that say nothing of the text."""
+
 
 class GivenEncodings(AtHand):
     """Latents (C, h, w), or (C, 1, h, w) of a video VAE, by image name and conds by caption, all in memory."""
@@ -69,7 +72,8 @@ def cond_of(entry: list, label: str) -> Cond:
     pooled = extra.get("pooled_output")
     check_finite(label, context)
     cond: Cond = {"cross_attn": context.cpu(), "pooled_output": None if pooled is None else pooled.cpu()}
-    rest = {name: one.cpu() for name, one in extra.items() if isinstance(one, Tensor) and name not in cond}
+    own = {name: one for name, one in extra.items() if isinstance(one, Tensor) and name not in OF_IMAGES}
+    rest = {name: one.cpu() for name, one in own.items() if name not in cond}
     if rest:
         cond["rest"] = rest
     return cond

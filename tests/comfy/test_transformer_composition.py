@@ -15,7 +15,7 @@ from softrepa_tests import foreign, tiny_models
 from softrepa_tests.composing import one_by_one, same_when_compiled
 from softrepa_tests.of_families import EACH_KIND
 from softrepa_tests.oracle import injected
-from softrepa_tests.sampling import prompt, relative_error, sample
+from softrepa_tests.sampling import guider, noise, prompt, record, relative_error, sample, sigmas_of
 from softrepa_tests.tiny_models import seeded
 from softrepa_tests.token_sets import tokens_for
 
@@ -206,17 +206,33 @@ def test_blocks_that_no_hook_reaches_are_refused(models, names, options):
 
 
 def test_steps_that_a_cache_leaves_out_are_no_reason(models):
-    """From the second call on it gives the output of the first."""
+    """From the second call on it runs no block and gives the output of the first."""
     patched = apply_tokens(models["flux"], tokens_for("flux"))
-    given = []
+    network = models["flux"].model.diffusion_model
+    forward, given = network.forward_orig, []
 
-    def cached(apply_model, args):
-        given.append(given[0] if given else apply_model(args["input"], args["timestep"], **args["c"]))
+    def cached(*args, **kwargs):
+        given.append(given[0] if given else forward(*args, **kwargs))
         return given[-1]
 
-    patched.set_model_unet_function_wrapper(cached)
+    def wrapper(apply_model, args):
+        with patch.object(network, "forward_orig", cached):
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+    patched.set_model_unet_function_wrapper(wrapper)
     sample(patched, "flux", steps=4)
     assert len(given) == 4
+
+
+def test_every_sampling_is_watched(models):
+    """Also one with the very sigmas of the one before, as ComfyUI's cache hands them out."""
+    patched = apply_tokens(models["flux"], tokens_for("flux"))
+    own, sigmas = patched.clone(), sigmas_of(patched, 2)
+    own.set_model_unet_function_wrapper(without(()))
+    record(guider(patched, "flux"), noise("flux"), sigmas)
+    for _ in range(2):
+        with pytest.raises(SoftREPAError, match="another node runs the model's blocks in its own way"):
+            record(guider(own, "flux"), noise("flux"), sigmas)
 
 
 class FirstBlockCache(torch.nn.Module):

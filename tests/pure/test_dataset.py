@@ -768,10 +768,12 @@ def test_equal_conditionings_count_as_equal_captions():
 
 def test_all_that_a_text_encoder_gives_is_kept():
     """Captions that differ in nothing but the ids that Anima's adapter reads are two."""
-    conds = [conditioning(1, t5xxl_ids=torch.tensor([[number]]), start_percent=0.0) for number in (3, 4)]
+    mask = torch.ones(1, 8, 8)
+    conds = [conditioning(1, t5xxl_ids=torch.tensor([[number]]), start_percent=0.0, mask=mask) for number in (3, 4)]
     data = dataset_of_lists([latents(1, 2)], [conds], [[conditioning(0, t5xxl_ids=torch.tensor([[1]]))]])
     assert data.empty["rest"].keys() == {"t5xxl_ids"}
     assert sorted(cond["rest"]["t5xxl_ids"].item() for cond in data.batch(2).conds) == [3, 4]
+    assert all(cond["rest"].keys() == {"t5xxl_ids"} for cond in data.batch(2).conds)
 
 
 def test_latents_of_a_video_vae_have_the_sizes_of_their_pictures():

@@ -116,8 +116,9 @@ class Part(Ranks):
         self.index, self.count = index, 2
 
 
+@pytest.mark.parametrize("is_by_row", [True, False])
 @pytest.mark.parametrize("kept", [2, 3, 4])
-def test_processes_learn_guided_predictions_of_all_images(kept):
+def test_processes_learn_guided_predictions_of_all_images(kept, is_by_row):
     """However many pairs are kept. The loss is a sum over images, so its gradient is one over processes."""
     batch = toy_batch()
     batch = batch.only(torch.eye(4, len(batch.conds), dtype=torch.bool))
@@ -128,7 +129,7 @@ def test_processes_learn_guided_predictions_of_all_images(kept):
         most = 100 if ranks is ALONE else kept
         size = 4 * rows.numel()
         backward_through_pairs(
-            rows, ToyPairs(), batch, 2, denoising_loss, True, most * size, ranks=ranks, guidance=guidance
+            rows, ToyPairs(), batch, 2, denoising_loss, is_by_row, most * size, ranks=ranks, guidance=guidance
         )
         found.append(rows.grad)
     assert torch.allclose(found[1] + found[2], found[0], atol=1e-6)

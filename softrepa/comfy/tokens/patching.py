@@ -135,6 +135,7 @@ class SoftTokenPatch:
         self._moved: dict[torch.device, tuple[SoftTokens, ...]] = {}
         self._asked: Asked | None = None
         self._blocks = 0
+        self._is_started = False
         self._sampling: ref[Tensor] | None = None
 
     @property
@@ -159,6 +160,7 @@ class SoftTokenPatch:
         # In the model options, not on the patcher: whoever calls the network with these options runs them too.
         if self.has_roles:
             add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, name_roles, options, is_model_options=True)
+        add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.note_start, options, is_model_options=True)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.before_network, options, is_model_options=True)
         self.adapter.guard(
             model, tuple({place: None for one in self.sets for place in self.adapter.places(one.blocks)})
@@ -190,10 +192,16 @@ class SoftTokenPatch:
 
     def _begins(self, steps: Tensor | None, sigma: Tensor) -> bool:
         """Whether this is a sampling's first call, in which no node that reuses steps leaves blocks out."""
-        if steps is None or (self._sampling is not None and self._sampling() is steps):
+        if steps is None:
             return False
-        self._sampling = ref(steps)
-        return math.isclose(float(sigma.flatten()[0]), float(steps[0]), rel_tol=1e-4)
+        is_new = self._is_started or self._sampling is None or self._sampling() is not steps
+        self._is_started, self._sampling = False, ref(steps)
+        return is_new and math.isclose(float(sigma.flatten()[0]), float(steps[0]), rel_tol=1e-4)
+
+    def note_start(self, executor, *args, **kwargs):
+        """OUTER_SAMPLE wrapper: another sampling begins, perhaps with the very sigmas of the one before."""
+        self._is_started = True
+        return executor(*args, **kwargs)
 
     def _weighing(self, options: dict) -> SoftKeyBias:
         """What gives attention its biases, above an override that is there already."""
