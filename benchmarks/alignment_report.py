@@ -70,8 +70,8 @@ MEASURES = (
 FOUND_BEFORE = f'Row "{HIGH}" was found on some of these captions.'
 NOTES = {
     OPTIONS: "The best of several rows looks better than it is: they are compared on the prompts that they are "
-    "reported on. Nearly half of all hard negatives, and a quarter of those of other numbers, say as wrong what is held "
-    "out. AGSM's slow copy of the tokens (decay 0.9999) goes a seventh of the way in so few updates.",
+    "reported on. Nearly half of all hard negatives, and a quarter of those of other numbers, say as wrong what is "
+    "held out. AGSM's slow copy of the tokens (decay 0.9999) goes a seventh of the way in so few updates.",
     GUIDANCE_PART: f"Prompts of their own, {TESTS[GUIDANCE]} of each category. {FOUND_BEFORE}",
     COUNTING_PART: f"Prompts of their own, {TESTS[COUNTING]} of the numbers of shapes that no training caption says. "
     f"{FOUND_BEFORE}",
