@@ -72,8 +72,8 @@ def cond_of(entry: list, label: str) -> Cond:
     pooled = extra.get("pooled_output")
     check_finite(label, context)
     cond: Cond = {"cross_attn": context.cpu(), "pooled_output": None if pooled is None else pooled.cpu()}
-    own = {name: one for name, one in extra.items() if isinstance(one, Tensor) and name not in OF_IMAGES}
-    rest = {name: one.cpu() for name, one in own.items() if name not in cond}
+    known = (*cond, *OF_IMAGES)
+    rest = {name: one.cpu() for name, one in extra.items() if isinstance(one, Tensor) and name not in known}
     if rest:
         cond["rest"] = rest
     return cond
