@@ -19,6 +19,7 @@ from ...comparing.records import Record, is_drawn, write_picture
 from ...data.latent_lists import PIXELS
 from ...errors import SoftREPAError
 from ...progress_line import time_left
+from ..data.encoding import decoded_still
 
 Told = Callable[[str], None]
 
@@ -49,8 +50,7 @@ class Painter:
             model, comfy.sample.prepare_noise(latent, seed), inputs.steps, inputs.cfg, inputs.sampler_name,
             inputs.scheduler, positive, negative, latent, callback=callback, disable_pbar=True, seed=seed,
         )  # fmt: skip
-        pixels = self.vae.decode(samples).float().clamp(0, 1)
-        return pixels.reshape(-1, *pixels.shape[-3:])[0].cpu().numpy()
+        return decoded_still(self.vae, samples).numpy()
 
 
 @dataclass

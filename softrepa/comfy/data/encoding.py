@@ -73,6 +73,12 @@ def _latents(vae: comfy.sd.VAE, pixels: Sequence[Tensor], names: Sequence[str]) 
     return [copied(latent) for latent in latents]
 
 
+def decoded_still(vae: comfy.sd.VAE, samples: Tensor) -> Tensor:
+    """(H, W, 3) of 0 to 1, float32 on the CPU, of the first latent; of a video VAE, which gives frames, the first."""
+    pixels = vae.decode(samples)
+    return pixels.reshape(-1, *pixels.shape[-3:])[0].float().clamp(0, 1).cpu()
+
+
 def encode_caption(clip: comfy.sd.CLIP, caption: str) -> Cond:
     """As ComfyUI's nodes encode it, alone."""
     with torch.inference_mode():

@@ -13,7 +13,7 @@ from ...data.sources import Source
 from ...evaluation.captions import Edit
 from ...evaluation.inputs import EditArm, EvaluateInputs
 from ...evaluation.pictures import sized
-from ..data.encoding import encode_image
+from ..data.encoding import decoded_still, encode_image
 from ..editing.checks import check_counts
 from ..editing.flowedit import FlowEditGuider, FlowEditSampler, edit_latent, edit_sigmas
 from .drawing import Prompts
@@ -46,8 +46,7 @@ class Editor:
         sigmas = edit_sigmas(model, inputs.scheduler, inputs.steps, arm.n_max)
         latent = {"samples": self.latent(edit.photograph)}
         edited = edit_latent(guider, FlowEditSampler(inputs.n_min, inputs.n_avg), sigmas, latent, one.seed)
-        pixels = self.vae.decode(edited["samples"]).float().clamp(0, 1)
-        return pixels.reshape(-1, *pixels.shape[-3:])[0].cpu()
+        return decoded_still(self.vae, edited["samples"])
 
     def latent(self, photograph: Source) -> Tensor:
         """(1, C, h, w); encoded once for all arms, which come one after the other."""

@@ -17,6 +17,7 @@ from ...files import read_bounded, write_atomically
 from ...training.config import TrainingConfig
 from ...training.loss import CROSS_ENTROPY, TEMPERATURE
 from ...training.trainer import StepRecord
+from ..data.encoding import decoded_still
 from ..tokens.patching import apply_tokens
 from .score import HeldOut, score
 from .session import Report, Session
@@ -204,5 +205,4 @@ class Samples(Report):
             model, noise, self.steps, self.cfg, positive=self.positive, negative=self.negative, latent_image=latent,
             disable_pbar=True, seed=seed, **SAMPLER,
         )  # fmt: skip
-        pixels = self.vae.decode(samples)
-        return pixels.reshape(-1, *pixels.shape[-3:])[0].float().clamp(0, 1).cpu().numpy()  # a video VAE has frames
+        return decoded_still(self.vae, samples).numpy()
