@@ -1,6 +1,7 @@
 """The nodes as a person finds them, adds them and reads about them."""
 
 import pytest
+from playwright.sync_api import expect
 from softrepa_tests.conftest import ROOT
 
 from tools.translations import LANGUAGES, NOTE, english, memory_of
@@ -67,9 +68,9 @@ def test_found_by_search_and_added(frontend, words):
 @pytest.mark.parametrize("words", FIRST)
 def test_found_first(frontend, words):
     frontend.search(words)
-    frontend.page.get_by_text(FIRST[words], exact=True).first.wait_for()
-    found = frontend.page.get_by_test_id("result-item").all_inner_texts()
-    titles = [text.splitlines()[0] for text in found if "comfyui-softrepa" in text]
+    found = frontend.page.get_by_test_id("result-item").filter(has_text="comfyui-softrepa")
+    expect(found.first).to_contain_text(FIRST[words], timeout=20_000)  # the list is drawn anew at every letter
+    titles = [text.splitlines()[0] for text in found.all_inner_texts()]
     assert titles[0] == FIRST[words]
     assert "Train SoftREPA Tokens (all in one)" not in titles
 

@@ -307,7 +307,7 @@ def test_a_foreign_patch_between_two_nodes_sees_the_text_alone(models):
     sample(model, "sd15", steps=1)
     assert set(lengths) == {77}
     wrappers = model.model_options["transformer_options"]["wrappers"]
-    assert [len(by_key[KEY]) for by_key in wrappers.values()] == [1]
+    assert {kind: len(by_key[KEY]) for kind, by_key in wrappers.items()} == {"outer_sample": 1, "apply_model": 1}
 
 
 def test_masks_that_are_there_already():
