@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.alignment_figures import (
@@ -26,6 +27,7 @@ from benchmarks.alignment_figures import (
 )
 from benchmarks.alignment_places_report import places_section
 from benchmarks.alignment_rows import (
+    ABLATION,
     BASELINE,
     CFG,
     CONTROL,
@@ -72,6 +74,8 @@ NOTES = {
     OPTIONS: "The best of several rows looks better than it is: they are compared on the prompts that they are "
     "reported on. Nearly half of all hard negatives, and a quarter of those of other numbers, say as wrong what is "
     "held out. AGSM's slow copy of the tokens (decay 0.9999) goes a seventh of the way in so few updates.",
+    ABLATION: "The model has three blocks. The paper's ablation of SD3 (table 7) stands beside these figures in "
+    "`docs/study.md`.",
     GUIDANCE_PART: f"Prompts of their own, {TESTS[GUIDANCE]} of each category. {FOUND_BEFORE}",
     COUNTING_PART: f"Prompts of their own, {TESTS[COUNTING]} of the numbers of shapes that no training caption says. "
     f"{FOUND_BEFORE}",
@@ -133,8 +137,9 @@ better. "With nothing else" counts them. Where a run is older than a figure, tha
         note += "A row of one run has no interval."
         text = textwrap.fill(" ".join(filter(None, (note, NOTES.get(part)))), 120)
         lines += [f"## {part}", "", text, "", *part_table(found, part)]
-        if part == OPTIONS:
-            lines += ["Differences from SoftREPA, of runs with the same seeds:", "", *against_softrepa(found)]
+        if part in (OPTIONS, ABLATION):
+            lines += ["Differences from SoftREPA, of runs with the same seeds:", ""]
+            lines += against_softrepa(found, part, ELSEWHERE if part == OPTIONS else ())
     return "\n".join([*lines, *places_section()])
 
 
@@ -158,11 +163,11 @@ def part_table(found: Found, part: str) -> list[str]:
     return table(["row", "runs", *(measure.title for measure in measures)], lines)
 
 
-def against_softrepa(found: Found) -> list[str]:
-    """What an option adds to the paper's training, in every test that it took."""
-    measures = [*((measure.title, measure, "{}") for measure in SHORT[EVERYTHING]), *ELSEWHERE]
+def against_softrepa(found: Found, part: str, elsewhere: Sequence[tuple[str, Measure, str]]) -> list[str]:
+    """What each row of `part` changes about the paper's training, in its own test and those of `elsewhere`."""
+    measures = [*((measure.title, measure, "{}") for measure in SHORT[EVERYTHING]), *elsewhere]
     lines = []
-    for option in (row.name for row in ROWS.values() if row.part == OPTIONS):
+    for option in (row.name for row in ROWS.values() if row.part == part):
         cells = []
         for _, measure, form in measures:
             pair = [form.format(name) for name in (option, SOFTREPA)]

@@ -89,6 +89,7 @@ class Row:
 
 BASELINE, SOFTREPA, CONTROL = "plain model", "SoftREPA", "denoising loss only"
 MAIN, OPTIONS = "The main comparison", "Other ways to train"
+ABLATION = "Tokens (4) and blocks that have them (3)"
 GUIDANCE_PART, COUNTING_PART = "Other guidance (2 above)", "Counting, with more prompts"
 RELATIVE = {"temperature_mode": "relative", "temperature": 1.0}
 AGSM = {"objective": "agsm"}
@@ -117,8 +118,8 @@ def _rows() -> Iterator[Row]:
     yield Row(f"{HIGH}, hard negatives", HIGH_NOISE | {"hard_negatives": 1}, OPTIONS)
     yield Row(f"{HIGH}, guided contrast 2", HIGH_NOISE | GUIDED, OPTIONS)
     for part, name, values in (
-        ("Number of tokens (4)", "n_tokens", (1, 2, 8, 16)),
-        ("Number of blocks with tokens (3)", "blocks", ("1", "2")),
+        (ABLATION, "n_tokens", (1, 2, 8, 16)),
+        (ABLATION, "blocks", ("1", "2")),
         ("Weight of the denoising loss (0)", "denoising_weight", (1.0, 10.0)),
         ("Batch size (4)", "batch_size", (2, 8, 16)),
         (f"Number of updates ({STEPS})", "steps", (5000,)),

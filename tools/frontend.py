@@ -20,6 +20,12 @@ OPTIONS = (
     "--disable-component-update",
     "--disable-sync",
 )
+OPENING = 120_000
+"""Milliseconds: a fresh page compiles the whole frontend."""
+HAS_ITS_PICTURES = """() => {
+    const images = [...document.querySelectorAll('.node-help-content img')]
+    return images.length && images.every(image => image.naturalWidth > 50)
+}"""
 SEARCH_DIALOG = "Most relevant"
 """What is always written in it."""
 OWN_COMPLAINTS = (
@@ -65,12 +71,13 @@ class Frontend:
             self.errors.append(text)
 
     def open(self) -> None:
-        self.page.goto(f"http://127.0.0.1:{self.port}/")
+        self.page.goto(f"http://127.0.0.1:{self.port}/", timeout=OPENING)
         self.page.wait_for_function(
-            "Boolean(window.app?.isGraphReady && window.app.extensionManager?.workflow?.activeWorkflow)"
+            "Boolean(window.app?.isGraphReady && window.app.extensionManager?.workflow?.activeWorkflow)",
+            timeout=OPENING,
         )
-        self.page.wait_for_function("Boolean(window.LiteGraph?.registered_node_types?.KSampler)")
-        self.page.wait_for_load_state("networkidle")  # a fresh installation loads a graph of its own
+        self.page.wait_for_function("Boolean(window.LiteGraph?.registered_node_types?.KSampler)", timeout=OPENING)
+        self.page.wait_for_load_state("networkidle", timeout=OPENING)  # a fresh installation loads a graph of its own
         self.page.wait_for_timeout(1000)
         self.page.keyboard.press("Escape")
         # texts are drawn however small the graph is shown
@@ -109,8 +116,14 @@ class Frontend:
 
     def settle(self) -> None:
         self.page.wait_for_timeout(700)
+        self.drawn()
         self.command("Comfy.Canvas.FitView")
         self.page.wait_for_timeout(700)
+        self.drawn()
+
+    def drawn(self) -> None:
+        """Places of nodes, widgets and links are those of the last frame, and frames are seldom on a busy machine."""
+        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def start_over(self) -> None:
         """An empty graph at the first zoom, no dialog, no complaint of before. Settings stay."""
@@ -126,18 +139,16 @@ class Frontend:
         self.page.evaluate("app.graph.clear()")
 
     def search(self, words: str) -> None:
-        """Double-click on the empty canvas and type."""
+        """Double-click on the empty canvas and fill in the words; the list of results follows at once."""
         dialog = self.page.get_by_text(SEARCH_DIALOG)
-        for _ in range(12):  # the first clicks may come while the page is still busy
+        for _ in range(4):  # the first click may come while the page is still busy
             self.page.mouse.dblclick(800, 500)
             try:
-                dialog.first.wait_for(timeout=1200)
+                dialog.first.wait_for(timeout=10_000)  # once it is there, another click would add what lies below
                 break
             except TimeoutError:
                 continue
-        self.page.wait_for_timeout(500)
-        self.page.keyboard.type(words)
-        self.page.wait_for_timeout(1000)
+        self.page.locator("input[aria-controls=results-list]").fill(words)
 
     def add(self, class_type: str, x: int = 300, y: int = 200) -> None:
         self.page.evaluate(
@@ -149,12 +160,14 @@ class Frontend:
             [class_type, x, y],
         )
         self.page.wait_for_timeout(300)
+        self.drawn()
 
     def put_down(self, x: int, y: int) -> None:
         """A node that follows the pointer. It is drawn there a little later; a click at once may hit its text boxes."""
         self.page.wait_for_function("app.canvas.state.ghostNodeId != null")
         self.page.mouse.move(x, y)
         self.page.wait_for_timeout(300)
+        self.drawn()
         self.page.mouse.click(x, y)
         self.page.wait_for_function("app.canvas.state.ghostNodeId == null")
 
@@ -168,6 +181,7 @@ class Frontend:
             [scale, offset],
         )
         self.page.wait_for_timeout(500)
+        self.drawn()
 
     def scale(self) -> float:
         return self.page.evaluate("app.canvas.ds.scale")
@@ -250,12 +264,12 @@ class Frontend:
         )
 
     def help(self) -> str:
-        """Select the first node by a click on its title and press its info button; the panel's text."""
+        """Select the first node by a click on its title and press its info button; the panel's text, with pictures."""
         box = self.box("1", margin=0)
         self.page.mouse.click(box["x"] + 120, box["y"] + 15)
         self.page.get_by_test_id("info-button").first.click()
-        self.page.locator(".node-help-content").first.wait_for()
-        self.page.wait_for_timeout(500)
+        self.page.locator(".node-help-content h1").first.wait_for()  # until the page is there it holds a spinner
+        self.page.wait_for_function(HAS_ITS_PICTURES)
         return self.page.locator(".node-help-content").first.inner_text()
 
 

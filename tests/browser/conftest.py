@@ -47,6 +47,9 @@ def fill(work: Path) -> None:
         Image.new("RGB", (64 + 8 * index, 64), (40 * index, 90, 200 - 30 * index)).save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(caption, encoding="utf-8")
     shutil.copy(Path(os.environ["COMFYUI_PATH"]) / "input" / "example.png", work / "input")
+    settings = work / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"Comfy.TutorialCompleted": true}', encoding="utf-8")  # or the templates open by themselves
 
 
 @pytest.fixture(scope="session")

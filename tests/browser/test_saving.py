@@ -41,6 +41,7 @@ def test_a_missing_token_file_is_said_by_comfyui_and_by_us(server, page_of):
     try:
         with page_of(server) as frontend:
             frontend.load(read_graph(ROOT / "workflows" / f"{NAME}.json"))
+            frontend.page.wait_for_function("app.graph._nodes.some(node => node.has_errors)")  # it asks the server
             frontend.screenshot("missing_tokens")
             (wrong,) = (node for node in frontend.nodes() if node["wrong"])
             assert wrong["type"] == "SoftREPALoadTokens"

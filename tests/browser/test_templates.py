@@ -5,6 +5,7 @@ from itertools import combinations
 
 import pytest
 from comfyui_softrepa.softrepa.training.presets import RELATIVE
+from playwright.sync_api import expect
 from softrepa_tests.conftest import ROOT
 
 from tools.frontend import read_graph
@@ -23,10 +24,6 @@ SMALL = {
     "SoftREPAScore": {"batch_size": 2, "batches": 1, "timesteps": "500,900"},
     "SoftREPATrainTokens": {"steps": 4, "batch_size": 2, "preview_every": 2, "preset": RELATIVE},
 }
-WIDTH_OF_PICTURE = """card => {
-    while (!card.querySelector('img')) card = card.parentElement
-    return card.querySelector('img').naturalWidth
-}"""
 RUN = {
     "small_world": ("Save Image",),
     "text_to_image_sd3": ("Save Image",),
@@ -135,9 +132,9 @@ def test_listed_with_their_pictures(frontend):
     assert listed == [workflow.title for workflow in WORKFLOWS][: len(listed)]
     for workflow in WORKFLOWS:
         card = frontend.page.get_by_text(workflow.title, exact=True).first
-        card.scroll_into_view_if_needed()
-        frontend.page.wait_for_timeout(500)
-        assert card.evaluate(WIDTH_OF_PICTURE) == 768, workflow.title
+        card.scroll_into_view_if_needed()  # pictures are fetched as they come into sight
+        picture = card.locator("xpath=ancestor::*[.//img][1]").locator("img").first
+        expect(picture).to_have_js_property("naturalWidth", 768, timeout=20_000)
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.name)

@@ -79,7 +79,7 @@ def test_live_curves(frontend, server, view):
     assert "GB" in text.inner_text()
     box = loss.bounding_box()
     middle = box["y"] + box["height"] / 2
-    page.mouse.move(box["x"] + 60 / 400 * box["width"], middle)  # just right of the axis
+    page.mouse.move(box["x"] + 0.05 * box["width"], middle)  # left of the axis: its first step, however many there are
     page.wait_for_timeout(300)
     assert text.inner_text().splitlines()[1].startswith("step 1: loss")
     page.mouse.down()
@@ -100,7 +100,7 @@ def test_live_curves(frontend, server, view):
         assert page.evaluate(BELOW).startswith("stopped after step")  # the line that is in sight of a small node
         assert view == "classic" or page.locator(f"[aria-label='{PREVIEW_TEXT}'] br").count()  # each on its own
     kept = Path(server.work / "models" / "softrepa" / f"{prefix}_00001.safetensors")
-    assert 5 <= int(token_files.load(kept).metadata["steps"]) < 1000
+    assert 5 <= int(token_files.load(kept).metadata["steps"]) < endless["steps"]
     page.wait_for_function(f"name => {LISTED}.includes(name)", arg=kept.name)  # without pressing R
     assert frontend.prompt() == before  # curves are no input
     values = page.evaluate("app.graph._nodes.find(n => n.type === 'SoftREPATrainTokens').serialize().widgets_values")

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 
 import pytest
 import torch
@@ -129,10 +128,7 @@ def test_what_ends_one_process_ends_all(name):
         if step == 3 and ranks.index == 1:
             raise error
 
-    started = time.monotonic()
-    found = together(3, run, WAYS["paper"], STEPS, True, fails)
-    assert time.monotonic() - started < 60
-    first, failed, last = found
+    first, failed, last = together(3, run, WAYS["paper"], STEPS, True, fails)
     # a refusal is said by the first of a machine alone
     assert type(failed) is (SystemExit if name == "refusal" else type(error))
     if said:
