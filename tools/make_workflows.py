@@ -19,7 +19,8 @@ from pathlib import Path
 from softrepa import __version__
 
 from . import environment
-from .workflow_descriptions import BLUEPRINTS, NOTE_WIDTH, UNTELLING, WORKFLOWS, Blueprint, Column, Node, Note, Workflow
+from .workflows import BLUEPRINTS, WORKFLOWS
+from .workflows.layout import NOTE_WIDTH, UNTELLING, Blueprint, Column, Node, Note, Workflow
 
 ROOT = Path(__file__).absolute().parents[1]
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")

@@ -188,7 +188,7 @@ def photograph_graph(server) -> None:
     from PIL import Image
 
     from .frontend import Frontend, chromium
-    from .workflow_descriptions import WORKFLOWS
+    from .workflows import WORKFLOWS
 
     with chromium() as browser, tempfile.TemporaryDirectory() as folder:
         page = Frontend(browser.new_page(viewport={"width": 1800, "height": 1000}), server.port, Path(folder))
@@ -285,7 +285,7 @@ def main() -> None:
     from softrepa.smallworld.checkpoint import cached_checkpoint
 
     from .server import ComfyServer
-    from .workflow_descriptions import WORKFLOWS
+    from .workflows import WORKFLOWS
 
     checkpoint = cached_checkpoint(environment.cache_folder())
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ from softrepa_tests import published
 from tools import frontend as pages
 from tools.server import ComfyServer
 from tools.standins import stand_in
-from tools.workflow_descriptions import MODELS
+from tools.workflows.models import MODELS
 
 STAND_INS = ("sd15", "sd3")
 CAPTIONS = ("a red square", "a blue circle", "two cats", "a house by the sea", "an empty street", "green hills")

@@ -6,7 +6,7 @@ from softrepa_tests.browser.conftest import fill
 
 from tools import environment
 from tools.server import ComfyServer
-from tools.workflow_descriptions import WORKFLOWS
+from tools.workflows import WORKFLOWS
 
 TEMPLATE = next(workflow for workflow in WORKFLOWS if workflow.name == "small_world")
 as_before = test_training.as_before

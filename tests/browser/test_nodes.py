@@ -5,7 +5,7 @@ from playwright.sync_api import expect
 from softrepa_tests.conftest import ROOT
 
 from tools.translations import LANGUAGES, NOTE, english, memory_of
-from tools.workflow_descriptions import WORKFLOWS
+from tools.workflows import WORKFLOWS
 
 PAGES = sorted(path.stem for path in (ROOT / "nodes" / "web" / "docs").glob("*.md"))
 READ = [

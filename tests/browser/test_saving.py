@@ -9,7 +9,8 @@ from softrepa_tests.conftest import ROOT
 from tools.frontend import read_graph
 from tools.server import ComfyServer
 from tools.standins import stand_in
-from tools.workflow_descriptions import SD3, WORKFLOWS
+from tools.workflows import WORKFLOWS
+from tools.workflows.models import SD3
 
 NAME = next(workflow.title for workflow in WORKFLOWS if workflow.name == "text_to_image_sd3")
 

@@ -9,7 +9,8 @@ from playwright.sync_api import expect
 from softrepa_tests.conftest import ROOT
 
 from tools.frontend import read_graph
-from tools.workflow_descriptions import BLUEPRINTS, UNTELLING, WORKFLOWS
+from tools.workflows import BLUEPRINTS, WORKFLOWS
+from tools.workflows.layout import UNTELLING
 
 SMALL = {
     "EmptyLatentImage": {"width": 128, "height": 128},

@@ -10,7 +10,7 @@ from softrepa_tests.conftest import ROOT
 
 from tools import environment
 from tools.frontend import read_graph
-from tools.workflow_descriptions import WORKFLOWS
+from tools.workflows import WORKFLOWS
 
 TEMPLATE = next(workflow.title for workflow in WORKFLOWS if workflow.name == "train_sd3")
 ALL_IN_ONE = ROOT / "tests" / "data" / "all_in_one"

@@ -8,7 +8,7 @@ from comfyui_softrepa.softrepa import __version__
 from PIL import Image
 from softrepa_tests.conftest import ROOT
 
-from tools.workflow_descriptions import BLUEPRINTS, WORKFLOWS
+from tools.workflows import BLUEPRINTS, WORKFLOWS
 
 FOLDER = ROOT / "workflows"
 DIRECTORIES = {
