@@ -5,7 +5,7 @@ from torch import nn
 
 from ...errors import SoftREPAError
 from ...families import FAMILIES, Family
-from .adapter import Adapter, ModelShape
+from .adapter import Adapter, ModelShape, uncompiled
 from .joint import Joint
 from .sequence import Sequences
 from .unet import UNet
@@ -54,8 +54,7 @@ def most_cells(model: ModelPatcher) -> int | None:
 
 
 def network_of(model: ModelPatcher) -> nn.Module:
-    network = model.get_model_object("diffusion_model")
-    return getattr(network, "_orig_mod", network)  # torch.compile wraps the module
+    return uncompiled(model.get_model_object("diffusion_model"))
 
 
 def is_guard(hook) -> bool:

@@ -76,3 +76,8 @@ class Adapter(Protocol):
 
     def most_cells(self, network: nn.Module) -> int | None:
         """The longest side of a latent that a network of this adapter has positions for; None for any other."""
+
+
+def uncompiled(network: nn.Module) -> nn.Module:
+    """The network itself, where torch.compile wraps it."""
+    return getattr(network, "_orig_mod", network)

@@ -20,7 +20,7 @@ from ..tokens.attention import OVERRIDE, key_bias
 from ..tokens.call_state import KEY, CallState, Place, call_state, refuse_unweighed
 from ..training.frozen import ForeignTensors
 from ..training.recomputation import recomputed, rotations_have_a_backward
-from .adapter import ModelShape
+from .adapter import ModelShape, uncompiled
 from .architectures import ARCHITECTURES, Architecture, BlockName, Modulation
 from .noising import NOISINGS
 
@@ -121,7 +121,7 @@ def class_name(network: nn.Module) -> str:
 
 def known(network: nn.Module) -> Architecture:
     """Of a network that has been recognised, compiled as a whole or not."""
-    return ARCHITECTURES[class_name(getattr(network, "_orig_mod", network))]
+    return ARCHITECTURES[class_name(uncompiled(network))]
 
 
 def options_among(args: tuple, kwargs: dict) -> dict:
