@@ -132,8 +132,8 @@ def trained_tokens(work: Path, job: Job) -> Path:
         if not kept.exists():
             data = {"checkpoint": CHECKPOINT_NAME, "folder": training_folder(work), "resolution": 96}
             named = {"filename_prefix": job.trained_as, "resume": True}
-            options = (wrong_by(job.wrong_by), also_learning(job.guided_weight))
-            with options[0], options[1], contextlib.redirect_stderr(io.StringIO()):  # its progress line
+            # training says its progress
+            with wrong_by(job.wrong_by), also_learning(job.guided_weight), contextlib.redirect_stderr(io.StringIO()):
                 trained = headless.train(data | job.training | FAST | named)
             write_atomically(kept, lambda temporary: shutil.copyfile(trained, temporary))
     return kept

@@ -195,7 +195,7 @@ class Job:
     @property
     def _trained(self) -> dict:
         """What decides the tokens."""
-        besides = {"wrong_by": self.wrong_by, "guided_weight": self.guided_weight}
+        besides = {"wrong_by": self.wrong_by, "guided": self.guided_weight and [self.guided_weight, CFG]}
         return self.training | {name: value for name, value in besides.items() if value}
 
     def _hash(self, facts: list) -> str:

@@ -23,6 +23,7 @@ class ToyPairs:
 
     def guided(self, rows, batch, empty, scale, micro_batch):
         """Of images as targets: between the caption and the empty one, and beyond."""
+        assert (batch.compared.sum(dim=1) <= 1).all()  # or the last caption's would stand for all
         own = torch.stack([cond["cross_attn"] for cond in batch.conds[: len(batch.latents)]])
         guided = empty["cross_attn"] + scale * (own - empty["cross_attn"])
         return guided.view_as(batch.latents) * batch.compared.any(dim=1).view(-1, 1, 1, 1)

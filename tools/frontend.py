@@ -122,7 +122,7 @@ class Frontend:
         self.drawn()
 
     def drawn(self) -> None:
-        """Places of nodes, widgets and links are those of the last frame, and frames are seldom on a busy machine."""
+        """Places of nodes, widgets and links are those of the last frame, and frames are rare on a busy machine."""
         self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def start_over(self) -> None:

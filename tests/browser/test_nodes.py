@@ -69,7 +69,7 @@ def test_found_by_search_and_added(frontend, words):
 def test_found_first(frontend, words):
     frontend.search(words)
     found = frontend.page.get_by_test_id("result-item").filter(has_text="comfyui-softrepa")
-    expect(found.first).to_contain_text(FIRST[words], timeout=20_000)  # the list is drawn anew at every letter
+    expect(found.first).to_contain_text(FIRST[words], timeout=20_000)
     titles = [text.splitlines()[0] for text in found.all_inner_texts()]
     assert titles[0] == FIRST[words]
     assert "Train SoftREPA Tokens (all in one)" not in titles
