@@ -93,6 +93,7 @@ BASELINE, SOFTREPA, CONTROL = "plain model", "SoftREPA", "denoising loss only"
 MAIN, OPTIONS = "The main comparison", "Other ways to train"
 ABLATION = "Tokens (4) and blocks that have them (3)"
 GUIDANCE_PART, COUNTING_PART = "Other guidance (2 above)", "Counting, with more prompts"
+AGAIN_PART = "Without guidance, on other prompts"
 RELATIVE = {"temperature_mode": "relative", "temperature": 1.0}
 AGSM = {"objective": "agsm"}
 RANKING = {"contrast": "ranking"}
@@ -136,6 +137,8 @@ def _rows() -> Iterator[Row]:
     for cfg, names in ((1.0, (*ways, *learned, BOTH, HIGH, OTHER_NUMBERS)), (3.0, ways[:2]), (5.0, ways[:2])):
         for name in names:
             yield _again(name, f"cfg {cfg:g}", GUIDANCE_PART, cfg=cfg, test=GUIDANCE)
+    for name in (BASELINE, SOFTREPA, BOTH):
+        yield _again(name, "cfg 1, other prompts", AGAIN_PART, cfg=1.0, test=REPORTED)
     for name in (*ways, HIGH, "guided contrast 2", OTHER_NUMBERS):
         yield _again(name, "counting", COUNTING_PART, test=COUNTING)
 
