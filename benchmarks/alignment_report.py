@@ -79,8 +79,8 @@ NOTES = {
     ABLATION: "The model has three blocks. The paper's ablation of SD3 (table 7) stands beside these figures in "
     "`docs/study.md`.",
     GUIDANCE_PART: f"Prompts of their own, {TESTS[GUIDANCE]} of each category. {FOUND_BEFORE}",
-    AGAIN_PART: f"What was found without guidance, tested on the prompts of the last section, {TESTS[REPORTED]} of each "
-    "category, with the same runs of training. The last section has other runs of SoftREPA.",
+    AGAIN_PART: f"What was found without guidance, with the same runs of training on other prompts, {TESTS[REPORTED]} "
+    "of each category, those that the last section reports on.",
     COUNTING_PART: f"Prompts of their own, {TESTS[COUNTING]} of the numbers of shapes that no training caption says. "
     f"{FOUND_BEFORE}",
 }

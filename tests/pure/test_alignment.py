@@ -202,7 +202,11 @@ def places_rows(like):
 def test_what_decides_a_figure_is_in_its_name():
     rows = [*ROWS.values(), *places_rows(SOFTREPA)]
     jobs = [job for row in rows for device in alignment_rows.DEVICES for job in row.jobs(device)]
-    assert len({job.key for job in jobs}) == len(jobs)
+    decides = {
+        (job.row.cfg, job.row.test, job.row.placing, job.device, None if job.row.training is None else job.trained_as)
+        for job in jobs
+    }
+    assert len({job.key for job in jobs}) == len(decides) > 500
     trained = {(job.seed, job.device): job.trained_as for job in jobs if job.row.like == SOFTREPA}
     assert len(set(trained.values())) == len(trained) == 2 * (alignment_rows.SEEDS + alignment_places.RUNS)
     assert trained[0, "cpu"] == ROWS[SOFTREPA].jobs()[0].trained_as
