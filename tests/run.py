@@ -2,7 +2,7 @@
 
 python3 -m tests.run [--comfyui VERSION] [--python PATH] [--frontend VERSION] [--every-family] [pytest arguments]
 
-All tests run on four processes, a file on one of them, for many wait for a browser; with arguments pytest decides.
+All tests run on three processes, a file on one of them, for many wait for a browser; with arguments pytest decides.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from tools import environment
 EVERY_FAMILY = "SOFTREPA_EVERY_FAMILY"
 """Set: what runs on one family of each kind runs on all (`of_families.py`)."""
 EVERYTHING = [
-    "--numprocesses=4",
+    "--numprocesses=3",
     "--dist=loadfile",
     "--no-loadscope-reorder",
     "--verbose",
