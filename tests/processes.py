@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from comfyui_softrepa.softrepa.training.ranks import joined
 
-SECONDS = 600
+SECONDS = 120
 """Until a process counts as hanging."""
 
 

@@ -100,7 +100,7 @@ def test_live_curves(frontend, server, view):
         assert page.evaluate(BELOW).startswith("stopped after step")  # the line that is in sight of a small node
         assert view == "classic" or page.locator(f"[aria-label='{PREVIEW_TEXT}'] br").count()  # each on its own
     kept = Path(server.work / "models" / "softrepa" / f"{prefix}_00001.safetensors")
-    assert 5 <= int(token_files.load(kept).metadata["steps"]) < endless["steps"]
+    assert 5 <= int(token_files.load(kept).metadata["steps"]) < 1000
     page.wait_for_function(f"name => {LISTED}.includes(name)", arg=kept.name)  # without pressing R
     assert frontend.prompt() == before  # curves are no input
     values = page.evaluate("app.graph._nodes.find(n => n.type === 'SoftREPATrainTokens').serialize().widgets_values")

@@ -24,7 +24,7 @@ def endless(models) -> None:
         train(models, "sd3", steps=10**6, **OFTEN)
 
 
-def wait_for_checkpoint(seconds: float = 300) -> None:
+def wait_for_checkpoint(seconds: float = 60) -> None:
     before, end = written(), time.monotonic() + seconds
     while written() == before:
         assert time.monotonic() < end, f"no checkpoint within {seconds} s"

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -128,7 +129,10 @@ def test_what_ends_one_process_ends_all(name):
         if step == 3 and ranks.index == 1:
             raise error
 
-    first, failed, last = together(3, run, WAYS["paper"], STEPS, True, fails)
+    started = time.monotonic()
+    found = together(3, run, WAYS["paper"], STEPS, True, fails)
+    assert time.monotonic() - started < 60
+    first, failed, last = found
     # a refusal is said by the first of a machine alone
     assert type(failed) is (SystemExit if name == "refusal" else type(error))
     if said:
