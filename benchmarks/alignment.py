@@ -28,7 +28,6 @@ from unittest import mock
 
 from benchmarks.alignment_rows import (
     BATCHES,
-    CFG,
     CPU,
     DEVELOPMENT,
     DEVICES,
@@ -133,7 +132,7 @@ def trained_tokens(work: Path, job: Job) -> Path:
             data = {"checkpoint": CHECKPOINT_NAME, "folder": training_folder(work), "resolution": 96}
             named = {"filename_prefix": job.trained_as, "resume": True}
             # training says its progress
-            with wrong_by(job.wrong_by), also_learning(job.guided_weight), contextlib.redirect_stderr(io.StringIO()):
+            with wrong_by(job.wrong_by), contextlib.redirect_stderr(io.StringIO()):
                 trained = headless.train(data | job.training | FAST | named)
             write_atomically(kept, lambda temporary: shutil.copyfile(trained, temporary))
     return kept
@@ -149,38 +148,6 @@ def wrong_by(what: str) -> Iterator[None]:
     from softrepa.data import dataset
 
     with mock.patch.object(dataset, "swaps", other_numbers):
-        yield
-
-
-@contextlib.contextmanager
-def also_learning(weight: float) -> Iterator[None]:
-    """Beside the contrast tokens learn what the model predicts at guidance CFG, which the pack itself does alone.
-
-    The loss is that of the contrast and `weight` times the mean of each image's error under its own caption, beside
-    what the plain model predicts there at that guidance.
-    """
-    if not weight:
-        yield
-        return
-    import torch
-
-    from softrepa.training.loss import denoising_loss
-    from softrepa.training.pairs import Guidance, backward_through_pairs
-    from softrepa.training.trainer import Trainer
-
-    contrast = Trainer._contrast
-
-    def both(self, batch, micro_batch, shared):
-        value, errors = contrast(self, batch, micro_batch, shared)
-        own = batch.only(torch.eye(*batch.compared.shape, dtype=torch.bool))
-        rows = self.tokens.rows(batch.t, self.pairs.embed)
-        guidance = Guidance(self.empty, CFG, is_learned=True)
-        learned, _ = backward_through_pairs(
-            rows, self.pairs, own, micro_batch, lambda errors: weight * denoising_loss(errors), guidance=guidance
-        )
-        return value + learned, errors
-
-    with mock.patch.object(Trainer, "_contrast", both):
         yield
 
 

@@ -64,8 +64,7 @@ class Row:
 
     `like` is the row whose tokens it takes instead of training its own, `test` which of `TESTS` it takes, `placing`
     where the tokens act in it, `first_seed` the seed of the first of its runs. Its hard negatives are the pack's own,
-    two swapped words, or with `wrong_by` NUMBERS those of `study.other_numbers`. `guided_weight` is that of learning
-    what the model predicts at guidance CFG, beside the contrast.
+    two swapped words, or with `wrong_by` NUMBERS those of `study.other_numbers`.
     """
 
     name: str
@@ -78,7 +77,6 @@ class Row:
     placing: Placing = Placing()
     first_seed: int = 0
     wrong_by: str = SWAPS
-    guided_weight: float = 0.0
 
     @property
     def has_own_tokens(self) -> bool:
@@ -101,6 +99,7 @@ GUIDED = {"objective": "guided contrast", "guidance_scale": 2.0}
 HIGH, HIGH_NOISE = "high noise", {"min_timestep": 750}
 OTHER_NUMBERS = "negatives of other numbers"
 BOTH = "SoftREPA and guidance 2 learned"
+BOTH_LEARNED = {"guidance_weight": 10.0, "guidance_scale": 2.0}
 
 
 def _rows() -> Iterator[Row]:
@@ -115,7 +114,7 @@ def _rows() -> Iterator[Row]:
     yield Row("AGSM, hard negatives", AGSM | {"hard_negatives": 1}, OPTIONS)
     for scale in (2.0, 3.0):
         yield Row(f"guidance {scale:g} learned", {"objective": "guidance", "guidance_scale": scale}, OPTIONS)
-    yield Row(BOTH, {}, OPTIONS, guided_weight=10.0)  # the paper's weight of its denoising loss for SD1.5 and SDXL
+    yield Row(BOTH, BOTH_LEARNED, OPTIONS)
     yield Row("guided contrast 2", GUIDED, OPTIONS)
     yield Row("ranking loss", RANKING, OPTIONS)
     yield Row("guided contrast 2, ranking loss", GUIDED | RANKING, OPTIONS)
@@ -173,10 +172,6 @@ class Job:
         return self._trains.wrong_by
 
     @property
-    def guided_weight(self) -> float:
-        return self._trains.guided_weight
-
-    @property
     def key(self) -> str:
         trained = None if self.row.training is None else self._trained
         facts = [VERSION, trained, self.row.cfg, PICTURES, PROMPTS, BATCHES, HARD, TEMPERATURE]
@@ -198,8 +193,7 @@ class Job:
     @property
     def _trained(self) -> dict:
         """What decides the tokens."""
-        besides = {"wrong_by": self.wrong_by, "guided": self.guided_weight and [self.guided_weight, CFG]}
-        return self.training | {name: value for name, value in besides.items() if value}
+        return self.training | ({"wrong_by": self.wrong_by} if self.wrong_by else {})
 
     def _hash(self, facts: list) -> str:
         own = [] if self.device == CPU else [self.device]

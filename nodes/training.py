@@ -30,7 +30,7 @@ OPTIONS = (
     # how the run goes
     *("checkpointing", "micro_batch", "checkpoint_every", "on_no_contrast", "preview_cfg"),
     # behind them what came later: saved graphs hold the values in this order
-    *("contrast", "min_timestep", "max_timestep"),
+    *("contrast", "min_timestep", "max_timestep", "guidance_weight"),
 )
 """What few people set, by subject."""
 ALL_IN_ONE = (

@@ -31,9 +31,10 @@ USED_BY = {
     "positive_guidance": ("agsm",),
     "negative_guidance": ("agsm",),
     "teacher_decay": ("agsm",),
+    "guidance_weight": ("contrastive",),
     "guidance_scale": ("guidance", "guided contrast"),
 }
-"""Settings that not every objective has."""
+"""Settings that not every objective has; `guidance_scale` is used with `guidance_weight` as well."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Settings:
 
     What is neither the paper's nor AGSM's: `temperature_mode`, `symmetric` and `contrast` (`loss.contrastive_loss`),
     and `hard_negatives`, up to how many captions wrong by two swapped words each image is compared with as well.
-    `guidance_scale` is that of the predictions that objective "guidance" learns and "guided contrast" compares.
+    `guidance_scale` is that of the predictions that objective "guidance" learns and "guided contrast" compares; with
+    `guidance_weight` they are learned beside the contrast, too, and their error counts so much in the loss.
     `negatives`: how many captions of other images each image is compared with; 0 are all the others of its batch. More
     than those are drawn from the dataset. Timesteps are drawn from `min_timestep` to `max_timestep`.
     """
@@ -74,6 +76,7 @@ class Settings:
     negative_guidance: float = agsm.NEGATIVE_GUIDANCE
     teacher_decay: float = agsm.TEACHER_DECAY
     guidance_scale: float = 4.0
+    guidance_weight: float = 0.0
     contrast: str = loss.CROSS_ENTROPY
     min_timestep: int = noising.FIRST
     max_timestep: int = noising.LAST
@@ -94,7 +97,8 @@ class TrainingConfig(Settings):
         names = {name: at_least(low) for name, low in least.items()}
         guidance = ("positive_guidance", "negative_guidance")
         rates = ("learning_rate", "minimum_learning_rate")
-        names |= dict.fromkeys((*rates, "weight_decay", "gradient_clip", "denoising_weight", *guidance), FROM_0)
+        weights = ("denoising_weight", "guidance_weight")
+        names |= dict.fromkeys((*rates, "weight_decay", "gradient_clip", *weights, *guidance), FROM_0)
         names |= dict.fromkeys(("temperature", "logit_scale", "agsm_temperature", "guidance_scale"), ABOVE_0)
         names |= dict.fromkeys(("ema_decay", "caption_dropout", "teacher_decay"), SHARE_BELOW_1)
         for name, expected in names.items():
@@ -117,9 +121,9 @@ class TrainingConfig(Settings):
                 f"symmetric is True, expected False with negatives {self.negatives}: no caption would be compared with "
                 "all images."
             )
-        for name, objectives in USED_BY.items():
+        for name in USED_BY:
             default = type(self).__dataclass_fields__[name].default
-            if self.objective not in objectives and getattr(self, name) != default:
+            if not self.uses(name) and getattr(self, name) != default:
                 wanted = "its default" if default is None else f"its default, {default},"
                 raise SoftREPAError(
                     f"{name} is {getattr(self, name)}, expected {wanted} with objective {self.objective}, which does "
@@ -130,6 +134,11 @@ class TrainingConfig(Settings):
                 f"logit_scale is {self.logit_scale}, expected its default, {loss.LOGIT_SCALE}, with contrast ranking, "
                 "which does not use it."
             )
+
+    def uses(self, name: str) -> bool:
+        """Whether a setting decides anything with this objective."""
+        is_learned_beside = name == "guidance_scale" and self.guidance_weight > 0
+        return is_learned_beside or name not in USED_BY or self.objective in USED_BY[name]
 
     @property
     def middle_timestep(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from ..data.dataset import Dataset
 from ..families import format_blocks
 from ..tokens import SoftTokens
-from .config import USED_BY, TrainingConfig
+from .config import TrainingConfig
 from .inputs import TrainingInputs
 from .loss import CROSS_ENTROPY
 from .noising import FIRST, LAST
@@ -37,7 +37,8 @@ def run_identity(
     del settings["steps"]
     later = {
         "negatives": config.negatives > 0,
-        "guidance_scale": config.objective in USED_BY["guidance_scale"],
+        "guidance_scale": config.uses("guidance_scale"),
+        "guidance_weight": config.guidance_weight > 0,
         "contrast": config.contrast != CROSS_ENTROPY,
         "min_timestep": config.min_timestep != FIRST,
         "max_timestep": config.max_timestep != LAST,

@@ -60,6 +60,10 @@ class StepBatch:
         """The same images and captions, and of the pairs these."""
         return replace(self, compared=compared)
 
+    def matching(self) -> "StepBatch":
+        """Each image with its own caption alone."""
+        return self.only(torch.eye(*self.compared.shape, dtype=torch.bool))
+
     def under(self, cond: Cond) -> "StepBatch":
         """The images that are compared with anything, each under this caption alone."""
         return replace(self, conds=[cond], compared=self.compared.any(dim=1, keepdim=True))

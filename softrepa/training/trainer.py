@@ -175,9 +175,9 @@ class Trainer:
         few = 0 < config.negatives < len(latents) - 1
         order = torch.randperm(len(latents), generator=self.generator) if few else None
         compared = loss.comparison([len(captions) for captions in wrong], len(conds), config.negatives, order)
-        if config.objective in ALONE_WITH_ITS_CAPTION:
-            compared = torch.eye(len(latents), len(conds), dtype=torch.bool)
         batch = StepBatch(latents, noise, [*conds, *chain(*wrong)], t, compared)
+        if config.objective in ALONE_WITH_ITS_CAPTION:
+            batch = batch.matching()
         if config.objective == "agsm":
             value, errors = self._match_scores(batch, micro_batch)
         else:
@@ -185,7 +185,7 @@ class Trainer:
         self._check_number("loss", value.item())
         is_retrieval = config.objective in CONTRASTIVE  # AGSM's captions are not all read with one bank
         shared = slice(len(conds))
-        accuracy = loss.retrieval_accuracy(errors[:, shared], compared[:, shared]) if is_retrieval else math.nan
+        accuracy = loss.retrieval_accuracy(errors[:, shared], batch.compared[:, shared]) if is_retrieval else math.nan
         return t, value.item(), accuracy, errors.diagonal().mean().item()
 
     def objective(self, errors: Tensor, compared: Tensor | None = None, shared: int | None = None) -> Tensor:
@@ -207,25 +207,43 @@ class Trainer:
 
     def _contrast(self, batch: StepBatch, micro_batch: int, shared: int) -> tuple[Tensor, Tensor]:
         config = self.config
+        # these look at the whole batch: at its mean error, and at its columns
+        is_by_row = config.temperature_mode != "relative" and not config.symmetric
+        objective = partial(self.objective, compared=batch.compared, shared=shared)
+        value, errors = self._backward(batch, micro_batch, objective, self.guidance, is_by_row)
+        if config.guidance_weight:
+            learned, _ = self._backward(
+                batch.matching(),
+                micro_batch,
+                lambda errors: config.guidance_weight * loss.denoising_loss(errors),
+                self._guidance(is_learned=True),
+            )
+            value = value + learned
+        return value, errors
+
+    def _backward(
+        self,
+        batch: StepBatch,
+        micro_batch: int,
+        objective: Callable[[Tensor], Tensor],
+        guidance: Guidance | None,
+        is_by_row: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        rows = self.tokens.rows(batch.t, self.pairs.embed)
         return backward_through_pairs(
-            self.tokens.rows(batch.t, self.pairs.embed),
-            self.pairs,
-            batch,
-            micro_batch,
-            lambda errors: self.objective(errors, batch.compared, shared),
-            # these look at the whole batch: at its mean error, and at its columns
-            is_by_row=config.temperature_mode != "relative" and not config.symmetric,
-            ranks=self.ranks,
-            guidance=self.guidance,
+            rows, self.pairs, batch, micro_batch, objective, is_by_row, ranks=self.ranks, guidance=guidance
         )
 
     @property
     def guidance(self) -> Guidance | None:
-        """Of the predictions whose errors are compared, or of those that are learned."""
-        if self.config.objective not in ("guidance", "guided contrast"):
-            return None
+        """Of the predictions whose errors are compared, or of those that are learned alone."""
+        if self.config.objective in ("guidance", "guided contrast"):
+            return self._guidance(is_learned=self.config.objective == "guidance")
+        return None
+
+    def _guidance(self, is_learned: bool) -> Guidance:
         assert self.empty is not None
-        return Guidance(self.empty, self.config.guidance_scale, is_learned=self.config.objective == "guidance")
+        return Guidance(self.empty, self.config.guidance_scale, is_learned)
 
     def _match_scores(self, batch: StepBatch, micro_batch: int) -> tuple[Tensor, Tensor]:
         config = self.config

@@ -31,6 +31,7 @@ TRAINING = (
     "ema_decay",
     "caption_dropout",
     "guidance_scale",
+    "guidance_weight",
     "preview_cfg",
 )
 OF_THE_DATASET = ("validation_percent", "cache_gb")

@@ -13,9 +13,10 @@ from comfyui_softrepa.softrepa.comfy.training.score_matching import regression
 from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
 from comfyui_softrepa.softrepa.training import agsm
+from comfyui_softrepa.softrepa.training.config import TrainingConfig
 from comfyui_softrepa.softrepa.training.loss import comparison, contrastive_loss, denoising_loss
 from comfyui_softrepa.softrepa.training.pairs import MOST_KEPT, Guidance, StepBatch, backward_through_pairs
-from comfyui_softrepa.softrepa.training.trainer import TrainableTokens
+from comfyui_softrepa.softrepa.training.trainer import TrainableTokens, Trainer
 from softrepa_tests.golden_step import TIMESTEP, short_batch
 from softrepa_tests.learning import train
 from softrepa_tests.of_families import UNET_AND_JOINT
@@ -58,6 +59,13 @@ class Plain:
 
     def output(self, i, j, rows):
         return self.network.output(self.seen[i : i + 1], self.sigma, self.captions.of[j], rows.unsqueeze(0))[0]
+
+    def guided(self, i, nothing, scale):
+        """What the model without tokens predicts at a guidance, where caption `nothing` is the empty one."""
+        seen, of = self.seen[i : i + 1], self.captions.of
+        with torch.no_grad():
+            own, without = (self.network.output(seen, self.sigma, of[j])[0] for j in (i, nothing))
+            return scale * own - (scale - 1) * without
 
     def error(self, i, j, rows):
         return (self.output(i, j, rows) - self.target[i]).square().mean()
@@ -159,11 +167,7 @@ def test_guidance(models, family, micro_batch):
         rows = plain.rows(by_hand.t)
         loss = 0.0
         for i in range(3):
-            seen = by_hand.seen[i : i + 1]
-            with torch.no_grad():
-                own, nothing = (by_hand.network.output(seen, by_hand.sigma, by_hand.captions.of[j]) for j in (i, 3))
-                aim = scale * own - (scale - 1) * nothing
-            loss = loss + (by_hand.output(i, i, rows) - aim[0]).square().mean() / 3
+            loss = loss + (by_hand.output(i, i, rows) - by_hand.guided(i, 3, scale)).square().mean() / 3
         loss.backward()
 
         network = TrainableNetwork(models[family], ours.blocks)
@@ -174,6 +178,34 @@ def test_guidance(models, family, micro_batch):
         value, _ = backward_through_pairs(rows, network, own, micro_batch, denoising_loss, guidance=guidance)
     assert abs(value - loss) <= 1e-5 * loss.abs()
     same_gradients(ours, plain)
+
+
+@UNET_AND_JOINT
+@pytest.mark.parametrize("micro_batch", MICRO_BATCHES)
+def test_guidance_learned_beside_the_contrast(models, family, micro_batch):
+    """Both losses written out on one plain graph, hard negatives among the captions that are compared."""
+    scale, weight, empty = 3.0, 0.7, with_wrong_captions(family)[2][4]
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        by_hand = Plain(models[family], family)
+        stack.enter_context(by_hand.network.trainable())
+        plain = TrainableTokens(tokens_for(family))
+        rows = plain.rows(by_hand.t)
+        loss = 0.0
+        for i, captions in enumerate(OWN_CAPTIONS):
+            errors = torch.stack([by_hand.error(i, j, rows) for j in captions])
+            scores = 4 * torch.exp(-errors / 2)
+            loss = loss - (scores[captions.index(i)] - scores.exp().sum().log()) / 3 + errors[i] / 3
+            loss = loss + weight * (by_hand.output(i, i, rows) - by_hand.guided(i, 4, scale)).square().mean() / 3
+        loss.backward()
+
+        config = TrainingConfig(temperature=2.0, denoising_weight=1.0, guidance_scale=scale, guidance_weight=weight)
+        ours = Trainer(config, tokens_for(family), TrainableNetwork(models[family], plain.blocks), None, empty)
+        batch = StepBatch(*with_wrong_captions(family), by_hand.t, comparison(WRONG))
+        value, errors = ours._contrast(batch, micro_batch, 3)
+        matrix = [[by_hand.error(i, j, rows).item() for j in range(3)] for i in range(3)]
+    assert abs(value - loss) <= 1e-5 * loss.abs()
+    assert relative_error(errors[:, :3], torch.tensor(matrix)) <= 1e-5
+    same_gradients(ours.tokens, plain)
 
 
 GUIDED = {
@@ -230,6 +262,7 @@ OTHERS = [
     {"hard_negatives": 1, "symmetric": True, "temperature_mode": "relative", "temperature": 1.0},
     {"objective": "denoising"},
     {"preset": "guidance", "guidance_scale": 2.0},
+    {"preset": "paper and guidance", "guidance_scale": 2.0, "temperature": 2.0, "hard_negatives": 1},
     {"objective": "guided contrast", "guidance_scale": 2.0, "temperature": 2.0, "contrast": "ranking"},
 ]
 

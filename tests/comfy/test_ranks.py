@@ -30,6 +30,7 @@ WAYS = {
     "paper": {"temperature": 2.0, "ema_decay": 0.9, "caption_dropout": 0.5, "accumulation": 2},
     "hard negatives": {"preset": "hard negatives", "temperature": 1.0, "temperature_mode": "relative"},
     "guided contrast": {"objective": "guided contrast", "guidance_scale": 2.0, "temperature": 2.0},
+    "paper and guidance": {"preset": "paper and guidance", "guidance_scale": 2.0, "temperature": 2.0},
     "AGSM": {"preset": "AGSM", "hard_negatives": 1},
 }
 

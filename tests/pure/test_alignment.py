@@ -7,9 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from softrepa_tests.toy_training import WIDTH, ToyPairs, batches
 
 from benchmarks import alignment, alignment_figures, alignment_places, alignment_rows, alignment_tests
 from benchmarks.alignment_figures import ALL_RIGHT, Found, derived, difference, shown
@@ -19,10 +17,7 @@ from benchmarks.alignment_report import CATEGORIES, plot, report
 from benchmarks.alignment_rows import BASELINE, CONTROL, ROWS, SOFTREPA, Job
 from benchmarks.smallworld import study
 from benchmarks.smallworld.tokens import CATEGORIES as TRAINED
-from softrepa.families import FAMILIES
 from softrepa.smallworld.world import COLOURS, SHAPES, Group, Spec, draw, plain_caption, random_scene
-from softrepa.training.config import TrainingConfig
-from softrepa.training.trainer import Trainer, new_tokens
 
 
 def test_what_is_held_out():
@@ -215,26 +210,6 @@ def test_what_decides_a_figure_is_in_its_name():
     assert Job(numbers, 0).trained_as != Job(swaps, 0).trained_as
     again = ROWS[f"{numbers.name}, counting"].jobs()[0]
     assert (again.wrong_by, again.trained_as) == (alignment_rows.NUMBERS, Job(numbers, 0).trained_as)
-
-
-def test_the_contrast_and_guidance_learned():
-    """Two objectives of the pack on one batch, added."""
-
-    def gradients(**config):
-        start = new_tokens(FAMILIES["sd3"], WIDTH, 2, 3, True, 0, None)
-        one = Trainer(TrainingConfig(**config), start, ToyPairs(), batches(), {"cross_attn": torch.zeros(WIDTH)})
-        one._accumulate(1)
-        return {name: value.grad for name, value in one.tokens.named_parameters()}
-
-    weight = ROWS[alignment_rows.BOTH].guided_weight
-    with alignment.also_learning(weight):
-        both = gradients(temperature=1.0)
-    contrast = gradients(temperature=1.0)
-    learned = gradients(objective="guidance", guidance_scale=alignment_rows.CFG)
-    for name, found in both.items():
-        assert torch.allclose(found, contrast[name] + weight * learned[name], rtol=1e-5, atol=1e-7)
-        assert not torch.allclose(found, contrast[name], rtol=1e-2)
-    assert Job(ROWS[alignment_rows.BOTH], 0).trained_as != Job(ROWS[SOFTREPA], 0).trained_as
 
 
 def test_the_best_of_each_guidance_is_reported(made_up):

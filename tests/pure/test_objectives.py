@@ -1,5 +1,7 @@
 """The objectives' own sums, on small numbers."""
 
+import math
+
 import pytest
 import torch
 from comfyui_softrepa.softrepa.data.ahead import AtHand
@@ -187,6 +189,12 @@ def test_hard_negatives_that_cannot_be():
         ({"contrast": "ranking", "logit_scale": 2.0}, "logit_scale is 2.0, expected its default, 4.0, with contrast"),
         ({"objective": "denoising", "contrast": "ranking"}, "contrast is ranking, expected its default, cross-entropy"),
         ({"guidance_scale": 2.0}, "guidance_scale is 2.0, expected its default, 4.0, with objective contrastive"),
+        ({"guidance_weight": -1.0}, "guidance_weight is -1.0, expected 0 or more"),
+        ({"guidance_weight": math.nan}, "guidance_weight is nan, expected 0 or more"),
+        (
+            {"objective": "guided contrast", "guidance_weight": 1.0},
+            "guidance_weight is 1.0, expected its default, 0.0, with objective guided contrast",
+        ),
         ({"min_timestep": 800, "max_timestep": 700}, "min_timestep is 800 and max_timestep 700, expected 0 to 999"),
         ({"max_timestep": 1000}, "min_timestep is 0 and max_timestep 1000, expected 0 to 999"),
         ({"min_timestep": -1}, "min_timestep is -1 and max_timestep 999, expected 0 to 999"),
@@ -204,6 +212,24 @@ def test_timesteps_are_drawn_where_they_are_asked_for():
     run = trainer(min_timestep=998)
     assert {run.step(1).timestep for _ in range(20)} == {998, 999}
     assert [TrainingConfig(steps=1, **asked).middle_timestep for asked in ({}, {"min_timestep": 700})] == [500, 850]
+
+
+@pytest.mark.parametrize("temperature_mode", ["fixed", "relative"])
+def test_guidance_learned_beside_the_contrast_is_their_sum(temperature_mode):
+    def step(**config):
+        one = trainer(**config)
+        _, value, accuracy, error = one._accumulate(1)
+        return {name: each.grad for name, each in one.tokens.named_parameters()}, value, accuracy, error
+
+    contrast = {"temperature_mode": temperature_mode, "denoising_weight": 0.5}
+    both, value, *seen = step(guidance_weight=3.0, guidance_scale=2.0, **contrast)
+    alone, paper, *expected = step(**contrast)
+    learned, beside, *_ = step(objective="guidance", guidance_scale=2.0, temperature=0.07)
+    assert seen == expected  # retrieval and error are those of the contrast
+    assert value == pytest.approx(paper + 3 * beside)
+    for name, found in both.items():
+        assert torch.allclose(found, alone[name] + 3 * learned[name], rtol=1e-5, atol=1e-7), name
+        assert not torch.allclose(found, alone[name], rtol=1e-2), name
 
 
 def test_the_control_compares_nothing():

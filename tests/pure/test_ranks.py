@@ -31,6 +31,7 @@ WAYS = {
     },
     "guidance": {"batch_size": 5, "objective": "guidance", "temperature": 0.07, "optimizer": "SGD"},
     "guided": {"batch_size": 4, "objective": "guided contrast", "guidance_scale": 2.5, "contrast": "ranking"},
+    "paper and guidance": {"batch_size": 4, "guidance_weight": 0.5, "guidance_scale": 2.0, "denoising_weight": 0.5},
     "AGSM": {"batch_size": 3, "objective": "agsm", "temperature": 0.07, "teacher_decay": 0.9},
 }
 
