@@ -28,6 +28,7 @@ from unittest import mock
 
 from benchmarks.alignment_rows import (
     BATCHES,
+    CONFIRMED,
     CPU,
     DEVELOPMENT,
     DEVICES,
@@ -111,7 +112,7 @@ def test(work: Path, name: str):
     from benchmarks.smallworld.study import SEED, Test, held_out
 
     stock, one = stock_model(work), asked(name)
-    if name in (DEVELOPMENT, REPORTED):
+    if name in (DEVELOPMENT, REPORTED, CONFIRMED):
         noise = 1000 * list(TESTS).index(name)
         return Test(stock, one.prompts, one.seed, spec_of=one.spec_of, noise=noise, batch=60)
     pictures = held_out(stock, BATCHES, HARD, SEED + 2) if name == EVERYTHING else None

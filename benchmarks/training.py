@@ -5,6 +5,7 @@
 Real model sizes with random weights on a GPU, small sizes on a CPU. The reference's arithmetic is one graph, of all
 pairs or of one image with all captions at a time, through the same network with ordinary weights (see reference.py).
 All ways take turns, so that a machine whose speed drifts slows all of them; a ratio is the median of the rounds'.
+With --objectives whole steps of the trainer, of what it may learn beside the paper's loss; pairs are B x B of each.
 """
 
 import argparse
@@ -15,9 +16,9 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,29 @@ class Way:
         return step, lambda: min(pairs.at_once, images**2)
 
 
+@dataclass(frozen=True)
+class Objective(Way):
+    """A whole step of a trainer with these inputs of the training node, at one timestep."""
+
+    given: Mapping[str, object] = field(default_factory=dict)
+
+    def step(self, networks: dict[bool, "TrainableNetwork"], reference: Reference | None, tokens, batch):
+        from softrepa.comfy.training.memory_use import AdaptivePairs
+        from softrepa.tokens import SoftTokens
+        from softrepa.training.inputs import TrainingInputs
+        from softrepa.training.trainer import Trainer
+
+        images = len(batch.latents)
+        inputs = TrainingInputs(**self.given, batch_size=images, min_timestep=TIMESTEP, max_timestep=TIMESTEP)
+        pairs = AdaptivePairs(networks[False], is_auto=True)
+        bank, table = tokens.tokens.detach().view(tokens.shape), tokens.time_table.detach()
+        second = bank if inputs.config.objective == "agsm" else None
+        start = SoftTokens(bank, tokens.family, tokens.blocks, table, second)
+        drawn = (batch.latents, batch.conds, [[] for _ in batch.conds])
+        trainer = Trainer(inputs.config, start, pairs, lambda _: drawn, batch.conds[0])
+        return partial(trainer.step, 0), lambda: min(pairs.at_once, images**2)
+
+
 ONE_GRAPH = Way("reference, one graph")
 BY_ROW = Way("reference, one row at a time", by_row=True)
 ALL_AT_ONCE = Way("ours, all pairs at once", lambda images: images**2, False)
@@ -70,6 +94,17 @@ WAYS = (
     *(DEFAULT, CHECKPOINTING),
     Way("ours, checkpointing, 1 pair", lambda images: 1, True),
 )
+OBJECTIVES = tuple(
+    Objective(title, lambda images: 0, given=given)
+    for title, given in (
+        ("paper", {}),
+        ("AGSM", {"preset": "AGSM"}),
+        ("guidance", {"preset": "guidance"}),
+        ("paper and guidance", {"preset": "paper and guidance"}),
+        ("guided contrast", {"objective": "guided contrast"}),
+    )
+)
+"""What may be learned, by the default way to compute it."""
 GPU_CASES = (
     (Case("SD1.5 512 px", "sd15", sd15(320), 64, 77), ("bfloat16",)),
     (Case("SDXL 1024 px", "sdxl", sdxl(320), 128, 77), ("bfloat16",)),
@@ -242,7 +277,9 @@ def timed(step: Callable[[], None], tokens, device) -> float:
     return clock() - start
 
 
-def measure(case: Case, dtype_name: str, batches: tuple[int, ...], rounds: int, device) -> None:
+def measure(
+    case: Case, dtype_name: str, batches: tuple[int, ...], rounds: int, device, ways: tuple[Way, ...] = WAYS
+) -> None:
     import torch
 
     dtype = getattr(torch, dtype_name)
@@ -251,7 +288,7 @@ def measure(case: Case, dtype_name: str, batches: tuple[int, ...], rounds: int, 
     weights = sum(w.numel() * w.element_size() for w in model.model.diffusion_model.state_dict().values())
     print(f"\n{case.title}, {dtype_name} weights ({weights / GIGABYTE:.2f} GB)", flush=True)
     for count in batches:
-        for title, figures in compared(case, model, start, count, rounds).items():
+        for title, figures in compared(case, model, start, count, rounds, ways).items():
             print(f"B = {count:<3} {title:30} {figures or 'out of memory'}", flush=True)
 
 
@@ -260,6 +297,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often each step is timed (5)")
     parser.add_argument("--batches", default=BATCHES, metavar="2,4,8", help="batch sizes", type=sizes)
     parser.add_argument("--only", default="", metavar="TEXT", help="the cases whose title contains this")
+    parser.add_argument("--objectives", action="store_true", help="what may be learned, beside the paper's objective")
     parser.add_argument("--host", action="store_true", help="tiny widths: the host's time instead of arithmetic")
     parser.add_argument("--small", action="store_true", help="the smallest models, to try the command")
     environment.add_arguments(parser)
@@ -267,7 +305,8 @@ def main() -> None:
     device = cases.enter("benchmarks.training", arguments)
     has_gpu = device.type == "cuda"
     return_freed_memory()
-    print(f"Pairs a second, their ratio to the reference's one graph, peak memory above the weights: {machine()}")
+    ways = OBJECTIVES if arguments.objectives else WAYS
+    print(f"Pairs a second, their ratio to {ways[0].title}, peak memory above the weights: {machine()}")
     if not has_gpu:
         print("Small models; the real sizes need a GPU and were not measured here.")
     print(f"{'':38}{'pairs':>9}    ratio         peak  at once")
@@ -276,7 +315,7 @@ def main() -> None:
     for case, dtypes in chosen:
         for dtype in dtypes:
             if arguments.only in case.title:
-                measure(case, dtype, arguments.batches, arguments.rounds, device)
+                measure(case, dtype, arguments.batches, arguments.rounds, device, ways)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,13 @@ def test_ranks(small):
     assert "/s" in ranks.line(case, [found], 4)
 
 
+def test_the_steps_of_other_objectives(small):
+    figures = training.compared(*small, count=2, rounds=1, ways=training.OBJECTIVES)
+    assert list(figures) == ["paper", "AGSM", "guidance", "paper and guidance", "guided contrast"]
+    assert figures["paper"].ratio == 1
+    assert all(one.pairs_a_second > 0 and one.at_once for one in figures.values())
+
+
 def test_the_training_command():
     done = command("--small", "--batches", "2,3", "--rounds", "1", "--only", "SD3", module="training")
     assert done.returncode == 0, done.stderr
