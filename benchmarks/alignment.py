@@ -28,9 +28,7 @@ from unittest import mock
 
 from benchmarks.alignment_rows import (
     BATCHES,
-    CONFIRMED,
     CPU,
-    DEVELOPMENT,
     DEVICES,
     EACH,
     EVERYTHING,
@@ -41,12 +39,10 @@ from benchmarks.alignment_rows import (
     MAIN_ROWS,
     NUMBERS,
     PICTURES,
-    REPORTED,
     ROWS,
     SEEDS,
     SOFTREPA,
     TEMPERATURE,
-    TESTS,
     Job,
     Row,
     result_path,
@@ -112,11 +108,8 @@ def test(work: Path, name: str):
     from benchmarks.smallworld.study import SEED, Test, held_out
 
     stock, one = stock_model(work), asked(name)
-    if name in (DEVELOPMENT, REPORTED, CONFIRMED):
-        noise = 1000 * list(TESTS).index(name)
-        return Test(stock, one.prompts, one.seed, spec_of=one.spec_of, noise=noise, batch=60)
     pictures = held_out(stock, BATCHES, HARD, SEED + 2) if name == EVERYTHING else None
-    return Test(stock, one.prompts, one.seed, pictures)
+    return Test(stock, one.prompts, one.seed, pictures, one.spec_of, one.noise, one.batch)
 
 
 def trained_tokens(work: Path, job: Job) -> Path:

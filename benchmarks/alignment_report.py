@@ -31,6 +31,7 @@ from benchmarks.alignment_rows import (
     ABLATION,
     AGAIN_PART,
     BASELINE,
+    BOTH,
     CFG,
     CONFIRMED,
     CONFIRMED_PART,
@@ -54,6 +55,7 @@ from benchmarks.alignment_rows import (
     TESTS,
     Row,
 )
+from benchmarks.alignment_tests import FRESH
 from benchmarks.smallworld.checker import UNCLEAR
 from softrepa.smallworld.world import CATEGORIES
 
@@ -84,9 +86,10 @@ NOTES = {
     GUIDANCE_PART: f"Prompts of their own, {TESTS[GUIDANCE]} of each category. {FOUND_BEFORE}",
     AGAIN_PART: f"What was found without guidance, with the same runs of training on other prompts, {TESTS[REPORTED]} "
     "of each category, those that the last section reports on.",
-    CONFIRMED_PART: f"Asked once more, and decided before it ran: five new runs of training, new noise, "
-    f"{TESTS[CONFIRMED]} prompts of each category, and captions that no other test has where the world has more of "
-    "them, which is in position and colour attribution. The figure that decides is with nothing else.",
+    CONFIRMED_PART: "Asked once more, and written down before it ran: five runs of training that nothing was chosen "
+    f"with, new noise, {TESTS[CONFIRMED]} prompts of each category, and in {' and '.join(FRESH).replace('_', ' ')} "
+    "captions that no earlier test asked for. What decides is the difference in prompts drawn right with nothing else "
+    f'between "{BOTH}" and "{SOFTREPA}".',
     COUNTING_PART: f"Prompts of their own, {TESTS[COUNTING]} of the numbers of shapes that no training caption says. "
     f"{FOUND_BEFORE}",
 }

@@ -3,46 +3,55 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 
 import numpy as np
 
 from benchmarks.alignment_rows import CONFIRMED, COUNTING, DEVELOPMENT, REPORTED, TESTS
 from benchmarks.smallworld import checker
-from benchmarks.smallworld.study import SEED, development_spec, drawn_specs, reported_spec, test_spec
+from benchmarks.smallworld.study import BATCH, SEED, development_spec, drawn_specs, reported_spec, test_spec
 from benchmarks.smallworld.tokens import BATCH_SIZE
 from softrepa.smallworld.world import CATEGORIES, Spec, plain_caption
 
 
 @dataclass(frozen=True)
 class Asked:
-    """How many prompts of each category, and what draws them from which seed."""
+    """How many prompts of each category, what draws them from which seed; `noise` and `batch` as in `study.Test`."""
 
     prompts: dict[str, int]
     seed: int
-    spec_of: Callable[[np.random.Generator, str], Spec]
+    spec_of: Callable[[np.random.Generator, str], Spec] = test_spec
+    noise: int = 0
+    batch: int = BATCH
 
 
-def asked(test: str) -> Asked:
-    categories = ("counting",) if test == COUNTING else CATEGORIES
-    chosen = {DEVELOPMENT: development_spec, REPORTED: reported_spec, CONFIRMED: fresh_spec}
-    number = list(TESTS).index(test)
-    return Asked(dict.fromkeys(categories, TESTS[test]), SEED + 1 + 2 * number, chosen.get(test, test_spec))
-
-
-TRIES = 100
-"""Four of the six categories have at most 42 captions, which the other tests ask for."""
+FRESH = ("position", "colour_attribution")
+"""Categories with hundreds of captions; each of the others has at most 42, and the tests ask for nearly all of them."""
 
 
 def fresh_spec(rng: np.random.Generator, category: str) -> Spec:
-    """Of a caption that no other test asks for, where so many tries find one."""
-    tried = [test_spec(rng, category) for _ in range(TRIES)]
-    return next((spec for spec in tried if plain_caption(spec) not in asked_before()), tried[0])
+    """In these of a caption that no test before CONFIRMED asks for."""
+    while plain_caption(spec := test_spec(rng, category)) in asked_before() and category in FRESH:
+        pass
+    return spec
 
 
 @cache
 def asked_before() -> set[str]:
-    """Captions of all the other tests."""
-    return {plain_caption(spec) for test in TESTS if test != CONFIRMED for _, spec in specs(test)}
+    return {plain_caption(spec) for test in takewhile(CONFIRMED.__ne__, TESTS) for _, spec in specs(test)}
+
+
+NOISE_OF_ITS_OWN = {DEVELOPMENT: development_spec, REPORTED: reported_spec, CONFIRMED: fresh_spec}
+"""Such tests, by what draws their captions."""
+
+
+def asked(test: str) -> Asked:
+    prompts = dict.fromkeys(("counting",) if test == COUNTING else CATEGORIES, TESTS[test])
+    number = list(TESTS).index(test)
+    seed = SEED + 1 + 2 * number
+    if test in NOISE_OF_ITS_OWN:
+        return Asked(prompts, seed, NOISE_OF_ITS_OWN[test], noise=1000 * number, batch=60)
+    return Asked(prompts, seed)
 
 
 @cache

@@ -3,6 +3,7 @@
 import json
 import random
 import statistics
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -183,8 +184,10 @@ def test_kept_results_are_of_rows_that_are_there():
     """What was measured is found again: the names of its files are what they were."""
     trained = [row.name for row in ROWS.values() if row.has_own_tokens]
     rows = [*ROWS.values(), *(row for name in trained for row in places_rows(name))]
-    known = {job.key for row in rows for device in alignment_rows.DEVICES for job in row.jobs(device)}
-    assert {path.stem for path in alignment_rows.RESULTS.glob("*.json")} <= known
+    jobs = [job for row in rows for device in alignment_rows.DEVICES for job in row.jobs(device)]
+    assert {path.stem for path in alignment_rows.RESULTS.glob("*.json")} <= {job.key for job in jobs}
+    trained_as = {job.trained_as for job in jobs if job.row.training is not None}
+    assert {path.stem for path in alignment_rows.TOKENS.glob("*.safetensors")} <= trained_as
 
 
 def places_rows(like):
@@ -203,8 +206,9 @@ def test_what_decides_a_figure_is_in_its_name():
     }
     assert len({job.key for job in jobs}) == len(decides) > 500
     trained = {(job.seed, job.device): job.trained_as for job in jobs if job.row.like == SOFTREPA}
-    # five runs that are reported on, and five of which the first is what settings are chosen with
-    assert len(set(trained.values())) == len(trained) == 2 * 2 * alignment_rows.SEEDS
+    # runs that are reported on, what settings are chosen with, and new ones
+    runs = 2 * alignment_rows.SEEDS + alignment_places.RUNS
+    assert len(set(trained.values())) == len(trained) == 2 * runs
     assert trained[0, "cpu"] == ROWS[SOFTREPA].jobs()[0].trained_as
     numbers = ROWS[alignment_rows.OTHER_NUMBERS]
     swaps = replace(numbers, wrong_by=alignment_rows.SWAPS)
@@ -264,6 +268,24 @@ def test_what_earlier_results_lack_is_not_recorded(made_up):
     lines = {line.split(" | ")[0][2:]: line for line in report(Found()).splitlines() if line.startswith("| ")}
     assert lines["counting: too many"].split(" | ")[2:4] == ["not recorded", "not run"]
     assert "not recorded" not in lines["unclear verdicts"]
+
+
+def test_what_is_asked_once_more_is_new():
+    confirmed, reported = (alignment_tests.specs(name) for name in (alignment_rows.CONFIRMED, alignment_rows.REPORTED))
+    for category in alignment_tests.FRESH:
+        captions = [plain_caption(spec) for name, spec in confirmed if name == category]
+        assert len(captions) == 80
+        assert not set(captions) & alignment_tests.asked_before()
+    # elsewhere captions come as often as in any other test: a third of the numbers name no colour
+    counting = Counter(plain_caption(spec) for name, spec in confirmed if name == "counting")
+    assert max(counting.values()) <= 20
+    noise = {name: alignment_tests.asked(name).noise for name in alignment_rows.TESTS}
+    assert noise == dict.fromkeys(noise, 0) | {"development": 3000, "reported": 4000, "confirmed": 5000}
+    assert len(confirmed) == len(reported) == 480  # at one picture a seed of noise, these do not meet
+    seeds = [job.seed for job in ROWS[f"{SOFTREPA}, cfg 1, trained anew"].jobs()]
+    assert seeds == [7, 8, 9, 10, 11]
+    chosen_with = {job.seed for row in places_rows(SOFTREPA) if row.training is not None for job in row.jobs()}
+    assert not chosen_with & set(seeds)
 
 
 def test_what_lacks_a_figure_is_measured_again_where_that_is_asked(made_up):
