@@ -13,6 +13,8 @@ OBJECTIVES = ("contrastive", "denoising", "agsm", "guidance", "guided contrast")
 model itself predicts at a guidance (`Pairs.guided`); and the paper's on guided predictions (`pairs.Guided`)."""
 CONTRASTIVE = ("contrastive", "guided contrast")
 """Objectives that are the paper's loss on a matrix of errors."""
+GUIDED = ("guidance", "guided contrast")
+"""Objectives whose errors are beside predictions with guidance, or theirs."""
 
 TEMPERATURE_MODES = ("fixed", "relative")
 LEAST_RELATIVE = 0.2
@@ -32,9 +34,9 @@ USED_BY = {
     "negative_guidance": ("agsm",),
     "teacher_decay": ("agsm",),
     "guidance_weight": ("contrastive",),
-    "guidance_scale": ("guidance", "guided contrast"),
+    "guidance_scale": (*GUIDED, "contrastive"),
 }
-"""Settings that not every objective has; `guidance_scale` is used with `guidance_weight` as well."""
+"""Settings that not every objective has; the contrastive one has a `guidance_scale` where it has a weight."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Settings:
 
     What is neither the paper's nor AGSM's: `temperature_mode`, `symmetric` and `contrast` (`loss.contrastive_loss`),
     and `hard_negatives`, up to how many captions wrong by two swapped words each image is compared with as well.
-    `guidance_scale` is that of the predictions that objective "guidance" learns and "guided contrast" compares; with
-    `guidance_weight` they are learned beside the contrast, too, and their error counts so much in the loss.
+    `guidance_scale` is that of the predictions that objective "guidance" learns and "guided contrast" compares;
+    `guidance_weight` times the error beside these predictions is added to the paper's loss.
     `negatives`: how many captions of other images each image is compared with; 0 are all the others of its batch. More
     than those are drawn from the dataset. Timesteps are drawn from `min_timestep` to `max_timestep`.
     """
@@ -121,24 +123,30 @@ class TrainingConfig(Settings):
                 f"symmetric is True, expected False with negatives {self.negatives}: no caption would be compared with "
                 "all images."
             )
-        for name in USED_BY:
+        for name, objectives in USED_BY.items():
             default = type(self).__dataclass_fields__[name].default
-            if not self.uses(name) and getattr(self, name) != default:
+            if self.objective not in objectives and getattr(self, name) != default:
                 wanted = "its default" if default is None else f"its default, {default},"
                 raise SoftREPAError(
                     f"{name} is {getattr(self, name)}, expected {wanted} with objective {self.objective}, which does "
                     "not use it."
                 )
+        default = type(self).guidance_scale
+        if self.guidance_scale != default and not self.has_guidance:
+            raise SoftREPAError(
+                f"guidance_scale is {self.guidance_scale}, expected its default, {default}, with guidance_weight 0, "
+                "which does not use it."
+            )
         if self.contrast == loss.RANKING and self.logit_scale != loss.LOGIT_SCALE:
             raise SoftREPAError(
                 f"logit_scale is {self.logit_scale}, expected its default, {loss.LOGIT_SCALE}, with contrast ranking, "
                 "which does not use it."
             )
 
-    def uses(self, name: str) -> bool:
-        """Whether a setting decides anything with this objective."""
-        is_learned_beside = name == "guidance_scale" and self.guidance_weight > 0
-        return is_learned_beside or name not in USED_BY or self.objective in USED_BY[name]
+    @property
+    def has_guidance(self) -> bool:
+        """Whether predictions with guidance are learned, or compared."""
+        return self.objective in GUIDED or self.guidance_weight > 0
 
     @property
     def middle_timestep(self) -> int:

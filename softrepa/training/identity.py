@@ -37,7 +37,7 @@ def run_identity(
     del settings["steps"]
     later = {
         "negatives": config.negatives > 0,
-        "guidance_scale": config.uses("guidance_scale"),
+        "guidance_scale": config.has_guidance,
         "guidance_weight": config.guidance_weight > 0,
         "contrast": config.contrast != CROSS_ENTROPY,
         "min_timestep": config.min_timestep != FIRST,

@@ -61,8 +61,9 @@ class StepBatch:
         return replace(self, compared=compared)
 
     def matching(self) -> "StepBatch":
-        """Each image with its own caption alone."""
-        return self.only(torch.eye(*self.compared.shape, dtype=torch.bool))
+        """Each image with its own caption alone: the first B are the images' own."""
+        images = len(self.latents)
+        return replace(self, conds=self.conds[:images], compared=torch.eye(images, dtype=torch.bool))
 
     def under(self, cond: Cond) -> "StepBatch":
         """The images that are compared with anything, each under this caption alone."""

@@ -10,7 +10,7 @@ PRESETS: dict[str, dict] = {
     "hard negatives": {"hard_negatives": 1},
     "AGSM": {"objective": "agsm"},
     "guidance": {"objective": "guidance"},
-    "paper and guidance": {"guidance_weight": 10.0},
+    "paper and guidance": {"objective": "contrastive", "guidance_weight": 10.0},
 }
 """The paper's is what every input has by default; the second is for models whose errors are too large for its
 temperature. What each gives, `benchmarks/alignment.py` says."""

@@ -16,7 +16,7 @@ from ..errors import SoftREPAError
 from ..families import INIT_STD, Blocks, Family, depth
 from ..tokens import BUCKETS, SoftTokens, bucket
 from . import agsm, loss, optimizers
-from .config import CONTRASTIVE, TrainingConfig
+from .config import CONTRASTIVE, GUIDED, TrainingConfig
 from .noising import draw_timestep
 from .pairs import Guidance, Pairs, Rows, StepBatch, backward_through_pairs
 from .ranks import ALONE, Ranks
@@ -210,13 +210,14 @@ class Trainer:
         # these look at the whole batch: at its mean error, and at its columns
         is_by_row = config.temperature_mode != "relative" and not config.symmetric
         objective = partial(self.objective, compared=batch.compared, shared=shared)
-        value, errors = self._backward(batch, micro_batch, objective, self.guidance, is_by_row)
+        value, errors = self._backward(batch, micro_batch, objective, is_by_row, self.guidance)
         if config.guidance_weight:
             learned, _ = self._backward(
                 batch.matching(),
                 micro_batch,
                 lambda errors: config.guidance_weight * loss.denoising_loss(errors),
-                self._guidance(is_learned=True),
+                is_by_row=True,
+                guidance=self._guidance_of(is_learned=True),
             )
             value = value + learned
         return value, errors
@@ -226,8 +227,8 @@ class Trainer:
         batch: StepBatch,
         micro_batch: int,
         objective: Callable[[Tensor], Tensor],
+        is_by_row: bool,
         guidance: Guidance | None,
-        is_by_row: bool = True,
     ) -> tuple[Tensor, Tensor]:
         rows = self.tokens.rows(batch.t, self.pairs.embed)
         return backward_through_pairs(
@@ -237,11 +238,10 @@ class Trainer:
     @property
     def guidance(self) -> Guidance | None:
         """Of the predictions whose errors are compared, or of those that are learned alone."""
-        if self.config.objective in ("guidance", "guided contrast"):
-            return self._guidance(is_learned=self.config.objective == "guidance")
-        return None
+        objective = self.config.objective
+        return self._guidance_of(is_learned=objective == "guidance") if objective in GUIDED else None
 
-    def _guidance(self, is_learned: bool) -> Guidance:
+    def _guidance_of(self, is_learned: bool) -> Guidance:
         assert self.empty is not None
         return Guidance(self.empty, self.config.guidance_scale, is_learned)
 

@@ -16,7 +16,7 @@ from benchmarks.cases import build, soft_tokens
 from benchmarks.reference import Reference
 from softrepa.comfy.training.trainable import TrainableNetwork
 from softrepa.training.ranks import ALONE
-from softrepa.training.trainer import TrainableTokens
+from softrepa.training.trainer import TrainableTokens, Trainer
 
 CPU = torch.device("cpu")
 
@@ -82,9 +82,18 @@ def test_ranks(small):
     assert "/s" in ranks.line(case, [found], 4)
 
 
-def test_the_steps_of_other_objectives(small):
+def test_the_steps_of_other_objectives(small, monkeypatch):
+    trained, step = [], Trainer.step
+
+    def noted(self, micro_batch):
+        trained.append((self.config.objective, self.config.guidance_weight))
+        return step(self, micro_batch)
+
+    monkeypatch.setattr(Trainer, "step", noted)
     figures = training.compared(*small, count=2, rounds=1, ways=training.OBJECTIVES)
     assert list(figures) == ["paper", "AGSM", "guidance", "paper and guidance", "guided contrast"]
+    objectives = [("contrastive", 0), ("agsm", 0), ("guidance", 0), ("contrastive", 10), ("guided contrast", 0)]
+    assert trained == 2 * objectives  # to warm up, and a round
     assert figures["paper"].ratio == 1
     assert all(one.pairs_a_second > 0 and one.at_once for one in figures.values())
 

@@ -45,6 +45,19 @@ def test_every_field_is_an_input_of_its_node(pack, name):
     assert known - shown == (WITHOUT_A_WIDGET if name == TRAINING else set())
 
 
+def test_graphs_that_were_saved_hold_the_options_in_this_order(pack):
+    """What came later stands behind what was there."""
+    saved = [
+        *("n_tokens", "blocks", "time_table", "init_tokens"),
+        *("objective", "temperature_mode", "temperature", "logit_scale", "symmetric", "denoising_weight"),
+        *("guidance_scale", "negatives", "hard_negatives", "caption_dropout"),
+        *("optimizer", "accumulation", "warmup_steps", "gradient_clip", "ema_decay"),
+        *("checkpointing", "micro_batch", "checkpoint_every", "on_no_contrast", "preview_cfg"),
+        *("contrast", "min_timestep", "max_timestep", "guidance_weight"),
+    ]
+    assert list(inputs_of(pack, TRAINING[1:]))[: len(saved)] == saved
+
+
 @pytest.mark.parametrize("name", NODES, ids=" and ".join)
 def test_defaults_and_kinds_are_the_lists(pack, name):
     entries = inputs_of(pack, name)

@@ -40,6 +40,14 @@ def test_a_run_sends_its_start_and_its_end(models, token_folder, sent):
     assert 0 < last["memory"]["used"] < last["memory"]["total"]
 
 
+@pytest.mark.parametrize(
+    "added", [{"denoising_weight": 1.0}, {"preset": "paper and guidance"}, {"contrast": "ranking"}]
+)
+def test_a_loss_with_more_in_it_is_not_beside_the_contrast(models, token_folder, sent, added):
+    train(models, "sd3", steps=1, temperature=2.0, **added)
+    assert not sent[-1]["comparable"]
+
+
 def test_a_run_that_goes_on_sends_what_was_before(models, token_folder, sent):
     train(models, "sd3", steps=2, temperature=2.0, filename_prefix="run")
     sent.clear()

@@ -1,6 +1,7 @@
 """What a run needs of the memory, and what it does when there is none; the GPU is played."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import comfy.model_management as memory
@@ -17,7 +18,7 @@ from comfyui_softrepa.softrepa.comfy.training.memory_use import (
 from comfyui_softrepa.softrepa.comfy.training.out_of_memory import is_out_of_memory
 from comfyui_softrepa.softrepa.comfy.training.trainable import TrainableNetwork
 from comfyui_softrepa.softrepa.errors import SoftREPAError
-from comfyui_softrepa.softrepa.training.loss import contrastive_loss
+from comfyui_softrepa.softrepa.training.loss import contrastive_loss, denoising_loss
 from comfyui_softrepa.softrepa.training.pairs import MOST_KEPT, Guidance, StepBatch, backward_through_pairs
 from softrepa_tests.golden_step import FAMILIES, TIMESTEP, golden_tokens, short_batch
 from softrepa_tests.learning import dataset, moved_by, same_training, train
@@ -74,6 +75,11 @@ def test_gradients_do_not_grow_with_the_batch(models, token_folder, monkeypatch)
     monkeypatch.setattr(defaults, (True, a_row - 1))
     train(models, "sd3", batch_size=5, steps=1, temperature=2.0)
     assert kept == [4]  # the errors first, then each pair's gradient by its weight
+    kept.clear()
+    relative = {"temperature": 1.0, "temperature_mode": "relative"}  # looks at the whole batch
+    monkeypatch.setattr(defaults, (True, a_row))
+    train(models, "sd3", batch_size=5, steps=1, preset="paper and guidance", **relative)
+    assert kept == [4, 5]  # of the contrast as above, of guidance those of each image and its own caption
 
 
 def test_captions_and_latents_wait_in_ram(models):
@@ -255,17 +261,17 @@ def test_a_run_goes_on_with_checkpointing_where_memory_runs_out(models, token_fo
 GUIDED = ("unconditional", "gradients_and_predictions", "through_unconditional")
 
 
-@pytest.mark.parametrize("name", GUIDED)
-def test_a_guided_step_goes_on_with_fewer_at_once_where_memory_runs_out(models, monkeypatch, name):
+@pytest.mark.parametrize(("name", "is_learned"), [*((name, False) for name in GUIDED), ("guided", True)])
+def test_a_guided_step_goes_on_with_fewer_at_once_where_memory_runs_out(models, monkeypatch, name, is_learned):
     """Wherever in it that is."""
+    step = step_of("sd15").matching() if is_learned else step_of("sd15")
+    objective = denoising_loss if is_learned else partial(contrastive_loss, temperature=2.0)
 
     def gradient(pairs):
         with torch.inference_mode(False), torch.enable_grad():
             rows = seeded((1, 4, 768), "rows", 0.5).clone().requires_grad_()
-            guidance = Guidance(short_batch("sd15")[2][0], 2.0)
-            backward_through_pairs(
-                rows, pairs, step_of("sd15"), 3, lambda e: contrastive_loss(e, 2.0), guidance=guidance
-            )
+            guidance = Guidance(short_batch("sd15")[2][0], 2.0, is_learned)
+            backward_through_pairs(rows, pairs, step, 3, objective, guidance=guidance)
         return rows.grad
 
     expected, calls, whole = gradient(network_of(models, "sd15")), [], getattr(TrainableNetwork, name)

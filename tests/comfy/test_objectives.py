@@ -302,9 +302,12 @@ def test_two_banks_from_one(models, token_folder):
     assert torch.equal(again.negative_tokens, two.negative_tokens)
 
 
-def test_the_preset_of_hard_negatives_is_its_inputs(models, token_folder):
-    by_preset = train(models, "sd3", temperature=2.0, preset="hard negatives")
-    by_input = train(models, "sd3", temperature=2.0, hard_negatives=1)
+@pytest.mark.parametrize(
+    ("preset", "inputs"), [("hard negatives", {"hard_negatives": 1}), ("paper and guidance", {"guidance_weight": 10.0})]
+)
+def test_a_preset_is_its_inputs(models, token_folder, preset, inputs):
+    by_preset = train(models, "sd3", temperature=2.0, preset=preset)
+    by_input = train(models, "sd3", temperature=2.0, **inputs)
     assert torch.equal(by_preset[0].tokens, by_input[0].tokens)
     assert not torch.equal(by_preset[0].tokens, train(models, "sd3", temperature=2.0)[0].tokens)
 
@@ -312,6 +315,8 @@ def test_the_preset_of_hard_negatives_is_its_inputs(models, token_folder):
 def test_presets_are_not_overruled_silently(models, token_folder):
     with pytest.raises(SoftREPAError, match='objective is denoising, expected agsm as preset "AGSM" sets it'):
         train(models, "sd3", preset="AGSM", objective="denoising")
+    with pytest.raises(SoftREPAError, match='objective is agsm, expected contrastive as preset "paper and guidance"'):
+        train(models, "sd3", preset="paper and guidance", objective="agsm")
     with pytest.raises(
         SoftREPAError,
         match='preset is "best", expected one of paper; paper, relative temperature; hard negatives; AGSM',

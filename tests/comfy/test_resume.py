@@ -86,6 +86,7 @@ def test_interrupted_in_the_middle_of_twenty_steps(models, token_folder, monkeyp
         ({"seed": 3}, "seed was 0, is 3"),
         ({"init_tokens": new_tokens(FAMILIES["sd3"], HIDDEN["sd3"], 4, 5, True, 1, None)}, "init_tokens was None, is"),
         ({"n_tokens": 2}, "n_tokens was 4, is 2"),
+        ({"guidance_weight": 1.0}, r"guidance_scale was None, is 4\.0.*guidance_weight was None, is 1\.0"),
         ({"dataset": dataset("sd3", 5)}, "dataset was"),
     ],
 )
@@ -94,6 +95,15 @@ def test_another_configuration_is_refused(models, token_folder, change, message)
     with pytest.raises(SoftREPAError, match=rf"run_00001\.checkpoint\.safetensors is of another run.*{message}"):
         train(models, "sd3", steps=2, filename_prefix="run", resume=True, **change)
     assert token_files.load(token_folder / "run_00001.safetensors").metadata["steps"] == "1"
+
+
+def test_settings_that_came_later_are_no_part_of_a_run_without_them(models, token_folder, runs):
+    """Or checkpoints of before them would be of another run."""
+    train(models, "sd3", steps=1, filename_prefix="run")
+    identity = training_state.load(runs / "run_00001.checkpoint.safetensors").identity
+    later = {"negatives", "guidance_scale", "guidance_weight", "contrast", "min_timestep", "max_timestep"}
+    assert not later & identity.keys()
+    assert {"objective", "hard_negatives"} <= identity.keys()
 
 
 def test_nothing_to_resume_starts_anew(models, token_folder):

@@ -14,8 +14,8 @@ from benchmarks import alignment, alignment_figures, alignment_places, alignment
 from benchmarks.alignment_figures import ALL_RIGHT, Found, derived, difference, shown
 from benchmarks.alignment_places import GUIDANCES, placings
 from benchmarks.alignment_places_report import places_section, together
-from benchmarks.alignment_report import CATEGORIES, plot, report
-from benchmarks.alignment_rows import BASELINE, CONTROL, ROWS, SOFTREPA, Job
+from benchmarks.alignment_report import CATEGORIES, among, plot, report
+from benchmarks.alignment_rows import BASELINE, CONTROL, LEARNED, ROWS, SOFTREPA, Job
 from benchmarks.smallworld import study
 from benchmarks.smallworld.tokens import CATEGORIES as TRAINED
 from softrepa.smallworld.world import COLOURS, SHAPES, Group, Spec, draw, plain_caption, random_scene
@@ -178,6 +178,21 @@ def test_the_report(made_up, tmp_path, monkeypatch):
         assert len(picture.getcolors(2**20)) > 10
     monkeypatch.setattr(alignment_rows, "STEPS", alignment_rows.STEPS + 1)
     assert f"{SOFTREPA} (0 runs)" in report(Found())  # other settings, other results
+
+
+def test_rows_are_compared_among_themselves(made_up):
+    part = alignment_rows.CONFIRMED_PART
+    shifts = {SOFTREPA: 0.0, alignment_rows.BOTH: 0.5, LEARNED: 0.1}
+    for name, shift in shifts.items():
+        for job in ROWS[f"{name}, cfg 1, trained anew"].jobs():
+            write(job, shift)
+    lines = [line.strip("| ").split(" | ") for line in among(Found(), part) if " - " in line]
+    both, softrepa, learned = (f"{name}, cfg 1, trained anew" for name in (alignment_rows.BOTH, SOFTREPA, LEARNED))
+    assert {cells[0]: cells[-1].split(" ")[0].strip("*") for cells in lines} == {
+        f"{both} - {softrepa}": "+0.5000",
+        f"{learned} - {softrepa}": "+0.1000",
+        f"{learned} - {both}": "-0.4000",
+    }
 
 
 def test_kept_results_are_of_rows_that_are_there():

@@ -14,7 +14,7 @@ from comfyui_softrepa.softrepa.training import agsm
 from comfyui_softrepa.softrepa.training.config import TrainingConfig
 from comfyui_softrepa.softrepa.training.loss import comparison, contrastive_loss, soft_rank
 from comfyui_softrepa.softrepa.training.pairs import loss_weights
-from softrepa_tests.toy_training import trainer
+from softrepa_tests.toy_training import batches, trainer
 
 
 def test_who_is_compared_with_whom():
@@ -188,7 +188,11 @@ def test_hard_negatives_that_cannot_be():
         ({"contrast": "hinge"}, 'contrast is "hinge", expected one of cross-entropy, ranking'),
         ({"contrast": "ranking", "logit_scale": 2.0}, "logit_scale is 2.0, expected its default, 4.0, with contrast"),
         ({"objective": "denoising", "contrast": "ranking"}, "contrast is ranking, expected its default, cross-entropy"),
-        ({"guidance_scale": 2.0}, "guidance_scale is 2.0, expected its default, 4.0, with objective contrastive"),
+        ({"guidance_scale": 2.0}, "guidance_scale is 2.0, expected its default, 4.0, with guidance_weight 0, which"),
+        (
+            {"objective": "denoising", "guidance_scale": 2.0},
+            "guidance_scale is 2.0, expected its default, 4.0, with objective denoising, which",
+        ),
         ({"guidance_weight": -1.0}, "guidance_weight is -1.0, expected 0 or more"),
         ({"guidance_weight": math.nan}, "guidance_weight is nan, expected 0 or more"),
         (
@@ -230,6 +234,18 @@ def test_guidance_learned_beside_the_contrast_is_their_sum(temperature_mode):
     for name, found in both.items():
         assert torch.allclose(found, alone[name] + 3 * learned[name], rtol=1e-5, atol=1e-7), name
         assert not torch.allclose(found, alone[name], rtol=1e-2), name
+
+
+def test_an_end_between_the_contrast_and_guidance_leaves_no_trace():
+    run, untouched = (trainer(guidance_weight=3.0, guidance_scale=2.0) for _ in range(2))
+    run.step(1), untouched.step(1)
+    guided, run.pairs.guided = run.pairs.guided, None
+    with pytest.raises(TypeError):
+        run.step(1)
+    run.pairs.guided = guided
+    run.next_batch, untouched.next_batch = batches(1), batches(1)
+    assert run.step(1) == untouched.step(1)
+    assert torch.equal(run.tokens.tokens, untouched.tokens.tokens)
 
 
 def test_the_control_compares_nothing():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import comfy.model_management as memory
 
 from ...training.trainer import StepRecord
-from .reports import SMOOTHED, is_papers_loss
+from .reports import SMOOTHED, is_measured
 from .session import Report, Session
 
 MOST_POINTS = 600
@@ -43,7 +43,7 @@ class Live(Report):
             "points": self.curve.points(),
             "held_out": [[step, number(loss), number(accuracy)] for step, accuracy, loss in session.held_out],
             "chance": config.chance,
-            "comparable": is_papers_loss(config),
+            "comparable": is_measured(config),
             "seconds_left": self.seconds_left(done, config.steps),
             "memory": device_memory(),
         }

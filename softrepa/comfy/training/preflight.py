@@ -78,10 +78,12 @@ def check_gradients(parts: Parts, notice: Callable[[str, str], None], on_no_cont
     contrast = trainer.objective(errors) - (config.denoising_weight or 0.0) * denoising_loss(errors)
     slope = torch.autograd.grad(contrast, errors)[0].abs().max().item()
     if slope < VANISHING:
+        # the preset would not have the guidance that is learned besides
+        preset = "" if config.guidance_weight else f'preset "{RELATIVE}", or '
         text = (
             f"temperature is {config.temperature:g}, far below this model's errors (about {errors.mean().item():.2f}), "
-            f'so that comparing captions teaches nothing, expected preset "{RELATIVE}", or temperature_mode relative '
-            "with temperature 1 in SoftREPA Training Options, in a new run, as resume cannot change them"
+            f"so that comparing captions teaches nothing, expected {preset}temperature_mode relative with temperature "
+            "1 in SoftREPA Training Options, in a new run, as resume cannot change them"
         )
         if on_no_contrast == STOP:
             raise SoftREPAError(f'{text}; or on_no_contrast "{GO_ON}".')

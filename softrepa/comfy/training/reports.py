@@ -90,7 +90,7 @@ class Measured(Report):
             return
         session.trainer.give_out()
         model = apply_tokens(session.model, session.tokens())
-        temperature = config.temperature if is_papers_loss(config) else TEMPERATURE
+        temperature = config.temperature if is_papers_contrast(config) else TEMPERATURE
         measured = score(
             model,
             self.batches,
@@ -105,10 +105,14 @@ class Measured(Report):
         )
 
 
-def is_papers_loss(config: TrainingConfig) -> bool:
-    """Whether what is trained on can be compared with what is measured on held-out images, the contrastive loss."""
+def is_papers_contrast(config: TrainingConfig) -> bool:
     has_its_errors = config.objective == "contrastive" and config.contrast == CROSS_ENTROPY
     return has_its_errors and config.temperature_mode == "fixed"
+
+
+def is_measured(config: TrainingConfig) -> bool:
+    """Whether what is trained on is what is measured on held-out images, the contrast and nothing else."""
+    return is_papers_contrast(config) and not config.denoising_weight and not config.guidance_weight
 
 
 class Curves(Report):
@@ -161,7 +165,7 @@ def curves(session: Session) -> Image.Image:
     steps = [record.step for record in session.records]
     measured, *held_out = zip(*session.held_out, strict=True) if session.held_out else ((), (), ())
     accuracy, loss = (Line("held out", measured, column) for column in held_out)
-    config, comparable = session.trainer.config, is_papers_loss(session.trainer.config)
+    config, comparable = session.trainer.config, is_measured(session.trainer.config)
     chance = ("chance", config.chance)
 
     def in_batch(name: str) -> Line:
