@@ -115,6 +115,26 @@ def test_shares_are_even_and_whole(count):
     assert all(((mask == compared).all(dim=1) | ~mask.any(dim=1)).all() for mask in shares)
 
 
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [("paper", [5, 5, 6]), ("guidance", [1, 2, 2]), ("guided", [4, 4, 8]), ("paper and guidance", [6, 6, 8])],
+)
+def test_no_pair_is_computed_twice(name, shares):
+    def computed(ranks):
+        one = trainer(**WAYS[name])
+        one.ranks, counts, gradients = ranks, [], one.pairs.gradients
+
+        def counted(rows, batch, micro_batch):
+            counts.append(batch.pairs)
+            return gradients(rows, batch, micro_batch)
+
+        one.pairs.gradients = counted
+        one.step(1)
+        return sum(counts)
+
+    assert sorted(together(3, computed)) == shares
+
+
 ERRORS = {
     "refusal": (SoftREPAError("dataset: it is gone."), "Process 2 of 3 has stopped: dataset: it is gone."),
     "fault": (ZeroDivisionError("by zero"), "Process 2 of 3 has stopped: ZeroDivisionError: by zero"),
