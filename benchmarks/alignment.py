@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -58,6 +59,7 @@ def set_up(work: Path, device: str) -> None:
 
     from softrepa.comfy import startup
 
+    end_with_parent()
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
     options = ["--cpu"] if device == CPU else ["--force-fp32", "--fp32-vae", "--fp32-text-enc"]
@@ -69,6 +71,17 @@ def set_up(work: Path, device: str) -> None:
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
     padding.give_once()
+
+
+def end_with_parent() -> None:
+    """A worker whose parent was killed would train on, hold its locks and write results that nobody waits for."""
+
+    def wait_for(parent) -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=wait_for, args=(parent,), daemon=True).start()
 
 
 def prepare(work: Path) -> None:

@@ -1,14 +1,19 @@
 """The study of soft tokens: what is held out, what is a difference, what the report says of rows that were not run."""
 
 import json
+import os
 import random
+import signal
 import statistics
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
+from softrepa_tests.conftest import ROOT
 
 from benchmarks import alignment, alignment_figures, alignment_places, alignment_rows, alignment_tests
 from benchmarks.alignment_figures import ALL_RIGHT, Found, derived, difference, shown
@@ -178,6 +183,35 @@ def test_the_report(made_up, tmp_path, monkeypatch):
         assert len(picture.getcolors(2**20)) > 10
     monkeypatch.setattr(alignment_rows, "STEPS", alignment_rows.STEPS + 1)
     assert f"{SOFTREPA} (0 runs)" in report(Found())  # other settings, other results
+
+
+PARENT = """
+import multiprocessing, os, time
+from benchmarks.alignment import end_with_parent
+
+def work():
+    end_with_parent()
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work).start()
+    time.sleep(600)
+"""
+
+
+def test_a_worker_ends_with_its_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT, encoding="utf-8")
+    there = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=there) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+        try:
+            parent.communicate(timeout=60)  # what the worker would say is over when it is
+        except subprocess.TimeoutExpired:
+            os.kill(worker, signal.SIGTERM)
+            raise
 
 
 def test_rows_are_compared_among_themselves(made_up):
