@@ -55,9 +55,9 @@ from benchmarks.alignment_rows import (
     TESTS,
     Row,
 )
-from benchmarks.alignment_tests import FRESH
+from benchmarks.alignment_tests import FRESH, specs
 from benchmarks.smallworld.checker import UNCLEAR
-from softrepa.smallworld.world import CATEGORIES
+from softrepa.smallworld.world import CATEGORIES, plain_caption
 
 MEASURES = (
     ALL_RIGHT,
@@ -84,8 +84,6 @@ NOTES = {
     ABLATION: "The model has three blocks. The paper's ablation of SD3 (table 7) stands beside these figures in "
     "`docs/study.md`.",
     GUIDANCE_PART: f"Prompts of their own, {TESTS[GUIDANCE]} of each category. {FOUND_BEFORE}",
-    AGAIN_PART: f"What was found without guidance, with the same runs of training on other prompts, {TESTS[REPORTED]} "
-    "of each category, those that the last section reports on.",
     CONFIRMED_PART: "Asked once more, and written down before it ran: five runs of training that nothing was chosen "
     f"with, new noise, {TESTS[CONFIRMED]} prompts of each category, and in {' and '.join(FRESH).replace('_', ' ')} "
     "captions that no earlier test asked for. What decides is the difference in prompts drawn right with nothing else "
@@ -148,7 +146,8 @@ better. "With nothing else" counts them. Where a run is older than a figure, tha
     for part in dict.fromkeys(row.part for row in ROWS.values() if row.part != MAIN):
         note = "Differences from the plain model with the same guidance; of a plain model the figures themselves. "
         note += "A row of one run has no interval."
-        text = textwrap.fill(" ".join(filter(None, (note, NOTES.get(part)))), 120)
+        own = drawn_again() if part == AGAIN_PART else NOTES.get(part)
+        text = textwrap.fill(" ".join(filter(None, (note, own))), 120)
         lines += [f"## {part}", "", text, "", *part_table(found, part)]
         if part in (OPTIONS, ABLATION):
             lines += ["Differences from SoftREPA, of runs with the same seeds:", ""]
@@ -156,6 +155,16 @@ better. "With nothing else" counts them. Where a run is older than a figure, tha
         if part in (AGAIN_PART, CONFIRMED_PART):
             lines += ["Differences between them, of runs with the same seeds:", "", *among(found, part)]
     return "\n".join([*lines, *places_section()])
+
+
+def drawn_again() -> str:
+    before = {plain_caption(spec) for _, spec in specs(GUIDANCE)}
+    known = sum(plain_caption(spec) in before for _, spec in specs(REPORTED))
+    return (
+        "What was found without guidance, with the same runs of training on the prompts that the last section reports "
+        f"on, {TESTS[REPORTED]} of each category with noise of their own; {known} of these {len(specs(REPORTED))} have "
+        f'a caption of "{GUIDANCE_PART}".'
+    )
 
 
 def part_table(found: Found, part: str) -> list[str]:

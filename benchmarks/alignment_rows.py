@@ -94,7 +94,7 @@ BASELINE, SOFTREPA, CONTROL = "plain model", "SoftREPA", "denoising loss only"
 MAIN, OPTIONS = "The main comparison", "Other ways to train"
 ABLATION = "Tokens (4) and blocks that have them (3)"
 GUIDANCE_PART, COUNTING_PART = "Other guidance (2 above)", "Counting, with more prompts"
-AGAIN_PART, CONFIRMED_PART = "Without guidance, on other prompts", "Without guidance, trained anew"
+AGAIN_PART, CONFIRMED_PART = "Without guidance, drawn again", "Without guidance, trained anew"
 RELATIVE = {"temperature_mode": "relative", "temperature": 1.0}
 AGSM = {"objective": "agsm"}
 RANKING = {"contrast": "ranking"}
@@ -139,9 +139,10 @@ def _rows() -> Iterator[Row]:
     for cfg, names in ((1.0, without), (3.0, ways[:2]), (5.0, ways[:2])):
         for name in names:
             yield _again(name, f"cfg {cfg:g}", GUIDANCE_PART, cfg=cfg, test=GUIDANCE)
-    for name in (BASELINE, SOFTREPA, BOTH):
-        yield _again(name, "cfg 1, other prompts", AGAIN_PART, cfg=1.0, test=REPORTED)
-    for name in (BASELINE, SOFTREPA, BOTH, LEARNED):
+    compared = (BASELINE, SOFTREPA, BOTH, LEARNED)
+    for name in compared:
+        yield _again(name, "cfg 1, drawn again", AGAIN_PART, cfg=1.0, test=REPORTED)
+    for name in compared:
         yield _again(name, "cfg 1, trained anew", CONFIRMED_PART, cfg=1.0, test=CONFIRMED, first_seed=FIRST_NEW)
     for name in (*ways, HIGH, "guided contrast 2", OTHER_NUMBERS):
         yield _again(name, "counting", COUNTING_PART, test=COUNTING)
