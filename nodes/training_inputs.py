@@ -37,8 +37,8 @@ def training_inputs() -> dict[str, io.Input]:
             "model whose errors are too large for the paper's temperature; the run says so before it starts. hard "
             "negatives: each image is also compared with its own caption with two words swapped; in our study no "
             "better than paper by more than chance. AGSM: the successor's objective, two banks of tokens. guidance: "
-            "for drawing without guidance, at cfg 1. paper and guidance: both together; in our study better than paper "
-            "there, and no better with guidance. An input that a preset sets must be left as it is.",
+            "for drawing without guidance, at cfg 1. paper and guidance: both together, also for cfg 1; in our study "
+            "likely better than paper there, and not with guidance. An input that a preset sets must be left as it is.",
             options=list(PRESETS),
         ),
         widget("n_tokens", "Tokens a block. 0: 4, as published (paper: 8 for SD1.5, SDXL).", min=0, max=64),
