@@ -11,8 +11,7 @@ from PIL import Image
 
 from benchmarks.alignment_figures import EXACT, Found
 from benchmarks.alignment_places import placed, plain
-from benchmarks.alignment_places_report import together
-from benchmarks.alignment_rows import DEVELOPMENT, REPORTED, SEEDS, SOFTREPA, Placing, tokens_path
+from benchmarks.alignment_rows import BASELINE, DEVELOPMENT, REPORTED, SEEDS, SOFTREPA, Placing, tokens_path
 from benchmarks.smallworld import shown
 from benchmarks.smallworld.measure import StockModel
 from benchmarks.smallworld.study import is_for_development
@@ -50,13 +49,15 @@ def test_the_figures_that_come_with_the_repository():
     readme = " ".join((environment.ROOT / "README.md").read_text(encoding="utf-8").split())
     said = f"Right of {shown.COUNT}: {without} without, {with_tokens} with; nothing else, {alone} and {alone_with}."
     assert said in readme
-    found, tokens = Found(), placed(SOFTREPA, shown.CFG, Placing(), REPORTED)
-    shares = [found.mean(row, EXACT) for row in (tokens, plain(shown.CFG, REPORTED), plain(shown.GUIDANCE, REPORTED))]
-    for share, text in zip(shares, ("there for {}", "without tokens for {}", "alone reaches {}"), strict=True):
-        assert text.format(f"{share:.0%}") in readme
-    change = found.change(tokens, plain(shown.CFG, REPORTED), EXACT, together(2))
-    low, high = change.mean - change.half, change.mean + change.half
-    assert f"{100 * change.mean:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f}" in readme
+    found, tests = Found(), ("drawn again", "trained anew")
+    tokens, plain_ones = ([f"{name}, cfg 1, {test}" for test in tests] for name in (SOFTREPA, BASELINE))
+    for rows, text in ((tokens, "there for {} and {} of 480 prompts"), (plain_ones, "without tokens for {} and {} (")):
+        assert text.format(*(f"{found.mean(row, EXACT):.0%}" for row in rows)) in readme
+    assert f"alone reaches {found.mean(plain(shown.GUIDANCE, REPORTED), EXACT):.0%}" in readme
+    changes = [found.change(*rows, EXACT) for rows in zip(tokens, plain_ones, strict=True)]
+    ends = [f"{100 * (one.mean - one.half):+.1f} to {100 * (one.mean + one.half):+.1f}" for one in changes]
+    means = [f"{100 * one.mean:+.1f}" for one in changes]
+    assert f"({means[0]} points, {ends[0]}; {means[1]}, {ends[1]})" in readme
     (job,) = [job for job in placed(SOFTREPA, shown.CFG, Placing(), DEVELOPMENT).jobs() if job.seed == SEEDS]
     assert TOKENS.read_bytes() == tokens_path(job).read_bytes()  # the first run that is not reported on
 
