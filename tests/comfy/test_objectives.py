@@ -70,6 +70,19 @@ class Plain:
     def error(self, i, j, rows):
         return (self.output(i, j, rows) - self.target[i]).square().mean()
 
+    def contrastive(self, rows, denoising_weight):
+        """The paper's loss at temperature 2, of each image and what it is compared with."""
+        loss = 0.0
+        for i, captions in enumerate(OWN_CAPTIONS):
+            errors = torch.stack([self.error(i, j, rows) for j in captions])
+            scores = 4 * torch.exp(-errors / 2)
+            loss = loss - (scores[captions.index(i)] - scores.exp().sum().log()) / 3 + denoising_weight * errors[i] / 3
+        return loss
+
+    def learned(self, rows, nothing, scale):
+        """The error of the images' own predictions beside `guided`."""
+        return sum((self.output(i, i, rows) - self.guided(i, nothing, scale)).square().mean() / 3 for i in range(3))
+
 
 def same_gradients(ours: TrainableTokens, plain: TrainableTokens) -> None:
     for (name, one), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
@@ -84,12 +97,7 @@ def test_hard_negatives(models, family, micro_batch):
         by_hand = Plain(models[family], family)
         stack.enter_context(by_hand.network.trainable())
         plain, ours = TrainableTokens(tokens_for(family)), TrainableTokens(tokens_for(family))
-        rows = plain.rows(by_hand.t)
-        loss = 0.0
-        for i, captions in enumerate(OWN_CAPTIONS):
-            errors = torch.stack([by_hand.error(i, j, rows) for j in captions])
-            scores = 4 * torch.exp(-errors / 2)
-            loss = loss - (scores[captions.index(i)] - scores.exp().sum().log()) / 3 + 10 * errors[i] / 3
+        loss = by_hand.contrastive(plain.rows(by_hand.t), denoising_weight=10)
         loss.backward()
 
         compared = comparison(WRONG)
@@ -164,10 +172,7 @@ def test_guidance(models, family, micro_batch):
         by_hand = Plain(models[family], family)
         stack.enter_context(by_hand.network.trainable())
         plain, ours = TrainableTokens(tokens_for(family)), TrainableTokens(tokens_for(family))
-        rows = plain.rows(by_hand.t)
-        loss = 0.0
-        for i in range(3):
-            loss = loss + (by_hand.output(i, i, rows) - by_hand.guided(i, 3, scale)).square().mean() / 3
+        loss = by_hand.learned(plain.rows(by_hand.t), 3, scale)
         loss.backward()
 
         network = TrainableNetwork(models[family], ours.blocks)
@@ -190,12 +195,7 @@ def test_guidance_learned_beside_the_contrast(models, family, micro_batch):
         stack.enter_context(by_hand.network.trainable())
         plain = TrainableTokens(tokens_for(family))
         rows = plain.rows(by_hand.t)
-        loss = 0.0
-        for i, captions in enumerate(OWN_CAPTIONS):
-            errors = torch.stack([by_hand.error(i, j, rows) for j in captions])
-            scores = 4 * torch.exp(-errors / 2)
-            loss = loss - (scores[captions.index(i)] - scores.exp().sum().log()) / 3 + errors[i] / 3
-            loss = loss + weight * (by_hand.output(i, i, rows) - by_hand.guided(i, 4, scale)).square().mean() / 3
+        loss = by_hand.contrastive(rows, denoising_weight=1) + weight * by_hand.learned(rows, 4, scale)
         loss.backward()
 
         config = TrainingConfig(temperature=2.0, denoising_weight=1.0, guidance_scale=scale, guidance_weight=weight)
